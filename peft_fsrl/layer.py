@@ -1,0 +1,264 @@
+"""``FSRLLayer``: steers the output of the module that it wraps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from . import functional
+from .config import FSRLConfig
+from .sae import FrozenSAE
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class SteeringEvent(NamedTuple):
+    """One application of one adapter at one layer, as observers see it.
+
+    Attributes:
+        layer_name: path of the wrapped module in the base model.
+        adapter_name: the adapter that acted.
+        hidden_states: the wrapped module's own output, shape ``(batch, seq, d_in)``.
+        steering_vector: ``v`` in feature space as it acted, shape ``(batch, seq, d_sae)``.
+        gate: ``jump_relu``'s differentiable gate of the same shape, or None.
+        sae: the SAE whose features are steered, on the device of the layer.
+    """
+
+    layer_name: str
+    adapter_name: str
+    hidden_states: Float[Tensor, "*batch d_in"]
+    steering_vector: Float[Tensor, "*batch d_sae"]
+    gate: Float[Tensor, "*batch d_sae"] | None
+    sae: FrozenSAE
+
+
+Observer = Callable[[SteeringEvent], None]
+Edit = Callable[[Tensor], Tensor]
+
+_THRESHOLD_NAMES = {"soft_threshold": "threshold", "jump_relu": "log_threshold"}
+
+
+class SteeringAdapter(nn.Module):
+    """The trainable part, ``v = act_theta(x~ @ weight.T + bias)``, as parameters without a forward.
+
+    Args:
+        d_in: width of the SAE's input.
+        d_sae: number of features.
+        config: read once, here.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+
+    Shape:
+        weight ``(d_sae, d_in)``, bias ``(d_sae,)``, threshold or log_threshold ``(d_sae,)``.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        config: FSRLConfig,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.bandwidth = config.bandwidth
+        self.weight = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
+        # In float16 a very small start would round to zero, from where nothing trains.
+        scale = max(config.init_scale, torch.finfo(self.weight.dtype).smallest_normal / 64)
+        nn.init.uniform_(self.weight, -scale, scale)
+        if config.activation == "relu":
+            return
+        start = config.init_threshold or 0.0
+        if config.activation == "jump_relu":
+            start = math.log(config.init_threshold or config.bandwidth)
+        threshold = nn.Parameter(torch.full((d_sae,), start, device=device, dtype=dtype))
+        self.register_parameter(_THRESHOLD_NAMES[config.activation], threshold)
+
+    @property
+    def threshold_parameter(self) -> nn.Parameter | None:
+        """``theta`` of ``soft_threshold``, ``log(theta)`` of ``jump_relu``, None for ``relu``."""
+        name = _THRESHOLD_NAMES.get(self.activation)
+        return None if name is None else self.get_parameter(name)
+
+
+class FSRLLayer(nn.Module, BaseTunerLayer):
+    """``x' = x + decode(relu(f + v)) - decode(f)`` on the output ``x`` of a wrapped module.
+
+    The steering happens in a forward hook that comes first on the wrapped module, so that whatever
+    else looks at that module's output (``output_hidden_states`` among others) sees what the next
+    layer sees. The SAE is held outside the module tree: it is not a parameter, not a buffer, not in
+    any checkpoint, and not broadcast between processes.
+
+    Args:
+        base_layer: the module whose output is steered; a tensor, or a tuple that starts with one.
+        layer_name: its path in the base model, for messages and records.
+
+    Attributes:
+        observers: called with a ``SteeringEvent`` after every application.
+        edits: applied in order to the steering vector before it acts.
+    """
+
+    adapter_layer_names = ("fsrl_adapter",)
+    other_param_names = ("fsrl_sae",)
+
+    def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.layer_name = layer_name
+        self.fsrl_adapter = nn.ModuleDict()
+        self.fsrl_sae: dict[str, FrozenSAE] = {}
+        self.observers: list[Observer] = []
+        self.edits: list[Edit] = []
+        self._active_adapter: str | list[str] = []
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._hook = base_layer.register_forward_hook(self._steer_output, prepend=True)
+
+    def update_layer(self, adapter_name: str, config: FSRLConfig, sae: FrozenSAE) -> None:
+        """Add an adapter, or replace the one of that name, and make it active."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        adapter = SteeringAdapter(sae.info.d_in, sae.info.d_sae, config, device, dtype)
+        self.fsrl_adapter[adapter_name] = adapter
+        self.fsrl_sae[adapter_name] = sae
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter active; at most one per layer.
+
+        Raises:
+            ValueError: for two adapters on this layer. Each was trained on the unsteered output,
+                and the non-negativity of feature activations does not distribute over a sum.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        here = [name for name in names if name in self.fsrl_adapter]
+        if len(here) > 1:
+            raise ValueError(
+                f"Only one FSRL adapter can be active on a layer, got {here} on "
+                f"'{self.layer_name}'. Activate one of them."
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer(*args, **kwargs)
+
+    def detach_hook(self) -> nn.Module:
+        """Stop steering for good and return the wrapped module, as ``unload`` needs it."""
+        self._hook.remove()
+        return self.base_layer
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(merge_refusal())
+
+    def unmerge(self) -> None:
+        raise ValueError(merge_refusal())
+
+    def _steer_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.disable_adapters:
+            return output
+        for name in self.active_adapters:
+            if name in self.fsrl_adapter:
+                output = _replace_hidden_states(output, self._steer(name, _hidden_states(output)))
+        return output
+
+    def _steer(self, adapter_name: str, x: Tensor) -> Tensor:
+        adapter = self.fsrl_adapter[adapter_name]
+        assert isinstance(adapter, SteeringAdapter)
+        sae = self.fsrl_sae[adapter_name]
+        if x.shape[-1] != sae.info.d_in:
+            raise ValueError(
+                f"'{self.layer_name}' gives activations of width {x.shape[-1]}, but the SAE of "
+                f"adapter '{adapter_name}' reads width {sae.info.d_in}. Use an SAE that was trained "
+                "on this module's output."
+            )
+        if sae.device != x.device:
+            sae = self.fsrl_sae[adapter_name] = sae.to(x.device, sae.dtype)
+        steered = functional.steer(
+            x,
+            sae.process_in(x),
+            adapter.weight,
+            adapter.bias,
+            adapter.threshold_parameter,
+            activation=adapter.activation,
+            bandwidth=adapter.bandwidth,
+            encode=None if sae.signed else lambda: sae.encode(x),
+            decode_update=lambda update: sae.decode_update(update, x),
+            edit=self._apply_edits if self.edits else None,
+        )
+        for observer in self.observers:
+            observer(
+                SteeringEvent(
+                    self.layer_name, adapter_name, x, steered.steering_vector, steered.gate, sae
+                )
+            )
+        return steered.output
+
+    def _apply_edits(self, v: Tensor) -> Tensor:
+        for edit in self.edits:
+            v = edit(v)
+        return v
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FSRLLayer:
+        super()._apply(fn, recurse)
+        for name, sae in self.fsrl_sae.items():
+            moved = fn(torch.empty(0, device=sae.device, dtype=sae.dtype))
+            if moved.device.type != "meta":
+                self.fsrl_sae[name] = sae.to(moved.device, moved.dtype)
+        return self
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        # An offloaded layer's parameters live on `meta`; its hook knows where it computes.
+        execution_device = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
+        for parameter in base_layer.parameters():
+            if parameter.is_floating_point():
+                device = parameter.device if execution_device is None else execution_device
+                return torch.device(device), parameter.dtype
+        return None, None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # transformers reads attributes of its decoder layers (`attention_type`, ...). Private
+            # ones stay private: wrappers of other libraries recognise their own layers by them.
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "fsrl." + super().__repr__()
+
+
+def merge_refusal() -> str:
+    """Why an FSRL adapter cannot be merged into the weights."""
+    return (
+        "An FSRL adapter cannot be merged into the base model: what it adds to a layer's output "
+        "depends on the input through which features cross their thresholds, so no fixed change of "
+        "the weights equals it. Keep the adapter, and use `unload()` to get the base model back."
+    )
+
+
+def _hidden_states(output: Any) -> Tensor:
+    first = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(first, Tensor)
+    return first
+
+
+def _replace_hidden_states(output: Any, hidden_states: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return hidden_states
+    if type(output) is tuple:
+        return (hidden_states, *output[1:])
+    if hasattr(output, "_replace"):
+        return output._replace(**{output._fields[0]: hidden_states})
+    output[0] = hidden_states
+    return output

@@ -1,0 +1,378 @@
+"""The frozen sparse autoencoder as a steering layer needs it: loading, identity, sharing.
+
+This is the only file that imports SAELens. A ``FrozenSAE`` is immutable: moving it to another device
+or dtype gives another object, shared process-wide by everything that needs the same SAE there.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from . import functional
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from sae_lens import SAE
+
+# Settings, beside the tensors, that decide what an SAE computes. A fixed list, so that a field that
+# a later SAELens adds does not change the fingerprint of an SAE that did not change.
+_FINGERPRINTED_SETTINGS = (
+    "normalize_activations",
+    "apply_b_dec_to_input",
+    "k",
+    "rescale_acts_by_decoder_norm",
+    "residual_threshold",
+    "max_iterations",
+    "stop_on_duplicate_support",
+    "n_heads",
+    "sae_diff_type",
+    "kval_topk",
+    "tied_weights",
+    "activation_normalization_factor",
+)
+_SIGNED_ARCHITECTURES = frozenset({"abstopk"})
+_CONTEXTUAL_ARCHITECTURES = frozenset({"temporal"})
+# Written by SAELens's run-time normalisation during encode and read back in decode, which steering
+# never calls: left in place they would keep the last batch, and its graph, alive.
+_NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
+
+_INSTANCES: WeakValueDictionary[tuple[str, str, str], FrozenSAE] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class SAEInfo:
+    """What identifies an SAE in a saved config.
+
+    Attributes:
+        d_in: width of the activations it reads and writes.
+        d_sae: number of features.
+        architecture: SAELens's name, for example ``"jumprelu"``.
+        dtype: dtype of its tensors as loaded.
+        fingerprint: SHA-256 over its tensors and the settings that decide what it computes.
+        hook_name: where it was trained, in TransformerLens's words, if known.
+        model_name: the model it was trained on, if known.
+        neuronpedia_id: its id on Neuronpedia, if known.
+    """
+
+    d_in: int
+    d_sae: int
+    architecture: str
+    dtype: str
+    fingerprint: str
+    hook_name: str | None = None
+    model_name: str | None = None
+    neuronpedia_id: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, as the adapter's config stores them."""
+        return asdict(self)
+
+
+def compute_fingerprint(sae: SAE[Any]) -> str:
+    """SHA-256 over an SAE's architecture, settings and tensors (name, dtype, shape and bytes)."""
+    digest = hashlib.sha256()
+    cfg = sae.cfg.to_dict()
+    settings = {name: cfg[name] for name in _FINGERPRINTED_SETTINGS if name in cfg}
+    digest.update(json.dumps([cfg["architecture"], settings], sort_keys=True).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}:{data.dtype}:{tuple(data.shape)};".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class FrozenSAE:
+    """A frozen SAE on one device in one dtype.
+
+    Args:
+        module: a SAELens inference SAE. Its tensors are shared, not copied.
+        info: its identity.
+
+    Attributes:
+        info: see ``SAEInfo``.
+        signed: feature activations may be negative (``abstopk``), so steering does not clamp them.
+        contextual: ``encode`` looks at earlier tokens (``temporal``), so it needs whole sequences.
+    """
+
+    def __init__(self, module: SAE[Any], info: SAEInfo) -> None:
+        self.info = info
+        self.signed = info.architecture in _SIGNED_ARCHITECTURES
+        self.contextual = info.architecture in _CONTEXTUAL_ARCHITECTURES
+        self._module = module
+        self._normalisation: str = module.cfg.normalize_activations
+        self._feature_scale = _decoder_feature_scale(module)
+        self._token_factor = _constant_token_factor(module)
+
+    @property
+    def device(self) -> torch.device:
+        return self._module.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._module.W_dec.dtype
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+        """Decoder rows: the residual-stream direction of each feature, shape ``(d_sae, d_in)``."""
+        return self._module.W_dec
+
+    @property
+    def module(self) -> SAE[Any]:
+        """The SAELens object itself, for analyses; it must not be modified."""
+        return self._module
+
+    def process_in(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """The SAE's own input processing: cast, normalisation, subtraction of ``b_dec``."""
+        processed: Tensor = self._module.process_sae_in(x)
+        self._forget_normalisation_state()
+        return processed
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations of the raw activations ``x``, by SAELens's own ``encode``."""
+        feature_acts: Tensor = self._module.encode(x)
+        self._forget_normalisation_state()
+        return feature_acts
+
+    def decode_update(
+        self, update: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch d_in"]:
+        """``decode(f + update) - decode(f)`` at the token whose raw activations are ``x``."""
+        scale = functional.normalisation_scale(x.to(self.dtype), self._normalisation)
+        delta = functional.decode_update(
+            update.to(self.dtype), self._module.W_dec, self._feature_scale, scale
+        )
+        return delta if self._token_factor is None else delta * self._token_factor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> FrozenSAE:
+        """The same SAE on another device or in another dtype, shared with whoever asks for it."""
+        key = (self.info.fingerprint, str(device), str(dtype))
+        found = _INSTANCES.get(key)
+        if found is None:
+            found = FrozenSAE(_rebuild(self._module, device, dtype), self.info)
+            _INSTANCES[key] = found
+        return found
+
+    def save(self, directory: str | Path) -> None:
+        """Write the SAE in SAELens's format (``cfg.json`` and ``sae_weights.safetensors``)."""
+        self._module.save_model(directory)
+
+    def _forget_normalisation_state(self) -> None:
+        for name in _NORMALISATION_STATE:
+            self._module.__dict__.pop(name, None)
+
+    def __copy__(self) -> FrozenSAE:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenSAE:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # SAELens modules hold closures, which do not pickle.
+        return _unpickle, (self._module.cfg.to_dict(), self._module.state_dict(), self.info)
+
+    def __repr__(self) -> str:
+        info = self.info
+        return (
+            f"FrozenSAE({info.architecture}, d_in={info.d_in}, d_sae={info.d_sae}, "
+            f"{info.hook_name}, {self.dtype}, {self.device})"
+        )
+
+
+def freeze_sae(sae: SAE[Any]) -> FrozenSAE:
+    """Take a live SAELens SAE as it is; its tensors are shared, not copied.
+
+    Args:
+        sae: an inference SAE that reads and writes the same activations.
+
+    Raises:
+        TypeError: for anything but a SAELens inference SAE (training SAEs, transcoders).
+    """
+    from sae_lens import SAE, TrainingSAE, Transcoder
+
+    if isinstance(sae, TrainingSAE):
+        raise TypeError(
+            f"Expected an inference SAE, got the training class {type(sae).__name__}, whose "
+            "activations may depend on the whole batch. Save it with "
+            "`sae.save_inference_model(path)` and pass the path."
+        )
+    if isinstance(sae, Transcoder):
+        raise TypeError(
+            f"Expected an SAE that reads and writes one hook point, got {type(sae).__name__}: a "
+            "transcoder reads the input of an MLP and writes its output, so there is no residual "
+            "stream in which its decoder could undo its encoder. Use an SAE."
+        )
+    if not isinstance(sae, SAE):
+        raise TypeError(f"Expected a sae_lens.SAE, got {type(sae).__name__}.")
+    info = SAEInfo(
+        d_in=sae.cfg.d_in,
+        d_sae=sae.cfg.d_sae,
+        architecture=sae.cfg.architecture(),
+        dtype=str(sae.W_dec.dtype).removeprefix("torch."),
+        fingerprint=compute_fingerprint(sae),
+        hook_name=_optional_str(sae.cfg.metadata.hook_name),
+        model_name=_optional_str(sae.cfg.metadata.model_name),
+        neuronpedia_id=_optional_str(sae.cfg.metadata.neuronpedia_id),
+    )
+    key = (info.fingerprint, str(sae.W_dec.device), str(sae.W_dec.dtype))
+    found = _INSTANCES.get(key)
+    if found is None:
+        found = FrozenSAE(_rebuild(sae, sae.W_dec.device, sae.W_dec.dtype), info)
+        _INSTANCES[key] = found
+    return found
+
+
+def load_sae(reference: str | Mapping[str, str]) -> FrozenSAE:
+    """Load a frozen SAE from a folder, SAELens's registry or a Hub repository in SAELens's format.
+
+    Args:
+        reference: a local folder, ``"release/sae_id"``, or a mapping with ``path`` or with
+            ``release`` and ``sae_id``.
+
+    Raises:
+        FileNotFoundError: a folder without ``cfg.json``.
+        ValueError: an unknown release or id; the message lists the closest known ones.
+    """
+    parsed = parse_reference(reference)
+    if "path" in parsed:
+        return freeze_sae(_load_folder(Path(parsed["path"])))
+    return freeze_sae(_load_released(parsed["release"], parsed["sae_id"]))
+
+
+def parse_reference(reference: str | Mapping[str, str]) -> dict[str, str]:
+    """Turn a reference into ``{"path": ...}`` or ``{"release": ..., "sae_id": ...}``.
+
+    Needs no network. A string that names an existing folder is a path; otherwise its longest prefix
+    that is a registered release, or else its first two parts as a Hub repository, is the release.
+
+    Raises:
+        ValueError: neither a folder nor of the form ``release/sae_id``.
+    """
+    if isinstance(reference, Mapping):
+        if set(reference) == {"path"} or set(reference) == {"release", "sae_id"}:
+            return {key: str(value) for key, value in reference.items()}
+        raise ValueError(
+            "An SAE reference must have the key 'path', or 'release' and 'sae_id'; got "
+            f"{sorted(reference)}."
+        )
+    if Path(reference).expanduser().is_dir():
+        return {"path": str(Path(reference).expanduser().resolve())}
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    parts = reference.split("/")
+    releases = get_pretrained_saes_directory()
+    for length in range(len(parts) - 1, 0, -1):
+        if "/".join(parts[:length]) in releases:
+            return {"release": "/".join(parts[:length]), "sae_id": "/".join(parts[length:])}
+    if len(parts) > 2 and not reference.startswith((".", "/", "~")):
+        return {"release": "/".join(parts[:2]), "sae_id": "/".join(parts[2:])}
+    raise ValueError(
+        f"Cannot find the SAE {reference!r}: it is neither a folder that exists nor "
+        f"'release/sae_id' with a release that SAELens knows. {_closest(parts[0], releases)}"
+    )
+
+
+def parse_hook_layer(hook_name: str | None) -> int | None:
+    """Index of the decoder layer whose *output* a hook name means, or None if it means another place.
+
+    ``blocks.12.hook_resid_post`` and ``blocks.13.hook_resid_pre`` are both the output of layer 12.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", hook_name or "")
+    if match is not None:
+        return int(match[1]) - (match[2] == "pre")
+    match = re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", hook_name or "")
+    return None if match is None else int(match[1])
+
+
+def _load_folder(path: Path) -> SAE[Any]:
+    from sae_lens import SAE
+
+    if not (path / "cfg.json").is_file():
+        raise FileNotFoundError(
+            f"Expected an SAE in SAELens's format (cfg.json and sae_weights.safetensors) in {path}, "
+            "found no cfg.json. Save one with `sae.save_model(path)`, or name a release."
+        )
+    return SAE.load_from_disk(path)
+
+
+def _load_released(release: str, sae_id: str) -> SAE[Any]:
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    releases = get_pretrained_saes_directory()
+    if release not in releases and "/" not in release:
+        raise ValueError(f"Unknown SAE release {release!r}. {_closest(release, releases)}")
+    if release in releases and sae_id not in releases[release].saes_map:
+        known = releases[release].saes_map
+        raise ValueError(
+            f"Unknown sae_id {sae_id!r} in release {release!r}, which has {len(known)} SAEs. "
+            f"{_closest(sae_id, known)}"
+        )
+    return SAE.from_pretrained(release, sae_id)
+
+
+def _closest(name: str, known: Mapping[str, Any]) -> str:
+    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"Closest known: {matches}." if matches else f"Known, for example: {sorted(known)[:3]}."
+
+
+def _optional_str(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _rebuild(module: SAE[Any], device: torch.device, dtype: torch.dtype) -> SAE[Any]:
+    """A frozen copy on ``device`` in ``dtype`` that shares storage where neither changes."""
+    # Tensors made under inference mode could never take part in a later training step.
+    with torch.inference_mode(False), torch.no_grad():
+        state = {
+            name: tensor.detach().to(device=device, dtype=dtype)
+            for name, tensor in module.state_dict().items()
+        }
+    return _assemble(module.cfg.to_dict(), state)
+
+
+def _assemble(cfg_dict: dict[str, Any], state: dict[str, Tensor]) -> SAE[Any]:
+    from sae_lens import SAE
+
+    reference = state["W_dec"]
+    cfg_dict = copy.deepcopy(cfg_dict)
+    # A transformers module hands over heads already flattened: there is nothing to reshape.
+    cfg_dict.update(device="meta", dtype=str(reference.dtype), reshape_activations="none")
+    # The notice on how to load the model for TransformerLens does not concern transformers models.
+    cfg_dict["metadata"].pop("model_from_pretrained_kwargs", None)
+    sae = SAE.from_dict(cfg_dict)
+    sae.load_state_dict(state, assign=True)
+    sae.to(device=reference.device, dtype=reference.dtype)
+    return sae.requires_grad_(False).eval()
+
+
+def _unpickle(cfg_dict: dict[str, Any], state: dict[str, Tensor], info: SAEInfo) -> FrozenSAE:
+    key = (info.fingerprint, str(state["W_dec"].device), str(state["W_dec"].dtype))
+    found = _INSTANCES.get(key)
+    if found is None:
+        found = FrozenSAE(_assemble(cfg_dict, state), info)
+        _INSTANCES[key] = found
+    return found
+
+
+def _decoder_feature_scale(module: SAE[Any]) -> Tensor | None:
+    if getattr(module.cfg, "rescale_acts_by_decoder_norm", False):
+        return 1 / module.W_dec.norm(dim=-1)
+    return None
+
+
+def _constant_token_factor(module: SAE[Any]) -> float | None:
+    if module.cfg.normalize_activations == "constant_scalar_rescale":
+        return 1 / module.cfg.activation_normalization_factor
+    return None

@@ -1,0 +1,273 @@
+"""Observe and edit what FSRL adapters do: the one place where steering is seen from outside.
+
+Everything here attaches to a model for the length of a ``with`` block and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import Edit, FSRLLayer, Observer, SteeringEvent
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass
+class TokenStatistics:
+    """How strongly one adapter steered each token of one forward pass.
+
+    Attributes:
+        layer_name: path of the wrapped module.
+        adapter_name: the adapter that acted.
+        l0: number of features with ``v != 0``, shape ``(batch, seq)``.
+        l1: ``||v||_1``, shape ``(batch, seq)``; carries the graph when the forward did.
+        l2: ``||v||_2``, shape ``(batch, seq)``.
+        gate: differentiable count of open gates of ``jump_relu``, shape ``(batch, seq)``, or None.
+    """
+
+    layer_name: str
+    adapter_name: str
+    l0: Float[Tensor, "batch seq"]
+    l1: Float[Tensor, "batch seq"]
+    l2: Float[Tensor, "batch seq"]
+    gate: Float[Tensor, "batch seq"] | None
+
+
+@dataclass
+class ForwardRecord:
+    """One forward pass of the base model with its adapters active.
+
+    Attributes:
+        mask: the 2-d ``attention_mask`` of the pass, shape ``(batch, seq)``, or None where the
+            caller gave none and every token counts.
+        training: the pass was made in training mode with gradients on.
+        tokens: one entry per adapter that acted.
+    """
+
+    mask: Float[Tensor, "batch seq"] | None
+    training: bool
+    tokens: list[TokenStatistics] = field(default_factory=list)
+
+
+def fsrl_layers(model: nn.Module) -> dict[str, FSRLLayer]:
+    """The steering layers of a model by the path of the module that each wraps.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    layers = {m.layer_name: m for m in model.modules() if isinstance(m, FSRLLayer)}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no FSRL adapter. Make one with "
+            "`get_peft_model(model, FSRLConfig(...))` or load one with `PeftModel.from_pretrained`."
+        )
+    return layers
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    inner = get_base_model() if callable(get_base_model) else model
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+@contextmanager
+def observe(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Call ``observer`` with a ``SteeringEvent`` after every application of an adapter.
+
+    Args:
+        model: a model with FSRL adapters.
+        observer: must not modify what it is given. A steering vector has shape
+            ``(batch, seq, d_sae)``: reduce it at once rather than keeping it.
+    """
+    layers = list(fsrl_layers(model).values())
+    for layer in layers:
+        layer.observers.append(observer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.observers.remove(observer)
+
+
+@contextmanager
+def edit_steering(model: nn.Module, edit: Edit, layer_name: str | None = None) -> Iterator[None]:
+    """Apply ``edit`` to every steering vector before it acts; observers see the result.
+
+    Args:
+        model: a model with FSRL adapters.
+        edit: maps ``(batch, seq, d_sae)`` to the same shape.
+        layer_name: only at this wrapped module; None for all.
+
+    Raises:
+        ValueError: if no adapter wraps ``layer_name``.
+    """
+    layers = fsrl_layers(model)
+    if layer_name is not None and layer_name not in layers:
+        raise ValueError(f"No FSRL adapter wraps {layer_name!r}; found {sorted(layers)}.")
+    chosen = [layer for name, layer in layers.items() if layer_name in (None, name)]
+    for layer in chosen:
+        layer.edits.append(edit)
+    try:
+        yield
+    finally:
+        for layer in chosen:
+            layer.edits.remove(edit)
+
+
+@contextmanager
+def ablate_features(
+    model: nn.Module, features: Iterable[int], layer_name: str | None = None
+) -> Iterator[None]:
+    """Zero the steering of some features; the others steer as before.
+
+    Args:
+        model: a model with FSRL adapters.
+        features: feature indices.
+        layer_name: only at this wrapped module; None for all.
+
+    Raises:
+        IndexError: for an index that the SAE does not have.
+    """
+    index = _feature_index(model, features, layer_name)
+
+    def zero(v: Tensor) -> Tensor:
+        return v.index_fill(-1, index.to(v.device), 0.0)
+
+    with edit_steering(model, zero, layer_name):
+        yield
+
+
+@contextmanager
+def only_features(
+    model: nn.Module, features: Iterable[int], layer_name: str | None = None
+) -> Iterator[None]:
+    """Zero the steering of all but some features.
+
+    Args:
+        model: a model with FSRL adapters.
+        features: feature indices.
+        layer_name: only at this wrapped module; None for all.
+
+    Raises:
+        IndexError: for an index that the SAE does not have.
+    """
+    index = _feature_index(model, features, layer_name)
+
+    def keep(v: Tensor) -> Tensor:
+        mask = torch.zeros(v.shape[-1], dtype=torch.bool, device=v.device)
+        mask[index.to(v.device)] = True
+        return torch.where(mask, v, torch.zeros_like(v))
+
+    with edit_steering(model, keep, layer_name):
+        yield
+
+
+@contextmanager
+def scale_steering(model: nn.Module, scale: float, layer_name: str | None = None) -> Iterator[None]:
+    """Multiply every steering vector by ``scale``: 0 is the base model, 1 the trained adapter.
+
+    Args:
+        model: a model with FSRL adapters.
+        scale: any finite number.
+        layer_name: only at this wrapped module; None for all.
+    """
+    with edit_steering(model, lambda v: v * scale, layer_name):
+        yield
+
+
+class SteeringMonitor:
+    """Collects ``ForwardRecord``s of a model until it is closed.
+
+    The layer gives steering vectors; the base model's forward gives the attention mask, which
+    layers do not receive in a usable form. Hooks sit on the base model itself, because PEFT calls
+    it directly under some task types.
+
+    Args:
+        model: a model with FSRL adapters.
+        consume: called with the record of each forward pass in which an adapter acted.
+    """
+
+    def __init__(self, model: nn.Module, consume: Callable[[ForwardRecord], None]) -> None:
+        self._consume = consume
+        self._record: ForwardRecord | None = None
+        self._layers = list(fsrl_layers(model).values())
+        inner = base_model(model)
+        self._signature = inspect.signature(inner.forward)
+        self._hooks = [
+            inner.register_forward_pre_hook(self._before, with_kwargs=True),
+            inner.register_forward_hook(self._after),
+        ]
+        for layer in self._layers:
+            layer.observers.append(self._observe)
+
+    def close(self) -> None:
+        """Stop collecting and remove every hook; a second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self._layers:
+            if self._observe in layer.observers:
+                layer.observers.remove(self._observe)
+
+    def __enter__(self) -> SteeringMonitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = self._signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            mask = None
+        self._record = ForwardRecord(mask, module.training and torch.is_grad_enabled())
+
+    def _observe(self, event: SteeringEvent) -> None:
+        if self._record is not None:
+            self._record.tokens.append(token_statistics(event))
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        record, self._record = self._record, None
+        if record is None or not record.tokens:
+            return
+        if record.mask is not None:
+            # A forward that continues from a cache has a mask for the whole sequence.
+            record.mask = record.mask[:, -record.tokens[0].l1.shape[-1] :]
+        self._consume(record)
+
+
+def token_statistics(event: SteeringEvent) -> TokenStatistics:
+    """Reduce a steering vector to per-token norms, in float32 or wider."""
+    v = event.steering_vector
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    return TokenStatistics(
+        event.layer_name,
+        event.adapter_name,
+        l0=(v.detach() != 0).sum(dim=-1).to(wide.dtype),
+        l1=wide.abs().sum(dim=-1),
+        l2=wide.detach().norm(dim=-1),
+        gate=None if event.gate is None else event.gate.sum(dim=-1),
+    )
+
+
+def _feature_index(model: nn.Module, features: Iterable[int], layer_name: str | None) -> Tensor:
+    index = torch.tensor(sorted({int(feature) for feature in features}), dtype=torch.long)
+    for name, layer in fsrl_layers(model).items():
+        if layer_name not in (None, name):
+            continue
+        for adapter_name, sae in layer.fsrl_sae.items():
+            outside = index[(index < 0) | (index >= sae.info.d_sae)]
+            if len(outside):
+                raise IndexError(
+                    f"Feature {int(outside[0])} does not exist: the SAE of adapter "
+                    f"'{adapter_name}' at '{name}' has features 0 to {sae.info.d_sae - 1}."
+                )
+    return index

@@ -1,0 +1,208 @@
+"""The sparsity penalty in any TRL or transformers trainer.
+
+``with_fsrl(CPOTrainer)`` is a subclass of a stock trainer that adds the penalty of the active FSRL
+adapters to the training loss, logs what the steering costs, and gives thresholds their own learning
+rate. It copies nothing of the trainer. Evaluation is left alone: ``eval_loss`` is the preference
+loss, comparable with any other method's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .functional import masked_mean
+from .steering import ForwardRecord, SteeringMonitor, base_model, fsrl_layers
+
+TrainerT = TypeVar("TrainerT", bound=Trainer)
+
+_THRESHOLD_SUFFIXES = (".threshold", ".log_threshold")
+
+
+class SparsityPenalty:
+    """``l1_coeff * mean_t ||v_t||_1 + l0_coeff * mean_t #open gates``, over real tokens.
+
+    Args:
+        model: a model with FSRL adapters; their configs are read once, here.
+
+    Attributes:
+        l1_coeff: per adapter, weight of the L1 term.
+        l0_coeff: per adapter, weight of the L0 term.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        configs = base_model(model).peft_config  # type: ignore[union-attr]
+        self.l1_coeff: dict[str, float] = {n: float(c.l1_coeff) for n, c in configs.items()}
+        self.l0_coeff: dict[str, float] = {n: float(c.l0_coeff) for n, c in configs.items()}
+        self._reduction: dict[str, str] = {n: c.penalty_reduction for n, c in configs.items()}
+
+    def __call__(self, record: ForwardRecord) -> Tensor:
+        """The penalty of one forward pass, a scalar with that pass's graph."""
+        terms = []
+        for tokens in record.tokens:
+            name = tokens.adapter_name
+            mask = None if record.mask is None else record.mask.to(tokens.l1.device)
+            term = self.l1_coeff[name] * masked_mean(tokens.l1, mask, self._reduction[name])
+            if tokens.gate is not None and self.l0_coeff[name]:
+                gates = masked_mean(tokens.gate, mask, self._reduction[name])
+                term = term + self.l0_coeff[name] * gates
+            terms.append(term)
+        device = terms[0].device
+        return torch.stack([term.to(device) for term in terms]).sum()
+
+
+class FSRLTrainerMixin(Trainer):
+    """Put before a trainer class: ``class MyTrainer(FSRLTrainerMixin, CPOTrainer)``.
+
+    Logs, averaged over the real tokens since the last log: ``fsrl/l0`` (steered features per
+    token), ``fsrl/l1``, ``fsrl/l2`` (norms of the steering vector) and ``fsrl/penalty`` (the term
+    that was added to the loss); during evaluation the first three with the prefix ``eval_``.
+
+    Raises:
+        ValueError: if the model has no FSRL adapter.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert isinstance(self.model, nn.Module)
+        fsrl_layers(self.model)
+        self.fsrl_penalty = SparsityPenalty(self.model)
+        self._fsrl_pending: list[ForwardRecord] = []
+        self._fsrl_evaluating = False
+        self._fsrl_metrics = {"train": _Means(), "eval": _Means()}
+        self._fsrl_monitor = SteeringMonitor(self.model, self._fsrl_consume)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The trainer's own loss plus the penalty of the forward passes that it made."""
+        self._fsrl_pending = []
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        records, self._fsrl_pending = self._fsrl_pending, []
+        if not records:
+            return result
+        batch_sizes = torch.tensor([float(r.tokens[0].l1.shape[0]) for r in records])
+        terms = torch.stack([self.fsrl_penalty(record) for record in records])
+        weights = (batch_sizes / batch_sizes.sum()).to(terms)
+        penalty = (terms * weights).sum()
+        self._fsrl_metrics["train"].add("penalty", penalty.detach(), 1.0)
+        if self._loss_is_scaled(num_items_in_batch):
+            penalty = penalty / self.current_gradient_accumulation_steps
+        if return_outputs:
+            loss, outputs = result
+            return loss + penalty.to(loss.device), outputs
+        return result + penalty.to(result.device)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own evaluation of a batch, whose steering is measured."""
+        self._fsrl_evaluating = True
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self._fsrl_evaluating = False
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the steering metrics before the trainer hands its logs to the reporters."""
+        is_train = "loss" in logs
+        means = self._fsrl_metrics["train" if is_train else "eval"]
+        prefix = "fsrl/" if is_train else "eval_fsrl/"
+        logs.update({prefix + name: value for name, value in means.pop().items()})
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's optimizer, with the thresholds in a group of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        assert isinstance(self.model, nn.Module)
+        configs = base_model(self.model).peft_config  # type: ignore[union-attr]
+        for adapter_name, config in configs.items():
+            thresholds = [
+                parameter
+                for name, parameter in self.model.named_parameters()
+                if name.endswith(tuple(f".{adapter_name}{s}" for s in _THRESHOLD_SUFFIXES))
+                and parameter.requires_grad
+            ]
+            _split_group(optimizer, thresholds, self.args.learning_rate, config)
+        return optimizer
+
+    def _fsrl_consume(self, record: ForwardRecord) -> None:
+        if record.training:
+            self._fsrl_pending.append(record)
+        elif not self._fsrl_evaluating:
+            # Neither a training nor an evaluation batch: a reference pass, or generation.
+            return
+        mode = "train" if record.training else "eval"
+        for tokens in record.tokens:
+            real = torch.ones_like(tokens.l1) if record.mask is None else record.mask > 0
+            real = real.to(tokens.l1.device, torch.bool)
+            for name in ("l0", "l1", "l2"):
+                chosen = getattr(tokens, name).detach()[real]
+                self._fsrl_metrics[mode].add(name, chosen.sum(), float(chosen.numel()))
+
+    def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the trainer has already divided its loss by the accumulation steps."""
+        declared = getattr(self, "loss_is_scaled_for_ga", None)
+        if declared is not None:
+            return bool(declared)
+        accepts = bool(self.model_accepts_loss_kwargs) and num_items_in_batch is not None
+        return accepts or self.compute_loss_func is not None
+
+
+@cache
+def with_fsrl(trainer_class: type[TrainerT]) -> type[TrainerT]:
+    """A subclass of ``trainer_class`` whose training loss carries the FSRL penalty.
+
+    Args:
+        trainer_class: ``transformers.Trainer`` or a trainer of TRL.
+
+    Example:
+        ``with_fsrl(CPOTrainer)(model, args=args, peft_config=FSRLConfig(...), ...)``
+    """
+    if issubclass(trainer_class, FSRLTrainerMixin):
+        return trainer_class
+    return type(f"FSRL{trainer_class.__name__}", (FSRLTrainerMixin, trainer_class), {})
+
+
+class _Means:
+    """Running weighted means by name."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor | float] = defaultdict(float)
+        self._weights: dict[str, float] = defaultdict(float)
+
+    def add(self, name: str, total: Tensor, weight: float) -> None:
+        self._totals[name] = self._totals[name] + total
+        self._weights[name] += weight
+
+    def pop(self) -> dict[str, float]:
+        means = {
+            name: float(total) / self._weights[name]
+            for name, total in self._totals.items()
+            if self._weights[name]
+        }
+        self._totals.clear()
+        self._weights.clear()
+        return means
+
+
+def _split_group(optimizer: Any, parameters: list[nn.Parameter], lr: float, config: Any) -> None:
+    wanted = {id(parameter) for parameter in parameters}
+    if not wanted:
+        return
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in wanted]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    # Decay would pull thresholds to zero, away from sparsity.
+    optimizer.add_param_group(
+        {"params": parameters, "lr": lr * config.threshold_lr_multiplier, "weight_decay": 0.0}
+    )
