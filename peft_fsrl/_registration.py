@@ -1,4 +1,7 @@
-"""Make PEFT know the method ``FSRL``. The only file that touches PEFT's tables; safe to run twice."""
+"""Make PEFT know the method ``FSRL``: the only file that touches PEFT's tables.
+
+Safe to run twice.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def add_peft_type() -> PeftType:
     member = str.__new__(PeftType, NAME)
     member._name_ = NAME
     member._value_ = NAME
-    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType.__members__)
     # From Python 3.12 on, members are found as class attributes before the maps are consulted.
     type.__setattr__(PeftType, NAME, member)

@@ -122,10 +122,8 @@ class FSRLConfig(PeftConfig):
         # Not a field: `asdict` would deep-copy a live SAE and JSON could not hold it.
         self._live_sae: Any = None
         self._folder: str | None = None
-        if isinstance(self.exclude_modules, set):
-            self.exclude_modules = sorted(self.exclude_modules)
-        if isinstance(self.target_modules, set):
-            self.target_modules = sorted(self.target_modules)
+        self.target_modules = _plain(self.target_modules)
+        self.exclude_modules = _plain(self.exclude_modules)
         self.sae = self._normalise_sae(self.sae)
         self._validate()
 
@@ -213,7 +211,9 @@ class FSRLConfig(PeftConfig):
         )
 
     def _validate(self) -> None:
-        if self.layer is not None and (isinstance(self.layer, bool) or self.layer != int(self.layer)):
+        if self.layer is not None and (
+            isinstance(self.layer, bool) or self.layer != int(self.layer)
+        ):
             raise TypeError(f"`layer` must be an integer, got {self.layer!r}.")
         if self.layer is not None and self.layer < 0:
             raise ValueError(f"`layer` must be 0 or more, got {self.layer}.")
@@ -239,6 +239,11 @@ class FSRLConfig(PeftConfig):
             )
 
 
+def _plain(modules: Any) -> Any:
+    """A set of module names as a list, which JSON can hold in one order."""
+    return sorted(modules) if isinstance(modules, (set, frozenset)) else modules
+
+
 def _require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
@@ -248,9 +253,8 @@ def _require_number(name: str, value: Any, *, positive: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ValueError(
-            f"`{name}` must be finite and {'positive' if positive else 'not negative'}, got {value}."
-        )
+        wanted = "positive" if positive else "not negative"
+        raise ValueError(f"`{name}` must be finite and {wanted}, got {value}.")
 
 
 def _adapter_folder(name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> str:

@@ -9,8 +9,8 @@ The adapter reads the SAE's own input ``x~`` and writes a steering vector in fea
     f' = relu(f + v)                       steered feature activations
     x' = x + decode(f') - decode(f)        the SAE's reconstruction error is kept untouched
 
-Because ``f >= 0``, ``f' - f = max(v, -f)``: one linear decode is enough, the decoder's bias cancels,
-and ``x' == x`` exactly where ``v == 0``.
+Because ``f >= 0``, ``f' - f = max(v, -f)``: one linear decode is enough, the decoder's bias
+cancels, and ``x' == x`` exactly where ``v == 0``.
 """
 
 from __future__ import annotations

@@ -147,6 +147,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         super().set_adapter(names, inference_mode=inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapped module, whose hook steers."""
         return self.base_layer(*args, **kwargs)
 
     def detach_hook(self) -> nn.Module:
@@ -155,9 +156,11 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         return self.base_layer
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: no change of the weights equals an update that depends on the input."""
         raise ValueError(merge_refusal())
 
     def unmerge(self) -> None:
+        """Refuse, as ``merge`` does."""
         raise ValueError(merge_refusal())
 
     def _steer_output(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -175,8 +178,8 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         if x.shape[-1] != sae.info.d_in:
             raise ValueError(
                 f"'{self.layer_name}' gives activations of width {x.shape[-1]}, but the SAE of "
-                f"adapter '{adapter_name}' reads width {sae.info.d_in}. Use an SAE that was trained "
-                "on this module's output."
+                f"adapter '{adapter_name}' reads width {sae.info.d_in}. Use an SAE that was "
+                "trained on this module's output."
             )
         if sae.device != x.device:
             sae = self.fsrl_sae[adapter_name] = sae.to(x.device, sae.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -39,7 +39,8 @@ class FSRLModel(BaseTuner):
     prefix: str = "fsrl_"
     tuner_layer_cls = FSRLLayer
     # PEFT looks target modules up by model type; here `layer` names them.
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    _sae_to_inject: FrozenSAE | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         """Add an adapter; see ``peft.tuners.tuners_utils.BaseTuner.inject_adapter``."""
@@ -82,6 +83,7 @@ class FSRLModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         sae = self._sae_to_inject
+        assert sae is not None
         if isinstance(target, FSRLLayer):
             target.update_layer(adapter_name, peft_config, sae)
             layer = target
@@ -206,8 +208,8 @@ def _resolve_layer(config: FSRLConfig, sae: FrozenSAE, model: nn.Module) -> str:
     paths = decoder_layers(model)
     if layer not in paths:
         raise ValueError(
-            f"Layer {layer} does not exist: {type(model).__name__} has {len(paths)} decoder layers, "
-            f"0 to {len(paths) - 1}."
+            f"Layer {layer} does not exist: {type(model).__name__} has {len(paths)} decoder "
+            f"layers, 0 to {len(paths) - 1}."
         )
     if hooked is not None and hooked != layer:
         warnings.warn(
@@ -241,7 +243,9 @@ def _warn_of_other_model(sae: FrozenSAE, model: nn.Module) -> None:
     trained_on, name = sae.info.model_name, getattr(model, "name_or_path", None)
     if not trained_on or not name:
         return
-    left, right = (re.split(r"[\\/]", part.rstrip("/\\"))[-1].lower() for part in (trained_on, name))
+    left, right = (
+        re.split(r"[\\/]", part.rstrip("/\\"))[-1].lower() for part in (trained_on, name)
+    )
     if left not in right and right not in left:
         warnings.warn(
             f"The SAE was trained on {trained_on!r}, but the base model is {name!r}. Features of "
@@ -276,5 +280,3 @@ def _refuse_cached_context(sae: FrozenSAE, model: nn.Module) -> None:
 
     model.register_forward_pre_hook(refuse, with_kwargs=True)
     model._fsrl_refuses_cache = True  # type: ignore[assignment]
-
-

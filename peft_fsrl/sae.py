@@ -1,7 +1,7 @@
 """The frozen sparse autoencoder as a steering layer needs it: loading, identity, sharing.
 
-This is the only file that imports SAELens. A ``FrozenSAE`` is immutable: moving it to another device
-or dtype gives another object, shared process-wide by everything that needs the same SAE there.
+A ``FrozenSAE`` is immutable: moving it to another device or dtype gives another object, shared
+process-wide by everything that needs the same SAE there.
 """
 
 from __future__ import annotations
@@ -117,10 +117,12 @@ class FrozenSAE:
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are."""
         return self._module.W_dec.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype in which it computes."""
         return self._module.W_dec.dtype
 
     @property
@@ -284,7 +286,7 @@ def parse_reference(reference: str | Mapping[str, str]) -> dict[str, str]:
 
 
 def parse_hook_layer(hook_name: str | None) -> int | None:
-    """Index of the decoder layer whose *output* a hook name means, or None if it means another place.
+    """Index of the decoder layer whose *output* a hook name means; None for any other place.
 
     ``blocks.12.hook_resid_post`` and ``blocks.13.hook_resid_pre`` are both the output of layer 12.
     """
@@ -300,8 +302,8 @@ def _load_folder(path: Path) -> SAE[Any]:
 
     if not (path / "cfg.json").is_file():
         raise FileNotFoundError(
-            f"Expected an SAE in SAELens's format (cfg.json and sae_weights.safetensors) in {path}, "
-            "found no cfg.json. Save one with `sae.save_model(path)`, or name a release."
+            "Expected an SAE in SAELens's format (cfg.json and sae_weights.safetensors) in "
+            f"{path}, found no cfg.json. Save one with `sae.save_model(path)`, or name a release."
         )
     return SAE.load_from_disk(path)
 

@@ -19,6 +19,22 @@ from .layer import Edit, FSRLLayer, Observer, SteeringEvent
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+__all__ = [
+    "ForwardRecord",
+    "SteeringEvent",
+    "SteeringMonitor",
+    "TokenStatistics",
+    "ablate_features",
+    "adapter_configs",
+    "base_model",
+    "edit_steering",
+    "fsrl_layers",
+    "observe",
+    "only_features",
+    "scale_steering",
+    "token_statistics",
+]
+
 
 @dataclass
 class TokenStatistics:
@@ -78,6 +94,12 @@ def base_model(model: nn.Module) -> nn.Module:
     inner = get_base_model() if callable(get_base_model) else model
     assert isinstance(inner, nn.Module)
     return inner
+
+
+def adapter_configs(model: nn.Module) -> dict[str, Any]:
+    """The ``FSRLConfig`` of each adapter by name."""
+    configs: dict[str, Any] = getattr(base_model(model), "peft_config", {})
+    return {name: config for name, config in configs.items() if hasattr(config, "l1_coeff")}
 
 
 @contextmanager
@@ -181,7 +203,12 @@ def scale_steering(model: nn.Module, scale: float, layer_name: str | None = None
         scale: any finite number.
         layer_name: only at this wrapped module; None for all.
     """
-    with edit_steering(model, lambda v: v * scale, layer_name):
+
+    def rescale(v: Tensor) -> Tensor:
+        # Zero means the base model, whatever the adapter computes, inf and nan included.
+        return v * scale if scale else torch.zeros_like(v)
+
+    with edit_steering(model, rescale, layer_name):
         yield
 
 

@@ -8,6 +8,7 @@ loss, comparable with any other method's.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from functools import cache
 from typing import Any, TypeVar
@@ -16,11 +17,27 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .card import render_model_card
 from .functional import masked_mean
-from .steering import ForwardRecord, SteeringMonitor, base_model, fsrl_layers
+from .steering import ForwardRecord, SteeringMonitor, adapter_configs, base_model, fsrl_layers
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
+_CARD_SETTINGS = (
+    "loss_type",
+    "beta",
+    "simpo_gamma",
+    "cpo_alpha",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "max_length",
+    "seed",
+)
 _THRESHOLD_SUFFIXES = (".threshold", ".log_threshold")
 
 
@@ -36,7 +53,7 @@ class SparsityPenalty:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        configs = base_model(model).peft_config  # type: ignore[union-attr]
+        configs = adapter_configs(model)
         self.l1_coeff: dict[str, float] = {n: float(c.l1_coeff) for n, c in configs.items()}
         self.l0_coeff: dict[str, float] = {n: float(c.l0_coeff) for n, c in configs.items()}
         self._reduction: dict[str, str] = {n: c.penalty_reduction for n, c in configs.items()}
@@ -124,8 +141,7 @@ class FSRLTrainerMixin(Trainer):
         """The trainer's optimizer, with the thresholds in a group of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
         assert isinstance(self.model, nn.Module)
-        configs = base_model(self.model).peft_config  # type: ignore[union-attr]
-        for adapter_name, config in configs.items():
+        for adapter_name, config in adapter_configs(self.model).items():
             thresholds = [
                 parameter
                 for name, parameter in self.model.named_parameters()
@@ -134,6 +150,35 @@ class FSRLTrainerMixin(Trainer):
             ]
             _split_group(optimizer, thresholds, self.args.learning_rate, config)
         return optimizer
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write ``README.md`` with the SAE, the settings and the last evaluation's figures."""
+        if not self.is_world_process_zero():
+            return
+        assert isinstance(self.model, nn.Module)
+        inner = base_model(self.model)
+        name = model_name or self.hub_model_id or os.path.basename(str(self.args.output_dir))
+        evaluations = [row for row in self.state.log_history if "eval_loss" in row]
+        last = evaluations[-1] if evaluations else {}
+        settings = {key: getattr(self.args, key, None) for key in _CARD_SETTINGS}
+        card = render_model_card(
+            next(iter(adapter_configs(self.model).values())),
+            base_model=getattr(inner, "name_or_path", None) or None,
+            model_name=name.split("/")[-1],
+            adapter_id=self.hub_model_id or str(self.args.output_dir),
+            training={"trainer": type(self).__mro__[2].__name__, **settings},
+            figures={k: v for k, v in last.items() if k.startswith("eval_") and "_per_" not in k},
+            dataset_name=dataset_name,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+        )
+        os.makedirs(str(self.args.output_dir), exist_ok=True)
+        card.save(os.path.join(str(self.args.output_dir), "README.md"))
 
     def _fsrl_consume(self, record: ForwardRecord) -> None:
         if record.training:

@@ -1,0 +1,166 @@
+"""Train an FSRL adapter with SimPO, save it, and say what it learned.
+
+With no flags, the offline default: the model organism that ships with the package.
+
+    accelerate launch examples/simpo.py
+
+The paper's run (a GPU and the Hub):
+
+    accelerate launch examples/simpo.py --config examples/configs/gemma2_2b_ultrafeedback.yaml
+
+Options come from TRL's ``ScriptArguments``, ``CPOConfig`` and ``ModelConfig``, and from
+``FSRLConfig``, on the command line, in a YAML file given with ``--config``, or both.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+from peft_fsrl import organism
+from peft_fsrl.analysis import check_preference_columns, compute_summary, render_summary
+from peft_fsrl.arguments import FSRLArguments
+from peft_fsrl.trl import with_fsrl
+
+ORGANISM = "organism"
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "organism.yaml"
+
+
+@dataclass
+class JobArguments:
+    """What belongs to this script alone."""
+
+    overwrite_output: bool = field(
+        default=False, metadata={"help": "Train into an output directory that holds another run."}
+    )
+    summary_pairs: int = field(
+        default=400, metadata={"help": "Held-out pairs for the summary at the end; 0 for none."}
+    )
+    style: float = field(
+        default=0.9, metadata={"help": "Organism: how often the chosen answer has the liked style."}
+    )
+    honesty: float = field(
+        default=0.55, metadata={"help": "Organism: how often the chosen answer is the honest one."}
+    )
+    train_pairs: int = field(default=4000, metadata={"help": "Organism: training pairs."})
+    test_pairs: int = field(default=400, metadata={"help": "Organism: held-out pairs."})
+
+
+def check_output_directory(args: CPOConfig, overwrite: bool) -> None:
+    """Refuse a directory that holds another run, unless told to continue or to replace it."""
+    directory = Path(args.output_dir)
+    if args.resume_from_checkpoint or overwrite or not directory.is_dir():
+        return
+    found = sorted(path.name for path in directory.iterdir())
+    if found:
+        raise FileExistsError(
+            f"Expected an empty output directory, found another run in {directory} "
+            f"({', '.join(found[:4])}). Choose another `--output_dir`, continue that run with "
+            "`--resume_from_checkpoint`, or give `--overwrite_output true`."
+        )
+
+
+def load_preferences(script: ScriptArguments, job: JobArguments, seed: int) -> DatasetDict:
+    """The organism's pairs, or a data set in any of TRL's preference formats."""
+    if script.dataset_name == ORGANISM:
+        knobs = {"style": job.style, "honesty": job.honesty}
+        return DatasetDict(
+            {
+                script.dataset_train_split: organism.preferences(
+                    job.train_pairs, seed=f"train-{seed}", **knobs
+                ),
+                script.dataset_test_split: organism.preferences(
+                    job.test_pairs, seed=f"test-{seed}", **knobs
+                ),
+            }
+        )
+    dataset = load_dataset(script.dataset_name, name=script.dataset_config)
+    for split in dataset:
+        first = dataset[split][0]
+        if isinstance(first.get("prompt"), str) and isinstance(first.get("chosen"), list):
+            # A text prompt that the messages repeat: TRL takes the prompt out of the messages.
+            dataset[split] = dataset[split].remove_columns("prompt")
+        elif "prompt" in first or not isinstance(first.get("chosen"), list):
+            check_preference_columns(dataset[split].column_names)
+    return dataset
+
+
+def main(
+    script: ScriptArguments,
+    args: CPOConfig,
+    model_args: ModelConfig,
+    fsrl: Any,
+    job: JobArguments,
+) -> None:
+    """Train, save, summarise."""
+    check_output_directory(args, job.overwrite_output)
+    dataset = load_preferences(script, job, args.seed)
+    labels: dict[int, str] | None = None
+    categories: dict[str, list[int]] | None = None
+    name = model_args.model_name_or_path
+    if name == ORGANISM:
+        creature = organism.load()
+        name, fsrl.sae = str(creature.model_path), str(creature.sae_path)
+        fsrl.layer = creature.layer if fsrl.layer is None else fsrl.layer
+        labels = creature.labels
+        categories = {key: creature.detectors(key) for key in ("style", "honesty")}
+
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype,
+        quantization_config=get_quantization_config(model_args),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
+    has_test = script.dataset_test_split in dataset
+    trainer = with_fsrl(CPOTrainer)(
+        model=model,
+        args=args,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=dataset[script.dataset_test_split] if has_test else None,
+        processing_class=tokenizer,
+        peft_config=fsrl.to_config(),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+
+    if has_test and job.summary_pairs and trainer.is_world_process_zero():
+        held_out = trainer.eval_dataset
+        summary = compute_summary(
+            trainer.accelerator.unwrap_model(trainer.model),
+            held_out.select(range(min(job.summary_pairs, len(held_out)))),
+            tokenizer,
+            labels=labels,
+            categories=categories,
+            beta=args.beta,
+            gamma=args.simpo_gamma,
+            batch_size=args.per_device_eval_batch_size,
+        )
+        text = render_summary(summary)
+        Path(args.output_dir, "summary.json").write_text(summary.to_json())
+        Path(args.output_dir, "summary.txt").write_text(text)
+        print(text)
+        print(f"The adapter, its model card and this summary are in {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Experimental in TRL, and known: the notice says nothing about this run.
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    arguments = sys.argv[1:]
+    if not any(option in arguments for option in ("--config", "--model_name_or_path")):
+        arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
+    parser = TrlParser((ScriptArguments, CPOConfig, ModelConfig, FSRLArguments, JobArguments))
+    main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=True))

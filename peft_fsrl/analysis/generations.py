@@ -1,0 +1,58 @@
+"""Sample texts from the base model and from the trained one, under the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..steering import scale_steering
+from .preferences import evaluating
+from .records import Generation
+
+
+def compare_generations(
+    model: nn.Module,
+    prompts: Sequence[str],
+    tokenizer: Any,
+    *,
+    max_new_tokens: int = 48,
+    seed: int = 0,
+) -> tuple[Generation, ...]:
+    """Continue each prompt with steering scaled to zero and as trained.
+
+    Args:
+        model: a generating model with an FSRL adapter.
+        prompts: texts.
+        tokenizer: the model's tokenizer.
+        max_new_tokens: length limit of a continuation.
+        seed: seed of the sampling, the same for both.
+    """
+    results = []
+    for prompt in prompts:
+        with scale_steering(model, 0.0):
+            base = _continue(model, prompt, tokenizer, max_new_tokens, seed)
+        trained = _continue(model, prompt, tokenizer, max_new_tokens, seed)
+        results.append(Generation(prompt, base, trained))
+    return tuple(results)
+
+
+def _continue(model: Any, prompt: str, tokenizer: Any, max_new_tokens: int, seed: int) -> str:
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
+        ids = [tokenizer.bos_token_id, *ids]
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([ids], device=device)
+    with evaluating(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            do_sample=True,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    text: str = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    return text

@@ -1,0 +1,53 @@
+"""Records as figures. Reads records and nothing else; needs the ``plots`` extra (matplotlib)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .records import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = {"style": "#c2571a", "honesty": "#2a6f97", "random": "#9a9a9a"}
+
+
+def plot_ablations(summaries: Mapping[str, Sequence[Summary]]) -> Figure:
+    """Rise of the SimPO loss when each category's steering is zeroed, one panel per setting.
+
+    A bar is the mean over runs, a dot one run.
+
+    Args:
+        summaries: runs (for example seeds) by the name of their setting.
+
+    Raises:
+        ValueError: if there is no run, or one without ablations.
+    """
+    import matplotlib.pyplot as plt
+
+    if not summaries or not all(
+        runs and all(run.ablations for run in runs) for runs in summaries.values()
+    ):
+        raise ValueError("Expected at least one run with ablations for every setting.")
+    figure, panels = plt.subplots(
+        1, len(summaries), figsize=(3.6 * len(summaries), 3.2), sharey=True, squeeze=False
+    )
+    for panel, (setting, runs) in zip(panels[0], summaries.items(), strict=True):
+        names = [ablation.name for ablation in runs[0].ablations]
+        for x, name in enumerate(names):
+            rises = [
+                ablation.loss - run.trained.loss
+                for run in runs
+                for ablation in run.ablations
+                if ablation.name == name
+            ]
+            panel.bar(x, sum(rises) / len(rises), color=_COLOURS.get(name, "#5a5a5a"), width=0.6)
+            panel.plot([x] * len(rises), rises, "o", color="black", markersize=3)
+        panel.set_xticks(range(len(names)), names)
+        panel.set_title(setting, fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.axhline(0, color="black", linewidth=0.8)
+    panels[0][0].set_ylabel("rise of the SimPO loss")
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,181 @@
+"""Score a model on preference pairs: SimPO loss, accuracy and margin, without any trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from .records import PreferenceScores
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+COLUMNS = ("prompt", "chosen", "rejected")
+
+
+class Tokenized(NamedTuple):
+    """A prompt with one answer; the first ``n_prompt`` ids are the prompt's."""
+
+    input_ids: list[int]
+    n_prompt: int
+
+
+class Batch(NamedTuple):
+    """Right-padded sequences.
+
+    Attributes:
+        input_ids: shape ``(batch, seq)``.
+        attention_mask: 1 on real tokens, shape ``(batch, seq)``.
+        answer_mask: 1 on the answer's tokens, shape ``(batch, seq)``.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"]
+    answer_mask: Int[Tensor, "batch seq"]
+
+
+def check_preference_columns(columns: Iterable[str]) -> None:
+    """Refuse a data set that is not one of preference pairs.
+
+    Raises:
+        ValueError: if ``chosen`` or ``rejected`` is missing, or ``prompt``.
+    """
+    present = set(columns)
+    missing = [name for name in COLUMNS if name not in present]
+    if missing:
+        raise ValueError(
+            f"Expected a preference data set with columns {list(COLUMNS)}, found "
+            f"{sorted(present)}: {missing} missing. Rename the columns with "
+            "`dataset.rename_columns({...})`."
+        )
+
+
+def tokenize(prompt: str, answer: str, tokenizer: Any) -> Tokenized:
+    """Ids of ``prompt + answer`` between BOS and EOS, as TRL's preference trainers make them.
+
+    Raises:
+        TypeError: for messages instead of text.
+    """
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        raise TypeError(
+            f"Expected text, got {type(prompt).__name__} and {type(answer).__name__}. Turn "
+            "messages into text first, with the tokenizer's `apply_chat_template`."
+        )
+    ids = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    n_prompt = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:1] != [bos]:
+        ids, n_prompt = [bos, *ids], n_prompt + 1
+    if eos is not None and ids[-1:] != [eos]:
+        ids = [*ids, eos]
+    return Tokenized(ids, n_prompt)
+
+
+def pad(sequences: Sequence[Tokenized], device: torch.device) -> Batch:
+    """Right-pad sequences into one batch."""
+    longest = max(len(sequence.input_ids) for sequence in sequences)
+    input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    attention_mask, answer_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for row, (ids, n_prompt) in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+        answer_mask[row, n_prompt : len(ids)] = 1
+    return Batch(input_ids.to(device), attention_mask.to(device), answer_mask.to(device))
+
+
+def mean_log_probability(model: nn.Module, batch: Batch) -> Float[Tensor, "batch"]:
+    """Mean log probability of each answer's tokens, SimPO's reward over beta: ``(batch,)``."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    per_token = -F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), batch.input_ids[:, 1:], reduction="none"
+    )
+    mask = batch.answer_mask[:, 1:].to(per_token.dtype)
+    return (per_token * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def score_preferences(
+    model: nn.Module,
+    dataset: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    beta: float = 10.0,
+    gamma: float = 5.0,
+    batch_size: int = 16,
+    description: str | None = None,
+) -> PreferenceScores:
+    """SimPO loss and margin of every pair: ``-log sigmoid(margin - gamma)``.
+
+    Args:
+        model: a causal language model; its training mode is restored afterwards.
+        dataset: rows with the texts ``prompt``, ``chosen`` and ``rejected``.
+        tokenizer: the model's tokenizer.
+        beta: SimPO's reward scale.
+        gamma: SimPO's target margin, as TRL's ``simpo_gamma`` (the paper's gamma/beta times beta).
+        batch_size: pairs per forward pass.
+        description: shown beside the progress bar; None shows no bar.
+
+    Raises:
+        ValueError: for an empty data set, or a row whose answer has no tokens.
+    """
+    losses: list[float] = []
+    margins: list[float] = []
+    device = next(model.parameters()).device
+    progress = tqdm(desc=description, unit="pair", disable=description is None, leave=False)
+    with evaluating(model), progress:
+        for rows in batched(dataset, batch_size):
+            sides = [
+                tokenize(row["prompt"], row[side], tokenizer)
+                for side in ("chosen", "rejected")
+                for row in rows
+            ]
+            _refuse_empty_answers(sides, rows)
+            rewards = beta * mean_log_probability(model, pad(sides, device))
+            margin = rewards[: len(rows)] - rewards[len(rows) :]
+            margins += margin.tolist()
+            losses += (-F.logsigmoid(margin - gamma)).tolist()
+            progress.update(len(rows))
+    if not losses:
+        raise ValueError("Expected at least one preference pair, found none.")
+    return PreferenceScores(tuple(losses), tuple(margins))
+
+
+def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Consecutive lists of at most ``size`` rows."""
+    batch: list[Any] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class evaluating:
+    """Evaluation mode without gradients; the model's mode is restored on leaving."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._no_grad = torch.no_grad()
+
+    def __enter__(self) -> None:
+        self._was_training = self._model.training
+        self._model.eval()
+        self._no_grad.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._no_grad.__exit__(*exc)
+        self._model.train(self._was_training)
+
+
+def _refuse_empty_answers(sides: Sequence[Tokenized], rows: Sequence[Mapping[str, Any]]) -> None:
+    for index, side in enumerate(sides):
+        if len(side.input_ids) <= side.n_prompt:
+            name = "chosen" if index < len(rows) else "rejected"
+            prompt = rows[index % len(rows)]["prompt"]
+            raise ValueError(f"The {name} answer to the prompt {prompt[:80]!r} has no tokens.")

@@ -1,0 +1,107 @@
+"""Records as plain text. Reads records and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .records import Ablation, Generation, PreferenceScores, Summary, Usage
+
+
+def render_summary(summary: Summary, n_features: int = 10) -> str:
+    """The summary of a run for a terminal, under 100 columns wide.
+
+    Args:
+        summary: from ``compute_summary``.
+        n_features: how many of the most used features to list.
+    """
+    sections = [
+        _title(f"Held-out preference pairs ({summary.trained.n})"),
+        render_scores(summary.base, summary.trained, summary.usage),
+        _title("Most steered features (answer tokens)"),
+        render_usage(summary.usage, n_features),
+    ]
+    if summary.ablations:
+        n = len(summary.ablations[0].features[0])
+        sections += [
+            _title(f"Without the steering of {n} features"),
+            render_ablations(summary.base, summary.trained, summary.ablations),
+        ]
+    if summary.generations:
+        sections += [_title("Samples, same seed"), render_generations(summary.generations)]
+    return "\n".join(sections) + "\n"
+
+
+def render_scores(base: PreferenceScores, trained: PreferenceScores, usage: Usage) -> str:
+    """Base against trained: SimPO loss, accuracy, margin, and what the steering costs."""
+    rows = [
+        ["base", f"{base.loss:.3f}", f"{base.accuracy:.1%}", f"{base.margin:+.2f}", "0"],
+        [
+            "trained",
+            f"{trained.loss:.3f}",
+            f"{trained.accuracy:.1%}",
+            f"{trained.margin:+.2f}",
+            f"{usage.l0:.1f}",
+        ],
+    ]
+    return _table(["", "SimPO loss", "accuracy", "margin", "steered features per token"], rows)
+
+
+def render_usage(usage: Usage, n_features: int) -> str:
+    """The features with the most steering mass and what each detects."""
+    rows = [
+        [
+            str(use.feature),
+            use.label or "-",
+            "promoted" if use.mean_steering > 0 else "suppressed",
+            f"{use.frequency:.1%}",
+            f"{use.mean_abs_steering:.4f}",
+            f"{use.mean_abs_steering / usage.l1:.1%}",
+        ]
+        for use in usage.features[:n_features]
+    ]
+    headers = ["feature", "detects", "mostly", "tokens", "mean |v|", "share of ||v||_1"]
+    return _table(headers, rows)
+
+
+def render_ablations(
+    base: PreferenceScores, trained: PreferenceScores, ablations: Sequence[Ablation]
+) -> str:
+    """Loss and accuracy with each category zeroed, and the share of the gain that is lost."""
+    gain = base.loss - trained.loss
+    rows = [["nothing zeroed", f"{trained.loss:.3f}", f"{trained.accuracy:.1%}", "", ""]]
+    for ablation in ablations:
+        rise = ablation.loss - trained.loss
+        lost = f"{rise / gain:.0%}" if gain > 0 else "-"
+        draws = len(ablation.scores)
+        name = ablation.name + (f" (mean of {draws} draws)" if draws > 1 else "")
+        rows.append(
+            [name, f"{ablation.loss:.3f}", f"{ablation.accuracy:.1%}", f"{rise:+.3f}", lost]
+        )
+    return _table(["zeroed", "SimPO loss", "accuracy", "loss rises by", "of the gain"], rows)
+
+
+def render_generations(generations: Sequence[Generation]) -> str:
+    """Prompt, base continuation and trained continuation, one under another."""
+    blocks = [
+        f"prompt   {generation.prompt.strip()}\n"
+        f"base     {generation.base.strip()}\n"
+        f"trained  {generation.trained.strip()}"
+        for generation in generations
+    ]
+    return "\n\n".join(blocks)
+
+
+def _title(text: str) -> str:
+    return f"\n{text}\n{'-' * len(text)}"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+    lines = []
+    for row in [headers, *rows]:
+        first, *others = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *others]).rstrip())
+    return "\n".join(lines)
