@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from .records import Ablation, Generation, PreferenceScores, Summary, Usage
+
+_WIDTH = 98
 
 
 def render_summary(summary: Summary, n_features: int = 10) -> str:
@@ -83,12 +86,26 @@ def render_ablations(
 def render_generations(generations: Sequence[Generation]) -> str:
     """Prompt, base continuation and trained continuation, one under another."""
     blocks = [
-        f"prompt   {generation.prompt.strip()}\n"
-        f"base     {generation.base.strip()}\n"
-        f"trained  {generation.trained.strip()}"
+        "\n".join(
+            [
+                _paragraph("prompt   ", generation.prompt),
+                _paragraph("base     ", generation.base),
+                _paragraph("trained  ", generation.trained),
+            ]
+        )
         for generation in generations
     ]
     return "\n\n".join(blocks)
+
+
+def _paragraph(name: str, text: str) -> str:
+    return textwrap.fill(
+        text.strip() or "(nothing)",
+        width=_WIDTH,
+        initial_indent=name,
+        subsequent_indent=" " * len(name),
+        break_long_words=False,
+    )
 
 
 def _title(text: str) -> str:

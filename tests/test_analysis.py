@@ -1,0 +1,258 @@
+"""The analyses against naive loops, and against the trainer's own evaluation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+
+from peft_fsrl.analysis import (
+    Ablation,
+    PreferenceScores,
+    Summary,
+    ablate_categories,
+    check_preference_columns,
+    compare_generations,
+    compute_summary,
+    compute_usage,
+    render_summary,
+    score_preferences,
+)
+from peft_fsrl.analysis.preferences import Tokenized, pad, tokenize
+from peft_fsrl.steering import ablate_features, observe, scale_steering
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    return helpers.fsrl_model()
+
+
+@pytest.fixture
+def rows() -> list[dict[str, str]]:
+    """Five pairs of unlike lengths."""
+    return [
+        {"prompt": "w3 w4", "chosen": " w5 w6 w7", "rejected": " w8"},
+        {"prompt": "w9", "chosen": " w10", "rejected": " w11 w12 w13 w14"},
+        {"prompt": "w15 w16 w17", "chosen": " w18 w18", "rejected": " w19 w20"},
+        {"prompt": "w21", "chosen": " w22 w23", "rejected": " w24 w25 w26"},
+        {"prompt": "w27 w28", "chosen": " w29", "rejected": " w30"},
+    ]
+
+
+def naive_reward(model: PeftModel, prompt: str, answer: str) -> float:
+    """Mean log probability of the answer and EOS, one unpadded sequence, one token at a time."""
+    tokenizer = helpers.tiny_tokenizer()
+    start = [1, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    ids = [*start, *tokenizer(answer, add_special_tokens=False)["input_ids"], 2]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    terms = [
+        float(logits[t - 1, ids[t]] - logits[t - 1].logsumexp(0))
+        for t in range(len(start), len(ids))
+    ]
+    return sum(terms) / len(terms)
+
+
+def test_scores_equal_the_loss_written_out(model: PeftModel, rows: list[dict[str, str]]) -> None:
+    scores = score_preferences(
+        model, rows, helpers.tiny_tokenizer(), beta=3.0, gamma=1.2, batch_size=2
+    )
+    margins, losses = [], []
+    for row in rows:
+        chosen = naive_reward(model, row["prompt"], row["chosen"])
+        rejected = naive_reward(model, row["prompt"], row["rejected"])
+        margins.append(3.0 * (chosen - rejected))
+        losses.append(math.log1p(math.exp(-(margins[-1] - 1.2))))
+    assert scores.margins == pytest.approx(margins, abs=1e-5)
+    assert scores.losses == pytest.approx(losses, abs=1e-5)
+    assert scores.n == 5
+    assert scores.loss == pytest.approx(sum(losses) / 5, abs=1e-5)
+    assert scores.accuracy == sum(margin > 0 for margin in margins) / 5
+
+
+def test_scores_equal_the_trainers_evaluation(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    from peft_fsrl.trl import with_fsrl
+
+    model = helpers.fsrl_model()
+    args = CPOConfig(
+        str(tmp_path),
+        loss_type="simpo",
+        cpo_alpha=0.0,
+        beta=10.0,
+        simpo_gamma=5.0,
+        max_length=32,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        per_device_eval_batch_size=5,
+        remove_unused_columns=False,
+    )
+    dataset = Dataset.from_list(rows)
+    trainer = with_fsrl(CPOTrainer)(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=helpers.tiny_tokenizer(),
+    )
+    metrics = trainer.evaluate()
+    scores = score_preferences(model, rows, helpers.tiny_tokenizer())
+    assert scores.loss == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert scores.accuracy == pytest.approx(metrics["eval_rewards/accuracies"])
+    assert scores.margin == pytest.approx(metrics["eval_rewards/margins"], rel=1e-4)
+
+
+def test_scoring_restores_the_training_mode(model: PeftModel, rows: list[dict[str, str]]) -> None:
+    model.train()
+    score_preferences(model, rows, helpers.tiny_tokenizer())
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_scoring_refuses_what_it_cannot_score(model: PeftModel) -> None:
+    tokenizer = helpers.tiny_tokenizer()
+    with pytest.raises(ValueError, match="at least one preference pair"):
+        score_preferences(model, [], tokenizer)
+    messages = [{"role": "user", "content": "w3"}]
+    with pytest.raises(TypeError, match="apply_chat_template"):
+        score_preferences(
+            model, [{"prompt": messages, "chosen": " w4", "rejected": " w5"}], tokenizer
+        )
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="rejected answer to the prompt 'w3' has no tokens"):
+        score_preferences(model, [{"prompt": "w3", "chosen": " w4", "rejected": ""}], tokenizer)
+
+
+def test_columns() -> None:
+    check_preference_columns(["id", "prompt", "chosen", "rejected"])
+    with pytest.raises(ValueError, match=r"found \['chosen', 'question'\].*'prompt', 'rejected'"):
+        check_preference_columns(["question", "chosen"])
+
+
+def test_tokenize_marks_the_prompt_and_adds_what_is_missing() -> None:
+    tokenizer = helpers.tiny_tokenizer()
+    assert tokenize("w3 w4", " w5", tokenizer) == Tokenized([1, 3, 4, 5, 2], 3)
+    assert tokenize("<s> w3", " w5 </s>", tokenizer) == Tokenized([1, 3, 5, 2], 2)
+
+
+def test_pad() -> None:
+    batch = pad([Tokenized([1, 3, 5, 2], 2), Tokenized([1, 2], 1)], torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[1, 3, 5, 2], [1, 2, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.answer_mask.tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
+
+
+def test_usage_equals_a_loop_over_answer_tokens(
+    model: PeftModel, rows: list[dict[str, str]]
+) -> None:
+    tokenizer = helpers.tiny_tokenizer()
+    usage = compute_usage(model, rows, tokenizer, labels={3: "style"}, batch_size=2)
+    vectors = []
+    for row in rows:
+        ids, n_prompt = tokenize(row["prompt"], row["chosen"], tokenizer)
+        seen: list[torch.Tensor] = []
+        with torch.no_grad(), observe(model, lambda event: seen.append(event.steering_vector)):
+            model(input_ids=torch.tensor([ids]))
+        vectors += list(seen[0][0, n_prompt:])
+    n = len(vectors)
+    assert usage.n_tokens == n
+    for use in usage.features:
+        values = [float(v[use.feature]) for v in vectors]
+        assert use.frequency == pytest.approx(sum(value != 0 for value in values) / n)
+        assert use.mean_steering == pytest.approx(sum(values) / n, abs=1e-6)
+        assert use.mean_abs_steering == pytest.approx(sum(map(abs, values)) / n, rel=1e-5)
+        assert use.label == ("style" if use.feature == 3 else None)
+        assert use.frequency <= 1
+    assert usage.l0 == pytest.approx(sum(int((v != 0).sum()) for v in vectors) / n)
+    masses = [use.mean_abs_steering for use in usage.features]
+    assert masses == sorted(masses, reverse=True)
+    steered = {i for v in vectors for i in v.nonzero().flatten().tolist()}
+    assert {use.feature for use in usage.features} == steered
+
+
+def test_usage_of_no_text(model: PeftModel) -> None:
+    with pytest.raises(ValueError, match="at least one text"):
+        compute_usage(model, [], helpers.tiny_tokenizer())
+
+
+def test_ablation_scores_the_ablated_model(model: PeftModel, rows: list[dict[str, str]]) -> None:
+    tokenizer = helpers.tiny_tokenizer()
+    usage = compute_usage(model, rows, tokenizer)
+    categories = {"style": [2, 5, 7], "honesty": [1, 4]}
+    ablations = ablate_categories(model, rows, tokenizer, categories, usage, n_random=3, seed=1)
+    assert [ablation.name for ablation in ablations] == ["style", "honesty", "random"]
+    assert ablations[0].features == ((2, 5),)
+    assert ablations[1].features == ((1, 4),)
+    with ablate_features(model, [2, 5]):
+        expected = score_preferences(model, rows, tokenizer)
+    assert ablations[0].scores == (expected,)
+    assert expected != score_preferences(model, rows, tokenizer)
+    control = ablations[2]
+    assert len(control.features) == len(control.scores) == 3
+    steered = {use.feature for use in usage.features}
+    for draw in control.features:
+        assert len(set(draw)) == 2
+        assert set(draw) <= steered - {1, 2, 4, 5, 7}
+    assert control.loss == pytest.approx(sum(score.loss for score in control.scores) / 3)
+
+
+def test_ablation_refuses_sizes_it_cannot_match(
+    model: PeftModel, rows: list[dict[str, str]]
+) -> None:
+    tokenizer = helpers.tiny_tokenizer()
+    usage = compute_usage(model, rows, tokenizer)
+    with pytest.raises(ValueError, match="at least one category"):
+        ablate_categories(model, rows, tokenizer, {}, usage)
+    with pytest.raises(ValueError, match=r"Cannot take 2 features.*'honesty': 1"):
+        ablate_categories(
+            model, rows, tokenizer, {"style": [1, 2], "honesty": [3]}, usage, n_features=2
+        )
+
+
+def test_generations_compare_base_and_trained(model: PeftModel) -> None:
+    tokenizer = helpers.tiny_tokenizer()
+    before = torch.random.get_rng_state()
+    [first] = compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5) == (first,)
+    with scale_steering(model, 0.0):
+        [unsteered] = compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5)
+    assert unsteered.trained == unsteered.base == first.base
+
+
+def test_summary_round_trip_and_text(model: PeftModel, rows: list[dict[str, str]]) -> None:
+    summary = compute_summary(
+        model,
+        Dataset.from_list(rows),
+        helpers.tiny_tokenizer(),
+        labels={3: "style"},
+        categories={"style": [3, 4], "honesty": [5, 6]},
+        n_generations=1,
+        show_progress=False,
+    )
+    assert Summary.from_json(summary.to_json()) == summary
+    with model.disable_adapter():
+        base = score_preferences(model, rows, helpers.tiny_tokenizer())
+    assert summary.base == base
+    text = render_summary(summary, n_features=3)
+    for expected in (f"{base.loss:.3f}", f"{summary.trained.loss:.3f}", "style", "honesty"):
+        assert expected in text
+    assert "Without the steering of 2 features" in text
+    assert max(map(len, text.splitlines())) < 100
+
+
+def test_a_record_of_other_fields_is_refused() -> None:
+    with pytest.raises(ValueError, match="losses"):
+        PreferenceScores.from_json('{"losses": [1.0]}')
+    with pytest.raises(ValueError, match="fields"):
+        Ablation.from_json('{"name": "x", "features": [[1]], "scores": [3]}')
+    with pytest.raises(ValueError, match="Expecting value"):
+        PreferenceScores.from_json("")
