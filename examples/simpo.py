@@ -14,7 +14,6 @@ Options come from TRL's ``ScriptArguments``, ``CPOConfig`` and ``ModelConfig``, 
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,8 +109,8 @@ def main(
         creature = organism.load()
         name, fsrl.sae = str(creature.model_path), str(creature.sae_path)
         fsrl.layer = creature.layer if fsrl.layer is None else fsrl.layer
-        labels = creature.labels
-        categories = {key: creature.detectors(key) for key in ("style", "honesty")}
+        labels = {each.index: each.label for each in creature.feature_labels if each.label}
+        categories = {name: creature.features(name) for name in ("style", "honesty")}
 
     model = AutoModelForCausalLM.from_pretrained(
         name,
@@ -155,12 +154,14 @@ def main(
         trainer.push_to_hub(dataset_name=script.dataset_name)
 
 
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Experimental in TRL, and known: the notice says nothing about this run.
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    arguments = sys.argv[1:]
-    if not any(option in arguments for option in ("--config", "--model_name_or_path")):
+def parse(arguments: list[str]) -> tuple[Any, ...]:
+    """Options as dataclasses; without a model or a config file, those of the offline default."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    if not given & {"--config", "--model_name_or_path"}:
         arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
     parser = TrlParser((ScriptArguments, CPOConfig, ModelConfig, FSRLArguments, JobArguments))
-    main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=True))
+    return parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
+
+
+if __name__ == "__main__":
+    main(*parse(sys.argv[1:]))

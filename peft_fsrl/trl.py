@@ -161,9 +161,22 @@ class FSRLTrainerMixin(Trainer):
         """Write ``README.md`` with the SAE, the settings and the last evaluation's figures."""
         if not self.is_world_process_zero():
             return
+        directory = str(self.args.output_dir)
+        name = model_name or self.hub_model_id or os.path.basename(os.path.abspath(directory))
+        extra = [tags] if isinstance(tags, str) else list(tags or [])
+        self._write_card(directory, name, dataset_name, extra)
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)
+        # PEFT has just written a blank form there.
+        directory = str(output_dir or self.args.output_dir)
+        self._write_card(directory, os.path.basename(os.path.abspath(directory)), None, [])
+
+    def _write_card(
+        self, directory: str, name: str, dataset_name: str | None, tags: list[str]
+    ) -> None:
         assert isinstance(self.model, nn.Module)
         inner = base_model(self.model)
-        name = model_name or self.hub_model_id or os.path.basename(str(self.args.output_dir))
         evaluations = [row for row in self.state.log_history if "eval_loss" in row]
         last = evaluations[-1] if evaluations else {}
         settings = {key: getattr(self.args, key, None) for key in _CARD_SETTINGS}
@@ -171,14 +184,14 @@ class FSRLTrainerMixin(Trainer):
             next(iter(adapter_configs(self.model).values())),
             base_model=getattr(inner, "name_or_path", None) or None,
             model_name=name.split("/")[-1],
-            adapter_id=self.hub_model_id or str(self.args.output_dir),
+            adapter_id=self.hub_model_id or directory,
             training={"trainer": type(self).__mro__[2].__name__, **settings},
             figures={k: v for k, v in last.items() if k.startswith("eval_") and "_per_" not in k},
             dataset_name=dataset_name,
-            tags=[tags] if isinstance(tags, str) else tags or [],
+            tags=tags,
         )
-        os.makedirs(str(self.args.output_dir), exist_ok=True)
-        card.save(os.path.join(str(self.args.output_dir), "README.md"))
+        os.makedirs(directory, exist_ok=True)
+        card.save(os.path.join(directory, "README.md"))
 
     def _fsrl_consume(self, record: ForwardRecord) -> None:
         if record.training:

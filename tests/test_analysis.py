@@ -155,13 +155,13 @@ def test_usage_equals_a_loop_over_answer_tokens(
 ) -> None:
     tokenizer = helpers.tiny_tokenizer()
     usage = compute_usage(model, rows, tokenizer, labels={3: "style"}, batch_size=2)
-    vectors = []
+    vectors: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
     for row in rows:
         ids, n_prompt = tokenize(row["prompt"], row["chosen"], tokenizer)
-        seen: list[torch.Tensor] = []
         with torch.no_grad(), observe(model, lambda event: seen.append(event.steering_vector)):
             model(input_ids=torch.tensor([ids]))
-        vectors += list(seen[0][0, n_prompt:])
+        vectors += list(seen.pop()[0, n_prompt:])
     n = len(vectors)
     assert usage.n_tokens == n
     for use in usage.features:
