@@ -1,0 +1,49 @@
+# Needs Python 3.10+ and make; everything else goes into the virtual environment $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+# Passed on, as in `make demo ARGS="--seed 1"` or `make test ARGS="-k steer"`.
+ARGS ?=
+RUN = $(VENV)/bin/python -m
+# Left to itself, accelerate gives a single process on a CPU a single thread.
+THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH = accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test docs lint format types ci lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: ## create or refresh the virtual environment; does nothing when it is up to date
+	@$(PYTHON) tools/setup_venv.py --venv $(VENV) --constraints $(CONSTRAINTS)
+
+demo: setup ## train an adapter on the built-in model organism and show what it learned
+	$(RUN) $(LAUNCH) examples/simpo.py --overwrite_output true $(ARGS)
+
+test: setup ## run the tests, the snippets in the documentation among them
+	$(RUN) pytest $(ARGS)
+
+docs: setup ## run only the snippets in README.md and docs/
+	$(RUN) pytest tests/test_docs.py $(ARGS)
+
+lint: setup ## check style and formatting
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+format: setup ## mend what lint can mend by itself
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+types: setup ## check types
+	$(RUN) mypy
+
+ci: lint types test ## all that must pass before a change lands
+
+lock: setup ## write constraints.txt from what is installed
+	$(VENV)/bin/python tools/lock.py
+
+clean: ## remove the virtual environment, caches and build products
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,93 @@
+"""Runs the Python snippets of README.md and docs/, so that what they show keeps working.
+
+The blocks of a file run in order, in one namespace and one temporary folder. A block that opens
+with ```` ```python no-run ```` (it needs the Hub or a GPU) is compiled and not run.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if page.exists()]
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`\n]*)\n(?P<body>.*?)^ *(?P=fence) *$",
+    flags=re.MULTILINE | re.DOTALL,
+)
+
+
+class Snippet(NamedTuple):
+    """A fenced block of Python: its source, the line it starts on, and whether it is to run."""
+
+    source: str
+    line: int
+    runs: bool
+
+    def compile(self, page: Path) -> CodeType:
+        """Compile so that tracebacks name the page's own line."""
+        return compile("\n" * (self.line - 1) + self.source, str(page), "exec", dont_inherit=True)
+
+
+def find_snippets(text: str) -> list[Snippet]:
+    """The Python blocks of a Markdown page, in order."""
+    snippets = []
+    for match in FENCE.finditer(text):
+        language, *options = match["info"].split() or [""]
+        if language != "python":
+            continue
+        unknown = set(options) - {"no-run"}
+        assert not unknown, f"unknown option of a python block: {sorted(unknown)}"
+        line = text.count("\n", 0, match.start("body")) + 1
+        snippets.append(Snippet(textwrap.dedent(match["body"]), line, "no-run" not in options))
+    return snippets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_snippets_of(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snippets = find_snippets(page.read_text("utf-8"))
+    compiled = [(snippet.runs, snippet.compile(page)) for snippet in snippets]
+    monkeypatch.chdir(tmp_path)
+    # A real module, because dataclasses and pickle look up the module of what a snippet defines.
+    module = ModuleType("snippets")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for runs, code in compiled:
+        if runs:
+            exec(code, module.__dict__)
+
+
+def test_find_snippets() -> None:
+    text = textwrap.dedent(
+        """\
+        ```python
+        a = 1
+        ```
+        ````markdown
+        ```python
+        not_ours = 1
+        ```
+        ````
+        - an item
+          ```python no-run
+          b = 2
+          ```
+        ```bash
+        make demo
+        ```
+        """
+    )
+    assert find_snippets(text) == [
+        Snippet("a = 1\n", line=2, runs=True),
+        Snippet("b = 2\n", line=11, runs=False),
+    ]
+
+
+def test_unknown_option_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="norun"):
+        find_snippets("```python norun\n```\n")
