@@ -193,7 +193,9 @@ class FSRLConfig(PeftConfig):
         if sae is None:
             return None
         if isinstance(sae, (str, Path)):
-            return str(sae)
+            # Absolute, so that the saved config can be read from another working directory.
+            folder = Path(sae).expanduser()
+            return str(folder.resolve()) if str(sae) and folder.is_dir() else str(sae)
         if isinstance(sae, (tuple, list)):
             if len(sae) != 2 or not all(isinstance(part, str) for part in sae):
                 raise TypeError(
@@ -211,9 +213,7 @@ class FSRLConfig(PeftConfig):
         )
 
     def _validate(self) -> None:
-        if self.layer is not None and (
-            isinstance(self.layer, bool) or self.layer != int(self.layer)
-        ):
+        if self.layer is not None and not _is_integer(self.layer):
             raise TypeError(f"`layer` must be an integer, got {self.layer!r}.")
         if self.layer is not None and self.layer < 0:
             raise ValueError(f"`layer` must be 0 or more, got {self.layer}.")
@@ -247,6 +247,11 @@ def _plain(modules: Any) -> Any:
 def _require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+
+
+def _is_integer(value: Any) -> bool:
+    # NumPy's integers are not `int`, but like it have `__index__`; floats and strings have not.
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _require_number(name: str, value: Any, *, positive: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -263,5 +263,6 @@ def _replace_hidden_states(output: Any, hidden_states: Tensor) -> Any:
         return (hidden_states, *output[1:])
     if hasattr(output, "_replace"):
         return output._replace(**{output._fields[0]: hidden_states})
-    output[0] = hidden_states
+    # A list, or a transformers ModelOutput, whose entries are set by name.
+    output[next(iter(output)) if isinstance(output, Mapping) else 0] = hidden_states
     return output

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.integrations import skip_init_on_device
 from torch import nn
 
 from .config import FSRLConfig
@@ -17,6 +19,7 @@ from .sae import FrozenSAE, freeze_sae, load_sae, parse_hook_layer
 
 # Names under which transformers models keep their stack of decoder layers.
 _DECODER_STACKS = frozenset({"layers", "h", "blocks", "block"})
+_CACHE_GUARD = "_fsrl_cache_guard"
 
 
 class FSRLModel(BaseTuner):
@@ -57,13 +60,14 @@ class FSRLModel(BaseTuner):
 
     def _prepare_model(self, peft_config: FSRLConfig, model: nn.Module) -> None:
         """Load the SAE and settle every question about the target before anything is changed."""
-        sae = _load_bound_sae(peft_config)
+        # Under `low_cpu_mem_usage=True` PEFT sends new parameters to `meta`: not those of the SAE.
+        sae: FrozenSAE = skip_init_on_device(_load_bound_sae)(peft_config)
         _warn_of_other_model(sae, model)
         if peft_config.target_modules is None:
             peft_config._layer_path = _resolve_layer(peft_config, sae, model)
             _check_hidden_size(sae, model)
         self._sae_to_inject = sae
-        _refuse_cached_context(sae, model)
+        _guard_cache(sae, model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: FSRLConfig, key: str) -> Any:
@@ -102,6 +106,24 @@ class FSRLModel(BaseTuner):
         if isinstance(child, FSRLLayer):
             new_module = child.detach_hook()
         setattr(parent, child_name, new_module)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        guard = model.__dict__.pop(_CACHE_GUARD, None)
+        if guard is not None:
+            guard.remove()
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops `adapter_names` after this, so whoever passed it would never know.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "FSRL steers every sample of a batch with the active adapter: `adapter_names` is "
+                "not supported. Choose one with `model.set_adapter(...)`, or make one forward pass "
+                "per adapter."
+            )
+        yield
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(merge_refusal())
@@ -255,28 +277,25 @@ def _warn_of_other_model(sae: FrozenSAE, model: nn.Module) -> None:
         )
 
 
-def _refuse_cached_context(sae: FrozenSAE, model: nn.Module) -> None:
-    if not sae.contextual or getattr(model, "_fsrl_refuses_cache", False):
+def _guard_cache(sae: FrozenSAE, model: nn.Module) -> None:
+    if sae.contextual and _CACHE_GUARD not in model.__dict__:
+        guard = model.register_forward_pre_hook(_refuse_cached_context, with_kwargs=True)
+        model.__dict__[_CACHE_GUARD] = guard
+
+
+def _refuse_cached_context(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if cache is None or cache.get_seq_length() == 0:
         return
-
-    def refuse(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        steering = [
-            layer
-            for layer in module.modules()
-            if isinstance(layer, FSRLLayer)
-            and not layer.disable_adapters
-            and any(
-                layer.fsrl_sae[name].contextual
-                for name in layer.active_adapters
-                if name in layer.fsrl_sae
-            )
-        ]
-        cache = kwargs.get("past_key_values")
-        if steering and cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(
-                f"A {sae.info.architecture} SAE reads the whole sequence, but this forward "
-                "continues from a key-value cache. Generate with `use_cache=False`."
-            )
-
-    model.register_forward_pre_hook(refuse, with_kwargs=True)
-    model._fsrl_refuses_cache = True  # type: ignore[assignment]
+    steering = [m for m in model.modules() if isinstance(m, FSRLLayer) and not m.disable_adapters]
+    active = {
+        layer.fsrl_sae[name].info.architecture
+        for layer in steering
+        for name in layer.active_adapters
+        if name in layer.fsrl_sae and layer.fsrl_sae[name].contextual
+    }
+    if active:
+        raise ValueError(
+            f"An SAE of architecture {min(active)} reads the whole sequence, but this forward "
+            "continues from a key-value cache. Generate with `use_cache=False`."
+        )

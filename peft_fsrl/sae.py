@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,9 @@ _CONTEXTUAL_ARCHITECTURES = frozenset({"temporal"})
 # never calls: left in place they would keep the last batch, and its graph, alive.
 _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
-_INSTANCES: WeakValueDictionary[tuple[str, str, str], FrozenSAE] = WeakValueDictionary()
+_INSTANCES: WeakValueDictionary[tuple[SAEInfo, str, str, tuple[str, ...]], FrozenSAE] = (
+    WeakValueDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class FrozenSAE:
     Args:
         module: a SAELens inference SAE. Its tensors are shared, not copied.
         info: its identity.
+        rounding: the narrower dtypes that its tensors have passed since ``info`` was taken.
 
     Attributes:
         info: see ``SAEInfo``.
@@ -106,11 +109,12 @@ class FrozenSAE:
         contextual: ``encode`` looks at earlier tokens (``temporal``), so it needs whole sequences.
     """
 
-    def __init__(self, module: SAE[Any], info: SAEInfo) -> None:
+    def __init__(self, module: SAE[Any], info: SAEInfo, rounding: tuple[str, ...] = ()) -> None:
         self.info = info
         self.signed = info.architecture in _SIGNED_ARCHITECTURES
         self.contextual = info.architecture in _CONTEXTUAL_ARCHITECTURES
         self._module = module
+        self._rounding = rounding
         self._normalisation: str = module.cfg.normalize_activations
         self._feature_scale = _decoder_feature_scale(module)
         self._token_factor = _constant_token_factor(module)
@@ -159,12 +163,13 @@ class FrozenSAE:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FrozenSAE:
         """The same SAE on another device or in another dtype, shared with whoever asks for it."""
-        key = (self.info.fingerprint, str(device), str(dtype))
-        found = _INSTANCES.get(key)
-        if found is None:
-            found = FrozenSAE(_rebuild(self._module, device, dtype), self.info)
-            _INSTANCES[key] = found
-        return found
+        finest = getattr(torch, self._rounding[-1] if self._rounding else self.info.dtype)
+        # What bfloat16 has rounded stays rounded in float32: it must not be taken for the original.
+        exact = torch.promote_types(finest, dtype) == dtype
+        rounding = self._rounding if exact else (*self._rounding, str(dtype).removeprefix("torch."))
+        return _share(
+            self.info, device, dtype, rounding, lambda: _rebuild(self._module, device, dtype)
+        )
 
     def save(self, directory: str | Path) -> None:
         """Write the SAE in SAELens's format (``cfg.json`` and ``sae_weights.safetensors``)."""
@@ -182,7 +187,8 @@ class FrozenSAE:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # SAELens modules hold closures, which do not pickle.
-        return _unpickle, (self._module.cfg.to_dict(), self._module.state_dict(), self.info)
+        state = self._module.state_dict()
+        return _unpickle, (self._module.cfg.to_dict(), state, self.info, self._rounding)
 
     def __repr__(self) -> str:
         info = self.info
@@ -227,12 +233,8 @@ def freeze_sae(sae: SAE[Any]) -> FrozenSAE:
         model_name=_optional_str(sae.cfg.metadata.model_name),
         neuronpedia_id=_optional_str(sae.cfg.metadata.neuronpedia_id),
     )
-    key = (info.fingerprint, str(sae.W_dec.device), str(sae.W_dec.dtype))
-    found = _INSTANCES.get(key)
-    if found is None:
-        found = FrozenSAE(_rebuild(sae, sae.W_dec.device, sae.W_dec.dtype), info)
-        _INSTANCES[key] = found
-    return found
+    device, dtype = sae.W_dec.device, sae.W_dec.dtype
+    return _share(info, device, dtype, (), lambda: _rebuild(sae, device, dtype))
 
 
 def load_sae(reference: str | Mapping[str, str]) -> FrozenSAE:
@@ -268,7 +270,7 @@ def parse_reference(reference: str | Mapping[str, str]) -> dict[str, str]:
             "An SAE reference must have the key 'path', or 'release' and 'sae_id'; got "
             f"{sorted(reference)}."
         )
-    if Path(reference).expanduser().is_dir():
+    if reference and Path(reference).expanduser().is_dir():
         return {"path": str(Path(reference).expanduser().resolve())}
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
@@ -292,7 +294,8 @@ def parse_hook_layer(hook_name: str | None) -> int | None:
     """
     match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", hook_name or "")
     if match is not None:
-        return int(match[1]) - (match[2] == "pre")
+        layer = int(match[1]) - (match[2] == "pre")
+        return layer if layer >= 0 else None
     match = re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", hook_name or "")
     return None if match is None else int(match[1])
 
@@ -335,12 +338,10 @@ def _optional_str(value: Any) -> str | None:
 
 def _rebuild(module: SAE[Any], device: torch.device, dtype: torch.dtype) -> SAE[Any]:
     """A frozen copy on ``device`` in ``dtype`` that shares storage where neither changes."""
-    # Tensors made under inference mode could never take part in a later training step.
-    with torch.inference_mode(False), torch.no_grad():
-        state = {
-            name: tensor.detach().to(device=device, dtype=dtype)
-            for name, tensor in module.state_dict().items()
-        }
+    state = {
+        name: (tensor.clone() if tensor.is_inference() else tensor.detach()).to(device, dtype)
+        for name, tensor in module.state_dict().items()
+    }
     return _assemble(module.cfg.to_dict(), state)
 
 
@@ -359,11 +360,30 @@ def _assemble(cfg_dict: dict[str, Any], state: dict[str, Tensor]) -> SAE[Any]:
     return sae.requires_grad_(False).eval()
 
 
-def _unpickle(cfg_dict: dict[str, Any], state: dict[str, Tensor], info: SAEInfo) -> FrozenSAE:
-    key = (info.fingerprint, str(state["W_dec"].device), str(state["W_dec"].dtype))
+def _unpickle(
+    cfg_dict: dict[str, Any],
+    state: dict[str, Tensor],
+    info: SAEInfo,
+    rounding: tuple[str, ...],
+) -> FrozenSAE:
+    device, dtype = state["W_dec"].device, state["W_dec"].dtype
+    return _share(info, device, dtype, rounding, lambda: _assemble(cfg_dict, state))
+
+
+def _share(
+    info: SAEInfo,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounding: tuple[str, ...],
+    build: Callable[[], SAE[Any]],
+) -> FrozenSAE:
+    """The process's one copy of an SAE on a device in a dtype, built if nobody holds it yet."""
+    key = (info, str(device), str(dtype), rounding)
     found = _INSTANCES.get(key)
     if found is None:
-        found = FrozenSAE(_assemble(cfg_dict, state), info)
+        # Tensors made under inference mode could never take part in a later training step.
+        with torch.inference_mode(False), torch.no_grad():
+            found = FrozenSAE(build(), info, rounding)
         _INSTANCES[key] = found
     return found
 

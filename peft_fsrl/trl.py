@@ -89,10 +89,7 @@ class FSRLTrainerMixin(Trainer):
         assert isinstance(self.model, nn.Module)
         fsrl_layers(self.model)
         self.fsrl_penalty = SparsityPenalty(self.model)
-        self._fsrl_pending: list[ForwardRecord] = []
-        self._fsrl_evaluating = False
         self._fsrl_metrics = {"train": _Means(), "eval": _Means()}
-        self._fsrl_monitor = SteeringMonitor(self.model, self._fsrl_consume)
 
     def compute_loss(
         self,
@@ -102,13 +99,19 @@ class FSRLTrainerMixin(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The trainer's own loss plus the penalty of the forward passes that it made."""
-        self._fsrl_pending = []
-        result = super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
-        records, self._fsrl_pending = self._fsrl_pending, []
+        assert isinstance(self.model, nn.Module)
+        records: list[ForwardRecord] = []
+        # Attached for this call only: other forward passes (generation, a later trainer of the same
+        # model) are none of this trainer's business.
+        with SteeringMonitor(self.model, records.append):
+            result = super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        records = [record for record in records if record.training]
         if not records:
             return result
+        for record in records:
+            self._fsrl_measure(record, "train")
         batch_sizes = torch.tensor([float(r.tokens[0].l1.shape[0]) for r in records])
         terms = torch.stack([self.fsrl_penalty(record) for record in records])
         weights = (batch_sizes / batch_sizes.sum()).to(terms)
@@ -123,11 +126,9 @@ class FSRLTrainerMixin(Trainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own evaluation of a batch, whose steering is measured."""
-        self._fsrl_evaluating = True
-        try:
+        assert isinstance(self.model, nn.Module)
+        with SteeringMonitor(self.model, lambda record: self._fsrl_measure(record, "eval")):
             return super().prediction_step(*args, **kwargs)
-        finally:
-            self._fsrl_evaluating = False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the steering metrics before the trainer hands its logs to the reporters."""
@@ -193,13 +194,7 @@ class FSRLTrainerMixin(Trainer):
         os.makedirs(directory, exist_ok=True)
         card.save(os.path.join(directory, "README.md"))
 
-    def _fsrl_consume(self, record: ForwardRecord) -> None:
-        if record.training:
-            self._fsrl_pending.append(record)
-        elif not self._fsrl_evaluating:
-            # Neither a training nor an evaluation batch: a reference pass, or generation.
-            return
-        mode = "train" if record.training else "eval"
+    def _fsrl_measure(self, record: ForwardRecord, mode: str) -> None:
         for tokens in record.tokens:
             real = torch.ones_like(tokens.l1) if record.mask is None else record.mask > 0
             real = real.to(tokens.l1.device, torch.bool)
