@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import FSRLConfig
 from .model import decoder_layers
-from .sae import load_sae, parse_hook_layer
+from .sae_sources import load_sae, parse_hook_layer
 
 WEIGHTS = "adapter_weights.safetensors"
 CONFIG = "fsrl_adapter_config.json"

@@ -7,11 +7,9 @@ process-wide by everything that needs the same SAE there.
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,101 +233,6 @@ def freeze_sae(sae: SAE[Any]) -> FrozenSAE:
     )
     device, dtype = sae.W_dec.device, sae.W_dec.dtype
     return _share(info, device, dtype, (), lambda: _rebuild(sae, device, dtype))
-
-
-def load_sae(reference: str | Mapping[str, str]) -> FrozenSAE:
-    """Load a frozen SAE from a folder, SAELens's registry or a Hub repository in SAELens's format.
-
-    Args:
-        reference: a local folder, ``"release/sae_id"``, or a mapping with ``path`` or with
-            ``release`` and ``sae_id``.
-
-    Raises:
-        FileNotFoundError: a folder without ``cfg.json``.
-        ValueError: an unknown release or id; the message lists the closest known ones.
-    """
-    parsed = parse_reference(reference)
-    if "path" in parsed:
-        return freeze_sae(_load_folder(Path(parsed["path"])))
-    return freeze_sae(_load_released(parsed["release"], parsed["sae_id"]))
-
-
-def parse_reference(reference: str | Mapping[str, str]) -> dict[str, str]:
-    """Turn a reference into ``{"path": ...}`` or ``{"release": ..., "sae_id": ...}``.
-
-    Needs no network. A string that names an existing folder is a path; otherwise its longest prefix
-    that is a registered release, or else its first two parts as a Hub repository, is the release.
-
-    Raises:
-        ValueError: neither a folder nor of the form ``release/sae_id``.
-    """
-    if isinstance(reference, Mapping):
-        if set(reference) == {"path"} or set(reference) == {"release", "sae_id"}:
-            return {key: str(value) for key, value in reference.items()}
-        raise ValueError(
-            "An SAE reference must have the key 'path', or 'release' and 'sae_id'; got "
-            f"{sorted(reference)}."
-        )
-    if reference and Path(reference).expanduser().is_dir():
-        return {"path": str(Path(reference).expanduser().resolve())}
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    parts = reference.split("/")
-    releases = get_pretrained_saes_directory()
-    for length in range(len(parts) - 1, 0, -1):
-        if "/".join(parts[:length]) in releases:
-            return {"release": "/".join(parts[:length]), "sae_id": "/".join(parts[length:])}
-    if len(parts) > 2 and not reference.startswith((".", "/", "~")):
-        return {"release": "/".join(parts[:2]), "sae_id": "/".join(parts[2:])}
-    raise ValueError(
-        f"Cannot find the SAE {reference!r}: it is neither a folder that exists nor "
-        f"'release/sae_id' with a release that SAELens knows. {_closest(parts[0], releases)}"
-    )
-
-
-def parse_hook_layer(hook_name: str | None) -> int | None:
-    """Index of the decoder layer whose *output* a hook name means; None for any other place.
-
-    ``blocks.12.hook_resid_post`` and ``blocks.13.hook_resid_pre`` are both the output of layer 12.
-    """
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", hook_name or "")
-    if match is not None:
-        layer = int(match[1]) - (match[2] == "pre")
-        return layer if layer >= 0 else None
-    match = re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", hook_name or "")
-    return None if match is None else int(match[1])
-
-
-def _load_folder(path: Path) -> SAE[Any]:
-    from sae_lens import SAE
-
-    if not (path / "cfg.json").is_file():
-        raise FileNotFoundError(
-            "Expected an SAE in SAELens's format (cfg.json and sae_weights.safetensors) in "
-            f"{path}, found no cfg.json. Save one with `sae.save_model(path)`, or name a release."
-        )
-    return SAE.load_from_disk(path)
-
-
-def _load_released(release: str, sae_id: str) -> SAE[Any]:
-    from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    releases = get_pretrained_saes_directory()
-    if release not in releases and "/" not in release:
-        raise ValueError(f"Unknown SAE release {release!r}. {_closest(release, releases)}")
-    if release in releases and sae_id not in releases[release].saes_map:
-        known = releases[release].saes_map
-        raise ValueError(
-            f"Unknown sae_id {sae_id!r} in release {release!r}, which has {len(known)} SAEs. "
-            f"{_closest(sae_id, known)}"
-        )
-    return SAE.from_pretrained(release, sae_id)
-
-
-def _closest(name: str, known: Mapping[str, Any]) -> str:
-    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"Closest known: {matches}." if matches else f"Known, for example: {sorted(known)[:3]}."
 
 
 def _optional_str(value: Any) -> str | None:
