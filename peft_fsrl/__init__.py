@@ -8,8 +8,8 @@ from ._registration import register
 from .config import FSRLConfig
 from .layer import FSRLLayer
 from .model import FSRLModel
-from .sae import FrozenSAE, SAEInfo, freeze_sae
-from .sae_sources import load_sae
+from .sae import FrozenSAE, SAEInfo
+from .sae_sources import freeze_sae, load_sae
 
 __version__ = "0.1.0"
 

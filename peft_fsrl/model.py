@@ -15,8 +15,8 @@ from torch import nn
 
 from .config import FSRLConfig
 from .layer import FSRLLayer, merge_refusal
-from .sae import FrozenSAE, freeze_sae
-from .sae_sources import load_sae, parse_hook_layer
+from .sae import FrozenSAE
+from .sae_sources import freeze_sae, load_sae, parse_hook_layer
 
 # Names under which transformers models keep their stack of decoder layers.
 _DECODER_STACKS = frozenset({"layers", "h", "blocks", "block"})

@@ -6,10 +6,9 @@ process-wide by everything that needs the same SAE there.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,10 @@ import torch
 from torch import Tensor
 
 from . import functional
+from ._sae_modules import assemble, rebuild, slice_features
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from sae_lens import SAE
 
 # Settings, beside the tensors, that decide what an SAE computes. A fixed list, so that a field that
@@ -41,14 +41,14 @@ _FINGERPRINTED_SETTINGS = (
     "activation_normalization_factor",
 )
 _SIGNED_ARCHITECTURES = frozenset({"abstopk"})
+# Each feature's activation depends on that feature's tensors alone.
+_FEATUREWISE_ARCHITECTURES = frozenset({"standard", "gated", "jumprelu"})
 _CONTEXTUAL_ARCHITECTURES = frozenset({"temporal"})
 # Written by SAELens's run-time normalisation during encode and read back in decode, which steering
 # never calls: left in place they would keep the last batch, and its graph, alive.
 _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
-_INSTANCES: WeakValueDictionary[tuple[SAEInfo, str, str, tuple[str, ...]], FrozenSAE] = (
-    WeakValueDictionary()
-)
+_INSTANCES: WeakValueDictionary[tuple[Any, ...], FrozenSAE] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,24 @@ class FrozenSAE:
         module: a SAELens inference SAE. Its tensors are shared, not copied.
         info: its identity.
         rounding: the narrower dtypes that its tensors have passed since ``info`` was taken.
+        features: the features that it is restricted to, ascending; None for all.
 
     Attributes:
         info: see ``SAEInfo``.
+        features: as given.
         signed: feature activations may be negative (``abstopk``), so steering does not clamp them.
         contextual: ``encode`` looks at earlier tokens (``temporal``), so it needs whole sequences.
     """
 
-    def __init__(self, module: SAE[Any], info: SAEInfo, rounding: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        module: SAE[Any],
+        info: SAEInfo,
+        rounding: tuple[str, ...] = (),
+        features: tuple[int, ...] | None = None,
+    ) -> None:
         self.info = info
+        self.features = features
         self.signed = info.architecture in _SIGNED_ARCHITECTURES
         self.contextual = info.architecture in _CONTEXTUAL_ARCHITECTURES
         self._module = module
@@ -116,6 +125,15 @@ class FrozenSAE:
         self._normalisation: str = module.cfg.normalize_activations
         self._feature_scale = _decoder_feature_scale(module)
         self._token_factor = _constant_token_factor(module)
+        self._W_dec: Tensor = module.W_dec
+        # What a feature-wise encoder does not need is gone from the module; the others compete for
+        # their activations, so all are encoded and some are kept.
+        self._columns: Tensor | None = None
+        if features is not None and info.architecture not in _FEATUREWISE_ARCHITECTURES:
+            self._columns = torch.tensor(features, dtype=torch.long, device=module.W_dec.device)
+            self._W_dec = module.W_dec[self._columns]
+            if self._feature_scale is not None:
+                self._feature_scale = self._feature_scale[self._columns]
 
     @property
     def device(self) -> torch.device:
@@ -128,9 +146,59 @@ class FrozenSAE:
         return self._module.W_dec.dtype
 
     @property
-    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
-        """Decoder rows: the residual-stream direction of each feature, shape ``(d_sae, d_in)``."""
-        return self._module.W_dec
+    def W_dec(self) -> Float[Tensor, "n_features d_in"]:
+        """Decoder rows, the residual-stream direction of each feature: ``(n_features, d_in)``."""
+        return self._W_dec
+
+    @property
+    def n_features(self) -> int:
+        """How many features it has: ``d_sae``, or fewer where it is restricted."""
+        return self._W_dec.shape[0]
+
+    @property
+    def feature_index(self) -> Int[Tensor, "n_features"]:
+        """The index in the whole SAE of each of its features, ascending, on the CPU."""
+        if self.features is None:
+            return torch.arange(self.n_features)
+        return torch.tensor(self.features, dtype=torch.long)
+
+    def positions(self, features: Iterable[int]) -> Int[Tensor, "found"]:
+        """Where some features of the whole SAE stand among its own; those it lacks are left out.
+
+        Raises:
+            IndexError: for an index that the whole SAE does not have.
+        """
+        wanted = _check_features(features, self.info)
+        if self.features is None:
+            return torch.tensor(wanted, dtype=torch.long)
+        place = {feature: position for position, feature in enumerate(self.features)}
+        return torch.tensor([place[f] for f in wanted if f in place], dtype=torch.long)
+
+    def restrict(self, features: Iterable[int]) -> FrozenSAE:
+        """The same SAE with some of its features: the others are neither read nor written.
+
+        A feature-wise encoder (standard, gated, jumprelu) then costs memory and time in proportion.
+
+        Raises:
+            IndexError: for an index that the SAE does not have.
+            ValueError: for no feature, or a feature that was already left out.
+        """
+        chosen = _check_features(features, self.info)
+        rows = self.positions(chosen)
+        if not chosen or len(rows) < len(chosen):
+            raise ValueError(
+                f"Expected features among the {self.n_features} that this SAE has, at least one; "
+                f"got {chosen[:10]}."
+            )
+        featurewise = self.info.architecture in _FEATUREWISE_ARCHITECTURES
+        return _share(
+            self.info,
+            self.device,
+            self.dtype,
+            self._rounding,
+            tuple(chosen),
+            lambda: slice_features(self._module, rows) if featurewise else self._module,
+        )
 
     @property
     def module(self) -> SAE[Any]:
@@ -147,7 +215,7 @@ class FrozenSAE:
         """Feature activations of the raw activations ``x``, by SAELens's own ``encode``."""
         feature_acts: Tensor = self._module.encode(x)
         self._forget_normalisation_state()
-        return feature_acts
+        return feature_acts if self._columns is None else feature_acts[..., self._columns]
 
     def decode_update(
         self, update: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"]
@@ -155,7 +223,7 @@ class FrozenSAE:
         """``decode(f + update) - decode(f)`` at the token whose raw activations are ``x``."""
         scale = functional.normalisation_scale(x.to(self.dtype), self._normalisation)
         delta = functional.decode_update(
-            update.to(self.dtype), self._module.W_dec, self._feature_scale, scale
+            update.to(self.dtype), self._W_dec, self._feature_scale, scale
         )
         return delta if self._token_factor is None else delta * self._token_factor
 
@@ -166,11 +234,22 @@ class FrozenSAE:
         exact = torch.promote_types(finest, dtype) == dtype
         rounding = self._rounding if exact else (*self._rounding, str(dtype).removeprefix("torch."))
         return _share(
-            self.info, device, dtype, rounding, lambda: _rebuild(self._module, device, dtype)
+            self.info,
+            device,
+            dtype,
+            rounding,
+            self.features,
+            lambda: rebuild(self._module, device, dtype),
         )
 
     def save(self, directory: str | Path) -> None:
-        """Write the SAE in SAELens's format (``cfg.json`` and ``sae_weights.safetensors``)."""
+        """Write the SAE in SAELens's format (``cfg.json`` and ``sae_weights.safetensors``).
+
+        Raises:
+            ValueError: for an SAE restricted to some features, which is not the whole.
+        """
+        if self.features is not None:
+            raise ValueError(f"Only a whole SAE can be saved; this one has {self.n_features}.")
         self._module.save_model(directory)
 
     def _forget_normalisation_state(self) -> None:
@@ -186,81 +265,31 @@ class FrozenSAE:
     def __reduce__(self) -> tuple[Any, ...]:
         # SAELens modules hold closures, which do not pickle.
         state = self._module.state_dict()
-        return _unpickle, (self._module.cfg.to_dict(), state, self.info, self._rounding)
+        cfg = self._module.cfg.to_dict()
+        return _unpickle, (cfg, state, self.info, self._rounding, self.features)
 
     def __repr__(self) -> str:
         info = self.info
         return (
             f"FrozenSAE({info.architecture}, d_in={info.d_in}, d_sae={info.d_sae}, "
-            f"{info.hook_name}, {self.dtype}, {self.device})"
+            f"n_features={self.n_features}, {info.hook_name}, {self.dtype}, {self.device})"
         )
 
 
-def freeze_sae(sae: SAE[Any]) -> FrozenSAE:
-    """Take a live SAELens SAE as it is; its tensors are shared, not copied.
-
-    Args:
-        sae: an inference SAE that reads and writes the same activations.
-
-    Raises:
-        TypeError: for anything but a SAELens inference SAE (training SAEs, transcoders).
-    """
-    from sae_lens import SAE, TrainingSAE, Transcoder
-
-    if isinstance(sae, TrainingSAE):
-        raise TypeError(
-            f"Expected an inference SAE, got the training class {type(sae).__name__}, whose "
-            "activations may depend on the whole batch. Save it with "
-            "`sae.save_inference_model(path)` and pass the path."
-        )
-    if isinstance(sae, Transcoder):
-        raise TypeError(
-            f"Expected an SAE that reads and writes one hook point, got {type(sae).__name__}: a "
-            "transcoder reads the input of an MLP and writes its output, so there is no residual "
-            "stream in which its decoder could undo its encoder. Use an SAE."
-        )
-    if not isinstance(sae, SAE):
-        raise TypeError(f"Expected a sae_lens.SAE, got {type(sae).__name__}.")
-    info = SAEInfo(
-        d_in=sae.cfg.d_in,
-        d_sae=sae.cfg.d_sae,
-        architecture=sae.cfg.architecture(),
-        dtype=str(sae.W_dec.dtype).removeprefix("torch."),
-        fingerprint=compute_fingerprint(sae),
-        hook_name=_optional_str(sae.cfg.metadata.hook_name),
-        model_name=_optional_str(sae.cfg.metadata.model_name),
-        neuronpedia_id=_optional_str(sae.cfg.metadata.neuronpedia_id),
-    )
+def share_sae(sae: SAE[Any], info: SAEInfo) -> FrozenSAE:
+    """The process's one frozen copy of a live SAE, which shares its tensors."""
     device, dtype = sae.W_dec.device, sae.W_dec.dtype
-    return _share(info, device, dtype, (), lambda: _rebuild(sae, device, dtype))
+    return _share(info, device, dtype, (), None, lambda: rebuild(sae, device, dtype))
 
 
-def _optional_str(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
-def _rebuild(module: SAE[Any], device: torch.device, dtype: torch.dtype) -> SAE[Any]:
-    """A frozen copy on ``device`` in ``dtype`` that shares storage where neither changes."""
-    state = {
-        name: (tensor.clone() if tensor.is_inference() else tensor.detach()).to(device, dtype)
-        for name, tensor in module.state_dict().items()
-    }
-    return _assemble(module.cfg.to_dict(), state)
-
-
-def _assemble(cfg_dict: dict[str, Any], state: dict[str, Tensor]) -> SAE[Any]:
-    from sae_lens import SAE
-
-    reference = state["W_dec"]
-    cfg_dict = copy.deepcopy(cfg_dict)
-    # A transformers module hands over heads already flattened: there is nothing to reshape.
-    cfg_dict.update(device="meta", dtype=str(reference.dtype), reshape_activations="none")
-    # The notice on how to load the model for TransformerLens does not concern transformers models.
-    cfg_dict["metadata"].pop("model_from_pretrained_kwargs", None)
-    sae = SAE.from_dict(cfg_dict)
-    sae.load_state_dict(state, assign=True)
-    sae.to(device=reference.device, dtype=reference.dtype)
-    return sae.requires_grad_(False).eval()
+def _check_features(features: Iterable[int], info: SAEInfo) -> list[int]:
+    chosen = sorted({int(feature) for feature in features})
+    outside = [feature for feature in chosen if not 0 <= feature < info.d_sae]
+    if outside:
+        raise IndexError(
+            f"Feature {outside[0]} does not exist: the SAE has features 0 to {info.d_sae - 1}."
+        )
+    return chosen
 
 
 def _unpickle(
@@ -268,9 +297,10 @@ def _unpickle(
     state: dict[str, Tensor],
     info: SAEInfo,
     rounding: tuple[str, ...],
+    features: tuple[int, ...] | None,
 ) -> FrozenSAE:
     device, dtype = state["W_dec"].device, state["W_dec"].dtype
-    return _share(info, device, dtype, rounding, lambda: _assemble(cfg_dict, state))
+    return _share(info, device, dtype, rounding, features, lambda: assemble(cfg_dict, state))
 
 
 def _share(
@@ -278,15 +308,16 @@ def _share(
     device: torch.device,
     dtype: torch.dtype,
     rounding: tuple[str, ...],
+    features: tuple[int, ...] | None,
     build: Callable[[], SAE[Any]],
 ) -> FrozenSAE:
     """The process's one copy of an SAE on a device in a dtype, built if nobody holds it yet."""
-    key = (info, str(device), str(dtype), rounding)
+    key = (info, str(device), str(dtype), rounding, features)
     found = _INSTANCES.get(key)
     if found is None:
         # Tensors made under inference mode could never take part in a later training step.
         with torch.inference_mode(False), torch.no_grad():
-            found = FrozenSAE(build(), info, rounding)
+            found = FrozenSAE(build(), info, rounding, features)
         _INSTANCES[key] = found
     return found
 

@@ -11,10 +11,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sae import FrozenSAE, freeze_sae
+from .sae import FrozenSAE, SAEInfo, compute_fingerprint, share_sae
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+
+
+def freeze_sae(sae: SAE[Any]) -> FrozenSAE:
+    """Take a live SAELens SAE as it is; its tensors are shared, not copied.
+
+    Args:
+        sae: an inference SAE that reads and writes the same activations.
+
+    Raises:
+        TypeError: for anything but a SAELens inference SAE (training SAEs, transcoders).
+    """
+    from sae_lens import SAE, TrainingSAE, Transcoder
+
+    if isinstance(sae, TrainingSAE):
+        raise TypeError(
+            f"Expected an inference SAE, got the training class {type(sae).__name__}, whose "
+            "activations may depend on the whole batch. Save it with "
+            "`sae.save_inference_model(path)` and pass the path."
+        )
+    if isinstance(sae, Transcoder):
+        raise TypeError(
+            f"Expected an SAE that reads and writes one hook point, got {type(sae).__name__}: a "
+            "transcoder reads the input of an MLP and writes its output, so there is no residual "
+            "stream in which its decoder could undo its encoder. Use an SAE."
+        )
+    if not isinstance(sae, SAE):
+        raise TypeError(f"Expected a sae_lens.SAE, got {type(sae).__name__}.")
+    info = SAEInfo(
+        d_in=sae.cfg.d_in,
+        d_sae=sae.cfg.d_sae,
+        architecture=sae.cfg.architecture(),
+        dtype=str(sae.W_dec.dtype).removeprefix("torch."),
+        fingerprint=compute_fingerprint(sae),
+        hook_name=_optional_str(sae.cfg.metadata.hook_name),
+        model_name=_optional_str(sae.cfg.metadata.model_name),
+        neuronpedia_id=_optional_str(sae.cfg.metadata.neuronpedia_id),
+    )
+    return share_sae(sae, info)
 
 
 def load_sae(reference: str | Mapping[str, str]) -> FrozenSAE:
@@ -110,3 +148,7 @@ def _load_released(release: str, sae_id: str) -> SAE[Any]:
 def _closest(name: str, known: Mapping[str, Any]) -> str:
     matches = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     return f"Closest known: {matches}." if matches else f"Known, for example: {sorted(known)[:3]}."
+
+
+def _optional_str(value: Any) -> str | None:
+    return None if value is None else str(value)

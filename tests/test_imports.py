@@ -35,7 +35,8 @@ ALLOWED = {
     "card": {"config"},
     "config": set(),
     "functional": set(),
-    "sae": {"functional"},
+    "_sae_modules": set(),
+    "sae": {"_sae_modules", "functional"},
     "sae_sources": {"sae"},
     "convert": {"config", "model", "sae_sources"},
     "layer": {"config", "functional", "sae"},
@@ -52,7 +53,7 @@ ALLOWED = {
 }
 # Libraries that only these modules may import. The rest of the package works without them.
 OPTIONAL = {
-    "sae_lens": {"organism", "sae", "sae_sources"},
+    "sae_lens": {"_sae_modules", "organism", "sae", "sae_sources"},
     "trl": {"trl"},
     "matplotlib": {"analysis.plots"},
 }
