@@ -12,6 +12,9 @@ _SCRIPT_OPTIONS = (
     "sae",
     "layer",
     "target_modules",
+    "features",
+    "exclude_features",
+    "rank",
     "activation",
     "l1_coeff",
     "l0_coeff",
@@ -23,6 +26,15 @@ _SCRIPT_OPTIONS = (
     "sae_dtype",
 )
 
+# Where a field takes more than one word on a command line can say.
+_KINDS: dict[str, Any] = {
+    "sae": str | None,
+    "layer": int | None,
+    "target_modules": str | None,
+    "features": list[int] | None,
+    "exclude_features": list[int] | None,
+}
+
 
 def _script_arguments() -> type:
     """One command-line option per field of ``FSRLConfig`` that a script may set."""
@@ -31,7 +43,7 @@ def _script_arguments() -> type:
     for option in fields(FSRLConfig):
         if option.name not in _SCRIPT_OPTIONS:
             continue
-        kind = str | None if option.name in ("sae", "target_modules") else hints[option.name]
+        kind = _KINDS.get(option.name, hints[option.name])
         assert option.default is not MISSING
         copied = field(default=option.default, metadata=dict(option.metadata))
         options.append((option.name, kind, copied))

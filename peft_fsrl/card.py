@@ -41,7 +41,7 @@ def render_model_card(
     Returns:
         A card whose ``content`` is Markdown with a YAML header.
     """
-    info = config.sae_info or {}
+    infos = _by_layer(config.sae_info or {})
     is_hub_id = base_model is not None and not Path(base_model).exists()
     card_data = ModelCardData(
         library_name="peft",
@@ -52,15 +52,22 @@ def render_model_card(
     )
     steering = {
         "layer": config.layer if config.layer is not None else config.target_modules,
-        "SAE": _describe_reference(config.sae),
-        "SAE hook": info.get("hook_name"),
-        "SAE features": info.get("d_sae"),
-        "SAE fingerprint (SHA-256)": info.get("fingerprint"),
+        "steered features": _describe_choice(config),
+        "rank": config.rank,
         "activation": config.activation,
         "l1_coeff": config.l1_coeff,
         "l0_coeff": config.l0_coeff,
         "penalty_reduction": config.penalty_reduction,
     }
+    for name, info in infos.items():
+        reference = config.sae[name] if name else config.sae
+        label = f"layer {name}: SAE" if name else "SAE"
+        steering |= {
+            label: _describe_reference(reference),
+            f"{label} hook": info.get("hook_name"),
+            f"{label} features": info.get("d_sae"),
+            f"{label} fingerprint (SHA-256)": info.get("fingerprint"),
+        }
     return ModelCard.from_template(
         card_data,
         template_path=str(_TEMPLATE),
@@ -72,6 +79,16 @@ def render_model_card(
         figures=_cells(figures),
         versions=", ".join(_versions()),
     )
+
+
+def _by_layer(sae_info: Mapping[str, Any]) -> dict[str, Any]:
+    return {"": sae_info} if "fingerprint" in sae_info else dict(sae_info)
+
+
+def _describe_choice(config: FSRLConfig) -> str | None:
+    if config.features is not None:
+        return "only those listed in adapter_config.json"
+    return None if config.exclude_features is None else "all but those in adapter_config.json"
 
 
 def _describe_reference(reference: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,10 +11,18 @@ from typing import Any, cast
 from peft import PeftConfig
 from peft.utils import PeftType
 
-# Names under which a config stores an SAE that has no address of its own. The first stands for a
-# live object that has not been saved yet, the second for the copy next to the adapter's weights.
-LIVE_SAE = "<live>"
-SAVED_SAE_FOLDER = "sae"
+from ._fields import (
+    LIVE_SAE,
+    SAVED_SAE_FOLDER,
+    adapter_folder,
+    is_beside,
+    is_integer,
+    is_layer_mapping,
+    plain,
+    plain_features,
+    require_number,
+    require_one_of,
+)
 
 _ACTIVATIONS = ("soft_threshold", "relu", "jump_relu")
 _REDUCTIONS = ("sequence", "token")
@@ -26,16 +33,23 @@ class FSRLConfig(PeftConfig):
     """Configuration of a feature-steering adapter (FSRL, arXiv 2509.12934).
 
     Args:
-        layer: Index of the decoder layer whose output is steered. Defaults to the layer named by
-            the SAE's own ``hook_name``.
+        layer: Index of the decoder layer whose output is steered, or a list of them. Defaults to
+            the layer named by the SAE's own ``hook_name``, or by the keys of ``sae``.
         sae: The frozen sparse autoencoder: ``"release/sae_id"`` (SAELens's registry, or a Hub
             repository in SAELens's format), a folder that SAELens wrote, a ``(release, sae_id)``
-            pair, a mapping with those keys, or a live ``sae_lens.SAE``. Saved as a reference; a
-            live SAE is written next to the adapter.
+            pair, a mapping with those keys, or a live ``sae_lens.SAE``; for several layers, a
+            mapping from layer to any of these. Saved as a reference; a live SAE is written next to
+            the adapter.
         target_modules: Modules to steer instead of ``layer``, in PEFT's way (names, suffixes or a
             regular expression): for models whose decoder layers cannot be found, or for an SAE
             that was trained on another hook point.
         exclude_modules: Modules not to steer, in PEFT's way.
+        layers_to_transform: Indices of the layers in which ``target_modules`` are steered.
+        layers_pattern: Name of the list of layers that ``layers_to_transform`` counts.
+        features: Indices of the only features that may be steered; the adapter has no rows for the
+            others. For several layers, a mapping from layer to a list.
+        exclude_features: Indices of features that are never steered, in the same form.
+        rank: Rank of the adapter's weight as a product of two; None for a full one.
         activation: ``"soft_threshold"`` (two-sided: promotes and suppresses), ``"relu"`` (promotes
             only) or ``"jump_relu"`` (promotes only, learned jump).
         init_scale: Half-width of the uniform start of the adapter's weight, in units of the
@@ -68,7 +82,7 @@ class FSRLConfig(PeftConfig):
         'soft_threshold'
     """
 
-    layer: int | None = field(
+    layer: int | list[int] | None = field(
         default=None, metadata={"help": "Index of the decoder layer whose output is steered."}
     )
     sae: Any = field(
@@ -80,6 +94,21 @@ class FSRLConfig(PeftConfig):
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules not to steer."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Layers in which `target_modules` are steered."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list that `layers_to_transform` counts."}
+    )
+    features: Any = field(
+        default=None, metadata={"help": "The only features that may be steered, by index."}
+    )
+    exclude_features: Any = field(
+        default=None, metadata={"help": "Features that are never steered, by index."}
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "Rank of the adapter's weight; full if not given."}
     )
     activation: str = field(
         default="soft_threshold",
@@ -120,58 +149,107 @@ class FSRLConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = cast(PeftType, PeftType["FSRL"])
         # Not a field: `asdict` would deep-copy a live SAE and JSON could not hold it.
-        self._live_sae: Any = None
+        self._live_saes: dict[str, Any] = {}
         self._folder: str | None = None
-        self.target_modules = _plain(self.target_modules)
-        self.exclude_modules = _plain(self.exclude_modules)
-        self.sae = self._normalise_sae(self.sae)
+        self.target_modules = plain(self.target_modules)
+        self.exclude_modules = plain(self.exclude_modules)
+        self.features = plain_features(self.features)
+        self.exclude_features = plain_features(self.exclude_features)
+        if is_layer_mapping(self.sae):
+            self.sae = {str(k): self._normalise_sae(v, str(k)) for k, v in self.sae.items()}
+            if self.layer is None:
+                self.layer = sorted(int(key) for key in self.sae)
+        else:
+            self.sae = self._normalise_sae(self.sae, "")
         self._validate()
 
-    def resolve_sae(self) -> Any:
-        """The live SAE, or a reference whose path, if it is one, can be opened from here.
+    @property
+    def layers(self) -> list[int]:
+        """The layers that ``layer`` names, as a list."""
+        if self.layer is None:
+            return []
+        return list(self.layer) if isinstance(self.layer, list) else [self.layer]
+
+    def resolve_saes(self) -> dict[str, Any]:
+        """What to load, by layer: a live SAE, or a reference whose path can be opened from here.
+
+        Returns:
+            By the layer as a string, or under ``""`` where one SAE serves every target.
 
         Raises:
             ValueError: if the config names no SAE, or one that was saved next to an adapter whose
                 folder this config was not read from.
         """
-        if self._live_sae is not None:
-            return self._live_sae
         if self.sae is None:
             raise ValueError(
                 "FSRLConfig needs `sae`: 'release/sae_id', a folder that SAELens wrote, or a live "
                 "sae_lens.SAE."
             )
-        if self.sae == LIVE_SAE:
+        references = self.sae if is_layer_mapping(self.sae) else {"": self.sae}
+        return {key: self._resolve_sae(key, reference) for key, reference in references.items()}
+
+    def select_features(self, key: str, d_sae: int) -> list[int] | None:
+        """The features of one layer's SAE that may be steered, ascending; None for all.
+
+        Args:
+            key: the layer as a string, or ``""``.
+            d_sae: how many features the SAE has.
+        """
+        only, never = (
+            value.get(key) if isinstance(value, dict) else value
+            for value in (self.features, self.exclude_features)
+        )
+        if only is not None:
+            return sorted(only)
+        if never is None:
+            return None
+        excluded = set(never)
+        outside = [index for index in excluded if index >= d_sae]
+        if outside:
+            raise IndexError(
+                f"`exclude_features` names feature {outside[0]}, but the SAE has features 0 to "
+                f"{d_sae - 1}."
+            )
+        return [index for index in range(d_sae) if index not in excluded]
+
+    def bind_sae(self, frozen: Any, info: dict[str, Any], key: str = "") -> None:
+        """Keep a loaded SAE's identity, and the SAE itself where it has no other address."""
+        self.sae_info = {**(self.sae_info or {}), key: info} if key else info
+        reference = self.sae[key] if key else self.sae
+        if reference == LIVE_SAE or is_beside(reference):
+            self._live_saes[key] = frozen
+
+    def _resolve_sae(self, key: str, reference: Any) -> Any:
+        if key in self._live_saes:
+            return self._live_saes[key]
+        if reference == LIVE_SAE:
             raise ValueError(
                 "This config was made from a live SAE that is no longer there. Pass the SAE again, "
                 "or save the adapter first, which writes the SAE next to it."
             )
-        if self.sae == {"path": SAVED_SAE_FOLDER}:
-            if self._folder is None:
-                raise ValueError(
-                    f"This adapter's SAE was saved beside it, in '{SAVED_SAE_FOLDER}/', but the "
-                    "config does not know which folder it was read from. Read it with "
-                    "FSRLConfig.from_pretrained(...) or PeftModel.from_pretrained(...), or pass "
-                    "the SAE."
-                )
-            return {"path": os.path.join(self._folder, SAVED_SAE_FOLDER)}
-        return self.sae
-
-    def bind_sae(self, frozen: Any, info: dict[str, Any]) -> None:
-        """Keep the loaded SAE's identity, and the SAE itself where it has no other address."""
-        self.sae_info = info
-        if self.sae == LIVE_SAE or self.sae == {"path": SAVED_SAE_FOLDER}:
-            self._live_sae = frozen
+        if not is_beside(reference):
+            return reference
+        if self._folder is None:
+            raise ValueError(
+                f"This adapter's SAE was saved beside it, in '{SAVED_SAE_FOLDER}/', but the config "
+                "does not know which folder it was read from. Read it with "
+                "FSRLConfig.from_pretrained(...) or PeftModel.from_pretrained(...), or pass the "
+                "SAE."
+            )
+        return {"path": os.path.join(self._folder, reference["path"])}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and the SAE in ``sae/`` where it has no other address."""
-        if self._live_sae is None or not hasattr(self._live_sae, "save"):
-            super().save_pretrained(save_directory, **kwargs)
-            return
-        self._live_sae.save(os.path.join(save_directory, SAVED_SAE_FOLDER))
         in_memory = self.sae
-        self.sae = {"path": SAVED_SAE_FOLDER}
+        saved: dict[str, Any] = {}
+        for key, live in self._live_saes.items():
+            # A live SAE that no model has taken yet is SAELens's own object.
+            write = live.save if hasattr(live, "save") else live.save_model
+            saved[key] = {"path": f"{SAVED_SAE_FOLDER}/{key}" if key else SAVED_SAE_FOLDER}
+            write(os.path.join(save_directory, saved[key]["path"]))
         try:
+            if saved:
+                self.sae = saved.get("") or {**in_memory, **saved}
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.sae = in_memory
@@ -185,11 +263,12 @@ class FSRLConfig(PeftConfig):
             FSRLConfig,
             super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs),
         )
-        if config.sae == {"path": SAVED_SAE_FOLDER}:
-            config._folder = _adapter_folder(pretrained_model_name_or_path, subfolder, kwargs)
+        references = config.sae.values() if is_layer_mapping(config.sae) else [config.sae]
+        if any(is_beside(reference) for reference in references):
+            config._folder = adapter_folder(pretrained_model_name_or_path, subfolder, kwargs)
         return config
 
-    def _normalise_sae(self, sae: Any) -> Any:
+    def _normalise_sae(self, sae: Any, key: str) -> Any:
         if sae is None:
             return None
         if isinstance(sae, (str, Path)):
@@ -205,31 +284,56 @@ class FSRLConfig(PeftConfig):
         if isinstance(sae, Mapping):
             return {str(key): str(value) for key, value in sae.items()}
         if hasattr(sae, "encode") and hasattr(sae, "W_dec"):
-            self._live_sae = sae
+            self._live_saes[key] = sae
             return LIVE_SAE
         raise TypeError(
             "`sae` must be 'release/sae_id', a folder, a (release, sae_id) pair, a mapping or a "
             f"live sae_lens.SAE; got {type(sae).__name__}."
         )
 
+    def _validate_several(self) -> None:
+        """One SAE for one layer, or a mapping with an SAE for each of several."""
+        if len(set(self.layers)) != len(self.layers) or self.layer == []:
+            raise ValueError(f"`layer` must name each layer once, at least one; got {self.layer}.")
+        given = set(self.sae) if is_layer_mapping(self.sae) else None
+        if given is not None and given != {str(layer) for layer in self.layers}:
+            raise ValueError(
+                f"`sae` must have one SAE for each of the layers {self.layers}, found SAEs for "
+                f"{sorted(given)}."
+            )
+        if given is None and len(self.layers) > 1:
+            raise ValueError(
+                f"Several layers need an SAE each: pass `sae` as a mapping from layer to SAE, got "
+                f"one SAE for {self.layers}."
+            )
+
     def _validate(self) -> None:
-        if self.layer is not None and not _is_integer(self.layer):
-            raise TypeError(f"`layer` must be an integer, got {self.layer!r}.")
-        if self.layer is not None and self.layer < 0:
+        if not all(is_integer(layer) for layer in self.layers):
+            raise TypeError(
+                f"`layer` must be an integer or a list of integers, got {self.layer!r}."
+            )
+        if any(layer < 0 for layer in self.layers):
             raise ValueError(f"`layer` must be 0 or more, got {self.layer}.")
+        self._validate_several()
+        if self.layers_to_transform is not None and self.target_modules is None:
+            raise ValueError("`layers_to_transform` needs `target_modules`. Or name a `layer`.")
+        if self.rank is not None and (not is_integer(self.rank) or self.rank < 1):
+            raise ValueError(f"`rank` must be an integer of 1 or more, got {self.rank!r}.")
+        if self.features is not None and self.exclude_features is not None:
+            raise ValueError("Give `features` or `exclude_features`, not both.")
         if self.layer is not None and self.target_modules is not None:
             raise ValueError(
                 "`layer` and `target_modules` both say what to steer; give one of them "
                 f"(got layer={self.layer}, target_modules={self.target_modules})."
             )
-        _require_one_of("activation", self.activation, _ACTIVATIONS)
-        _require_one_of("penalty_reduction", self.penalty_reduction, _REDUCTIONS)
+        require_one_of("activation", self.activation, _ACTIVATIONS)
+        require_one_of("penalty_reduction", self.penalty_reduction, _REDUCTIONS)
         for name in ("init_scale", "bandwidth", "threshold_lr_multiplier"):
-            _require_number(name, getattr(self, name), positive=True)
+            require_number(name, getattr(self, name), positive=True)
         for name in ("l1_coeff", "l0_coeff"):
-            _require_number(name, getattr(self, name), positive=False)
+            require_number(name, getattr(self, name), positive=False)
         if self.init_threshold is not None:
-            _require_number(
+            require_number(
                 "init_threshold", self.init_threshold, positive=self.activation == "jump_relu"
             )
         if self.l0_coeff and self.activation != "jump_relu":
@@ -237,42 +341,3 @@ class FSRLConfig(PeftConfig):
                 f"`l0_coeff` needs activation='jump_relu', whose gate has a gradient; got "
                 f"{self.activation!r}. Use `l1_coeff`."
             )
-
-
-def _plain(modules: Any) -> Any:
-    """A set of module names as a list, which JSON can hold in one order."""
-    return sorted(modules) if isinstance(modules, (set, frozenset)) else modules
-
-
-def _require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
-
-
-def _is_integer(value: Any) -> bool:
-    # NumPy's integers are not `int`, but like it have `__index__`; floats and strings have not.
-    return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
-def _require_number(name: str, value: Any, *, positive: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        wanted = "positive" if positive else "not negative"
-        raise ValueError(f"`{name}` must be finite and {wanted}, got {value}.")
-
-
-def _adapter_folder(name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> str:
-    local = os.path.join(name_or_path, subfolder) if subfolder else name_or_path
-    if os.path.isdir(local):
-        return os.path.abspath(local)
-    from huggingface_hub import snapshot_download
-
-    inside = f"{subfolder}/{SAVED_SAE_FOLDER}" if subfolder else SAVED_SAE_FOLDER
-    allowed = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-    root = snapshot_download(
-        name_or_path,
-        allow_patterns=[f"{inside}/*"],
-        **{key: kwargs[key] for key in allowed if key in kwargs},
-    )
-    return os.path.join(root, subfolder) if subfolder else root

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import FSRLConfig
-from .model import decoder_layers
 from .sae_sources import load_sae, parse_hook_layer
+from .targets import decoder_layers
 
 WEIGHTS = "adapter_weights.safetensors"
 CONFIG = "fsrl_adapter_config.json"

@@ -230,11 +230,30 @@ def decode_update(
     return delta if token_scale is None else delta * token_scale
 
 
+def steering_pre(
+    sae_input: Float[Tensor, "*batch d_in"],
+    weight: Float[Tensor, "d_sae rank"],
+    bias: Float[Tensor, "d_sae"],
+    down: Float[Tensor, "rank d_in"] | None = None,
+) -> Float[Tensor, "*batch d_sae"]:
+    """``u = x~ @ (weight @ down).T + bias``; without ``down``, ``u = x~ @ weight.T + bias``.
+
+    Args:
+        sae_input: ``x~``, shape ``(..., d_in)``; cast to the adapter's dtype.
+        weight: shape ``(d_sae, d_in)``, or ``(d_sae, rank)`` where ``down`` is given.
+        bias: shape ``(d_sae,)``.
+        down: first factor of a weight of low rank, shape ``(rank, d_in)``.
+
+    Returns:
+        Shape ``(..., d_sae)``.
+    """
+    sae_input = sae_input.to(weight.dtype)
+    return F.linear(sae_input if down is None else F.linear(sae_input, down), weight, bias)
+
+
 def steer(
     x: Float[Tensor, "*batch d_in"],
-    sae_input: Float[Tensor, "*batch d_in"],
-    weight: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, "d_sae"],
+    u: Float[Tensor, "*batch d_sae"],
     threshold: Float[Tensor, "#d_sae"] | None,
     *,
     activation: str,
@@ -243,13 +262,11 @@ def steer(
     decode_update: Callable[[Float[Tensor, "*batch d_sae"]], Float[Tensor, "*batch d_in"]],
     edit: Callable[[Float[Tensor, "*batch d_sae"]], Float[Tensor, "*batch d_sae"]] | None = None,
 ) -> Steered:
-    """``x' = x + decode(relu(f + v)) - decode(f)`` with ``v = act_theta(x~ @ weight.T + bias)``.
+    """``x' = x + decode(relu(f + v)) - decode(f)`` with ``v = act_theta(u)``.
 
     Args:
         x: the wrapped module's output, shape ``(..., d_in)``.
-        sae_input: ``x~``, the SAE's processed input, shape ``(..., d_in)``.
-        weight: adapter weight ``W_a``, shape ``(d_sae, d_in)``.
-        bias: adapter bias ``b_a``, shape ``(d_sae,)``.
+        u: pre-activations, from ``steering_pre``, shape ``(..., d_sae)``.
         threshold: see ``steering_vector``.
         activation: one of ``ACTIVATIONS``.
         bandwidth: kernel width of ``jump_relu``.
@@ -261,7 +278,6 @@ def steer(
     Returns:
         The steered output, the steering vector as it acted, and the gate of ``jump_relu``.
     """
-    u = F.linear(sae_input.to(weight.dtype), weight, bias)
     v, gate = steering_vector(u, threshold, activation=activation, bandwidth=bandwidth)
     if edit is not None:
         v = edit(v)

@@ -25,7 +25,8 @@ class SteeringEvent(NamedTuple):
         layer_name: path of the wrapped module in the base model.
         adapter_name: the adapter that acted.
         hidden_states: the wrapped module's own output, shape ``(batch, seq, d_in)``.
-        steering_vector: ``v`` in feature space as it acted, shape ``(batch, seq, d_sae)``.
+        steering_vector: ``v`` in feature space as it acted, shape ``(batch, seq, n_features)``;
+            ``sae.feature_index`` says which features these are.
         gate: ``jump_relu``'s differentiable gate of the same shape, or None.
         sae: the SAE whose features are steered, on the device of the layer.
     """
@@ -39,7 +40,7 @@ class SteeringEvent(NamedTuple):
 
 
 Observer = Callable[[SteeringEvent], None]
-Edit = Callable[[Tensor], Tensor]
+Edit = Callable[[Tensor, FrozenSAE], Tensor]
 
 _THRESHOLD_NAMES = {"soft_threshold": "threshold", "jump_relu": "log_threshold"}
 
@@ -47,21 +48,26 @@ _THRESHOLD_NAMES = {"soft_threshold": "threshold", "jump_relu": "log_threshold"}
 class SteeringAdapter(nn.Module):
     """The trainable part, ``v = act_theta(x~ @ weight.T + bias)``, as parameters without a forward.
 
+    With ``config.rank`` the weight is ``weight @ down``.
+
     Args:
         d_in: width of the SAE's input.
-        d_sae: number of features.
+        n_features: number of features that may be steered.
         config: read once, here.
         device: where the parameters live.
         dtype: dtype of the parameters.
 
     Shape:
-        weight ``(d_sae, d_in)``, bias ``(d_sae,)``, threshold or log_threshold ``(d_sae,)``.
+        weight ``(n_features, d_in)``, bias and threshold or log_threshold ``(n_features,)``; with a
+        rank, weight ``(n_features, rank)`` and down ``(rank, d_in)``.
     """
+
+    down: nn.Parameter | None
 
     def __init__(
         self,
         d_in: int,
-        d_sae: int,
+        n_features: int,
         config: FSRLConfig,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -69,17 +75,23 @@ class SteeringAdapter(nn.Module):
         super().__init__()
         self.activation = config.activation
         self.bandwidth = config.bandwidth
-        self.weight = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
+        width = config.rank or d_in
+        self.weight = nn.Parameter(torch.empty(n_features, width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(n_features, device=device, dtype=dtype))
         # In float16 a very small start would round to zero, from where nothing trains.
         scale = max(config.init_scale, torch.finfo(self.weight.dtype).smallest_normal / 64)
         nn.init.uniform_(self.weight, -scale, scale)
+        self.register_parameter("down", None)
+        if config.rank is not None:
+            # Of unit size, so that the product starts as small as a full weight does.
+            self.down = nn.Parameter(torch.empty(width, d_in, device=device, dtype=dtype))
+            nn.init.normal_(self.down, std=width**-0.5)
         if config.activation == "relu":
             return
         start = config.init_threshold or 0.0
         if config.activation == "jump_relu":
             start = math.log(config.init_threshold or config.bandwidth)
-        threshold = nn.Parameter(torch.full((d_sae,), start, device=device, dtype=dtype))
+        threshold = nn.Parameter(torch.full((n_features,), start, device=device, dtype=dtype))
         self.register_parameter(_THRESHOLD_NAMES[config.activation], threshold)
 
     @property
@@ -103,7 +115,8 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         observers: called with a ``SteeringEvent`` after every application.
-        edits: applied in order to the steering vector before it acts.
+        edits: applied in order to the steering vector, with the SAE, before it acts.
+        batch_adapter_names: which adapter steers each sample of the batch; None for the active one.
     """
 
     adapter_layer_names = ("fsrl_adapter",)
@@ -117,6 +130,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         self.fsrl_sae: dict[str, FrozenSAE] = {}
         self.observers: list[Observer] = []
         self.edits: list[Edit] = []
+        self.batch_adapter_names: list[str] | None = None
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -125,7 +139,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: FSRLConfig, sae: FrozenSAE) -> None:
         """Add an adapter, or replace the one of that name, and make it active."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
-        adapter = SteeringAdapter(sae.info.d_in, sae.info.d_sae, config, device, dtype)
+        adapter = SteeringAdapter(sae.info.d_in, sae.n_features, config, device, dtype)
         self.fsrl_adapter[adapter_name] = adapter
         self.fsrl_sae[adapter_name] = sae
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
@@ -166,10 +180,32 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
     def _steer_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self.disable_adapters:
             return output
+        if self.batch_adapter_names is not None:
+            steered = self._steer_samples(_hidden_states(output), self.batch_adapter_names)
+            return _replace_hidden_states(output, steered)
         for name in self.active_adapters:
             if name in self.fsrl_adapter:
                 output = _replace_hidden_states(output, self._steer(name, _hidden_states(output)))
         return output
+
+    def _steer_samples(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Steer each sample with its own adapter; names that are not on this layer steer nothing.
+
+        Raises:
+            ValueError: for another number of names than samples.
+        """
+        if len(adapter_names) != x.shape[0]:
+            raise ValueError(
+                f"Expected one adapter name per sample, got {len(adapter_names)} names for "
+                f"{x.shape[0]} samples."
+            )
+        steered = x.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name in self.fsrl_adapter:
+                rows = [row for row, other in enumerate(adapter_names) if other == name]
+                index = torch.tensor(rows, device=x.device)
+                steered = steered.index_copy(0, index, self._steer(name, x[index]))
+        return steered
 
     def _steer(self, adapter_name: str, x: Tensor) -> Tensor:
         adapter = self.fsrl_adapter[adapter_name]
@@ -185,15 +221,13 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             sae = self.fsrl_sae[adapter_name] = sae.to(x.device, sae.dtype)
         steered = functional.steer(
             x,
-            sae.process_in(x),
-            adapter.weight,
-            adapter.bias,
+            functional.steering_pre(sae.process_in(x), adapter.weight, adapter.bias, adapter.down),
             adapter.threshold_parameter,
             activation=adapter.activation,
             bandwidth=adapter.bandwidth,
             encode=None if sae.signed else lambda: sae.encode(x),
             decode_update=lambda update: sae.decode_update(update, x),
-            edit=self._apply_edits if self.edits else None,
+            edit=(lambda v: self._apply_edits(v, sae)) if self.edits else None,
         )
         for observer in self.observers:
             observer(
@@ -203,9 +237,9 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             )
         return steered.output
 
-    def _apply_edits(self, v: Tensor) -> Tensor:
+    def _apply_edits(self, v: Tensor, sae: FrozenSAE) -> Tensor:
         for edit in self.edits:
-            v = edit(v)
+            v = edit(v, sae)
         return v
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FSRLLayer:

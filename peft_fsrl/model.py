@@ -1,11 +1,10 @@
-"""``FSRLModel``: finds what to steer, loads the SAE once, and puts an ``FSRLLayer`` there."""
+"""``FSRLModel``: loads the SAEs, and puts an ``FSRLLayer`` around what each of them reads."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +15,12 @@ from torch import nn
 from .config import FSRLConfig
 from .layer import FSRLLayer, merge_refusal
 from .sae import FrozenSAE
-from .sae_sources import freeze_sae, load_sae, parse_hook_layer
+from .sae_sources import freeze_sae, load_sae
+from .targets import resolve_targets, warn_of_other_model
 
-# Names under which transformers models keep their stack of decoder layers.
-_DECODER_STACKS = frozenset({"layers", "h", "blocks", "block"})
 _CACHE_GUARD = "_fsrl_cache_guard"
+# PEFT's name, in a mixed batch, for a sample that no adapter changes.
+_BASE = "__base__"
 
 
 class FSRLModel(BaseTuner):
@@ -44,15 +44,15 @@ class FSRLModel(BaseTuner):
     tuner_layer_cls = FSRLLayer
     # PEFT looks target modules up by model type; here `layer` names them.
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
-    _sae_to_inject: FrozenSAE | None = None
+    _saes_to_inject: Mapping[str, FrozenSAE] = MappingProxyType({})
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         """Add an adapter; see ``peft.tuners.tuners_utils.BaseTuner.inject_adapter``."""
         try:
             super().inject_adapter(model, adapter_name, **kwargs)
         finally:
-            # From here on only the layers hold the SAE: a copy that none of them uses is freed.
-            self._sae_to_inject = None
+            # From here on only the layers hold the SAEs: a copy that none of them uses is freed.
+            self._saes_to_inject = {}
 
     def _prepare_adapter_config(
         self, peft_config: FSRLConfig, model_config: dict[str, Any]
@@ -60,21 +60,25 @@ class FSRLModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: FSRLConfig, model: nn.Module) -> None:
-        """Load the SAE and settle every question about the target before anything is changed."""
+        """Load the SAEs and settle every question about targets before anything is changed."""
         # Under `low_cpu_mem_usage=True` PEFT sends new parameters to `meta`: not those of the SAE.
-        sae: FrozenSAE = skip_init_on_device(_load_bound_sae)(peft_config)
-        _warn_of_other_model(sae, model)
+        saes: dict[str, FrozenSAE] = skip_init_on_device(_load_bound_saes)(peft_config)
+        for sae in saes.values():
+            warn_of_other_model(sae, model)
         if peft_config.target_modules is None:
-            peft_config._layer_path = _resolve_layer(peft_config, sae, model)
-            _check_hidden_size(sae, model)
-        self._sae_to_inject = sae
-        _guard_cache(sae, model)
+            saes = resolve_targets(peft_config, saes, model)
+            peft_config._target_paths = frozenset(saes)
+        else:
+            peft_config._target_paths = None
+        self._saes_to_inject = saes
+        for sae in saes.values():
+            _guard_cache(sae, model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: FSRLConfig, key: str) -> Any:
-        path = getattr(peft_config, "_layer_path", None)
-        if path is not None:
-            return key == path
+        paths = getattr(peft_config, "_target_paths", None)
+        if paths is not None:
+            return key in paths
         return BaseTuner._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
@@ -87,8 +91,7 @@ class FSRLModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        sae = self._sae_to_inject
-        assert sae is not None
+        sae = self._saes_to_inject.get(current_key) or self._saes_to_inject[""]
         if isinstance(target, FSRLLayer):
             target.update_layer(adapter_name, peft_config, sae)
             layer = target
@@ -117,97 +120,63 @@ class FSRLModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT drops `adapter_names` after this, so whoever passed it would never know.
-        if kwargs.get("adapter_names") is not None:
+        """Steer each sample with its own adapter where a caller passes ``adapter_names``."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        known = {_BASE, *self.peft_config}
+        if self.training:
+            raise ValueError("`adapter_names` is for inference: call `model.eval()` first.")
+        if not set(names) <= known:
             raise ValueError(
-                "FSRL steers every sample of a batch with the active adapter: `adapter_names` is "
-                "not supported. Choose one with `model.set_adapter(...)`, or make one forward pass "
-                "per adapter."
+                f"`adapter_names` must be among {sorted(known)}, got {sorted(set(names) - known)}."
             )
-        yield
+        copies = _copies_per_sample(kwargs)
+        per_sample = [name for name in names for _ in range(copies)]
+        layers = [module for module in self.modules() if isinstance(module, FSRLLayer)]
+        for layer in layers:
+            layer.batch_adapter_names = per_sample
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.batch_adapter_names = None
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(merge_refusal())
 
 
-def decoder_layers(model: nn.Module) -> dict[int, str]:
-    """Map the index of each decoder layer to the path of its module.
-
-    The stack is the ``nn.ModuleList`` with as many entries as the text config has hidden layers,
-    inside the model's decoder where transformers can name it, so that the vision tower of a
-    multimodal model is not taken for it.
-
-    Raises:
-        ValueError: if there is no such stack, or more than one.
-    """
-    root, decoder = _decoder_root(model)
-    expected = _text_config(model).get("num_hidden_layers")
-    stacks = {
-        f"{root}.{name}".strip("."): module
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and name.rpartition(".")[2] in _DECODER_STACKS
-        and (expected is None or len(module) == expected)
-    }
-    outermost = {
-        path: module
-        for path, module in stacks.items()
-        if not any(path.startswith(other + ".") for other in stacks)
-    }
-    if len(outermost) != 1:
-        found = f"found several: {sorted(outermost)}" if outermost else "found none"
-        raise ValueError(
-            f"Cannot tell which modules of {type(model).__name__} are its decoder layers: expected "
-            f"one list named {' or '.join(sorted(_DECODER_STACKS))} with {expected or 'some'} "
-            f"entries, {found}. Name the module to steer with "
-            "`target_modules=['path.to.the.layer']` instead of `layer`; "
-            "`[name for name, _ in model.named_modules()]` lists the paths."
-        )
-    [(path, stack)] = outermost.items()
-    return {index: f"{path}.{index}" for index in range(len(stack))}
+def _load_bound_saes(config: FSRLConfig) -> dict[str, FrozenSAE]:
+    """Load each SAE of a config, check that it is the one it was, and restrict it as asked."""
+    saes = {}
+    for key, reference in config.resolve_saes().items():
+        sae = _load_bound_sae(config, key, reference)
+        features = config.select_features(key, sae.info.d_sae)
+        if config.sae_dtype is not None:
+            sae = sae.to(sae.device, _torch_dtype(config.sae_dtype))
+        saes[key] = sae if features is None else sae.restrict(features)
+    return saes
 
 
-def _decoder_root(model: nn.Module) -> tuple[str, nn.Module]:
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    if isinstance(decoder, nn.Module):
-        for name, module in model.named_modules():
-            if module is decoder:
-                return name, module
-    return "", model
-
-
-def _text_config(model: nn.Module) -> Mapping[str, Any]:
-    config = getattr(model, "config", None)
-    if config is None:
-        return {}
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    if isinstance(config, Mapping):
-        return config
-    # Attribute access, not to_dict(): transformers maps n_layer, n_embd, ... to the common names.
-    names = ("num_hidden_layers", "hidden_size")
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
-
-
-def _load_bound_sae(config: FSRLConfig) -> FrozenSAE:
-    reference = config.resolve_sae()
+def _load_bound_sae(config: FSRLConfig, key: str, reference: Any) -> FrozenSAE:
     if isinstance(reference, FrozenSAE):
         sae = reference
     elif isinstance(reference, (str, Mapping)):
         sae = load_sae(reference)
     else:
         sae = freeze_sae(reference)
-    expected = (config.sae_info or {}).get("fingerprint")
+    known = config.sae_info or {}
+    expected = (known.get(key, {}) if key else known).get("fingerprint")
     if expected is not None and expected != sae.info.fingerprint:
         raise ValueError(
             "The SAE has changed since this adapter was saved: expected fingerprint "
-            f"{expected[:16]}... ({config.sae_info}), found {sae.info.fingerprint[:16]}... in "
-            f"{reference} ({sae.info}). The adapter's features would mean something else. Point "
-            "`sae` at the SAE that it was trained with."
+            f"{expected[:16]}... ({known[key] if key else known}), found "
+            f"{sae.info.fingerprint[:16]}... in {reference} ({sae.info}). The adapter's features "
+            "would mean something else. Point `sae` at the SAE that it was trained with."
         )
-    config.bind_sae(sae, sae.info.to_dict())
-    return sae if config.sae_dtype is None else sae.to(sae.device, _torch_dtype(config.sae_dtype))
+    config.bind_sae(sae, sae.info.to_dict(), key)
+    return sae
 
 
 def _torch_dtype(name: str) -> torch.dtype:
@@ -220,62 +189,12 @@ def _torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _resolve_layer(config: FSRLConfig, sae: FrozenSAE, model: nn.Module) -> str:
-    hooked = parse_hook_layer(sae.info.hook_name)
-    layer = hooked if config.layer is None else int(config.layer)
-    if layer is None:
-        raise ValueError(
-            "FSRLConfig needs `layer` (or `target_modules`): the SAE's hook name "
-            f"{sae.info.hook_name!r} does not say at which decoder layer's output it was trained."
-        )
-    paths = decoder_layers(model)
-    if layer not in paths:
-        raise ValueError(
-            f"Layer {layer} does not exist: {type(model).__name__} has {len(paths)} decoder "
-            f"layers, 0 to {len(paths) - 1}."
-        )
-    if hooked is not None and hooked != layer:
-        warnings.warn(
-            f"The SAE was trained on the output of layer {hooked} (hook {sae.info.hook_name!r}), "
-            f"but layer={layer} will be steered. Its features may mean nothing there. Use "
-            f"layer={hooked}, or an SAE for layer {layer}.",
-            stacklevel=2,
-        )
-    elif hooked is None and sae.info.hook_name is not None:
-        warnings.warn(
-            f"The SAE was trained at hook {sae.info.hook_name!r}, which is not the output of a "
-            f"decoder layer, but the output of layer {layer} will be steered. Name the module that "
-            "the SAE belongs to with `target_modules`.",
-            stacklevel=2,
-        )
-    config.layer = layer
-    return paths[layer]
-
-
-def _check_hidden_size(sae: FrozenSAE, model: nn.Module) -> None:
-    hidden_size = _text_config(model).get("hidden_size")
-    if hidden_size is not None and hidden_size != sae.info.d_in:
-        raise ValueError(
-            f"The SAE reads activations of width {sae.info.d_in}, but {type(model).__name__} has "
-            f"hidden size {hidden_size}. Use an SAE that was trained on this model "
-            f"(this one: {sae.info.model_name or 'unknown model'}, {sae.info.hook_name})."
-        )
-
-
-def _warn_of_other_model(sae: FrozenSAE, model: nn.Module) -> None:
-    trained_on, name = sae.info.model_name, getattr(model, "name_or_path", None)
-    if not trained_on or not name:
-        return
-    left, right = (
-        re.split(r"[\\/]", part.rstrip("/\\"))[-1].lower() for part in (trained_on, name)
-    )
-    if left not in right and right not in left:
-        warnings.warn(
-            f"The SAE was trained on {trained_on!r}, but the base model is {name!r}. Features of "
-            "another model's SAE may mean nothing here. Ignore this if one is a fine-tuned version "
-            "of the other.",
-            stacklevel=2,
-        )
+def _copies_per_sample(kwargs: Mapping[str, Any]) -> int:
+    """How many rows ``generate`` makes of each sample, for beams or several returned sequences."""
+    config = kwargs.get("generation_config")
+    options = ("num_beams", "num_return_sequences")
+    counts = [kwargs.get(name) or getattr(config, name, None) or 1 for name in options]
+    return max(counts)
 
 
 def _guard_cache(sae: FrozenSAE, model: nn.Module) -> None:

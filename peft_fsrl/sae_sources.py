@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .sae import FrozenSAE, SAEInfo, compute_fingerprint, share_sae
 
@@ -105,17 +105,39 @@ def parse_reference(reference: str | Mapping[str, str]) -> dict[str, str]:
     )
 
 
-def parse_hook_layer(hook_name: str | None) -> int | None:
-    """Index of the decoder layer whose *output* a hook name means; None for any other place.
+class HookPoint(NamedTuple):
+    """A place in a transformer: the output of a layer, of its attention or of its MLP.
+
+    Attributes:
+        layer: index of the decoder layer.
+        place: ``"resid_post"``, ``"attn_out"`` or ``"mlp_out"``.
+    """
+
+    layer: int
+    place: str
+
+
+def parse_hook(hook_name: str | None) -> HookPoint | None:
+    """The place that a hook name means; None for any that no module's output is.
 
     ``blocks.12.hook_resid_post`` and ``blocks.13.hook_resid_pre`` are both the output of layer 12.
     """
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", hook_name or "")
-    if match is not None:
-        layer = int(match[1]) - (match[2] == "pre")
-        return layer if layer >= 0 else None
-    match = re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", hook_name or "")
-    return None if match is None else int(match[1])
+    match = re.fullmatch(
+        r"blocks\.(\d+)\.hook_(resid_post|resid_pre|attn_out|mlp_out)", hook_name or ""
+    )
+    if match is None:
+        match = re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", hook_name or "")
+        return None if match is None else HookPoint(int(match[1]), "resid_post")
+    layer, place = int(match[1]), match[2]
+    if place == "resid_pre":
+        return HookPoint(layer - 1, "resid_post") if layer > 0 else None
+    return HookPoint(layer, place)
+
+
+def parse_hook_layer(hook_name: str | None) -> int | None:
+    """Index of the decoder layer whose *output* a hook name means; None for any other place."""
+    hook = parse_hook(hook_name)
+    return hook.layer if hook is not None and hook.place == "resid_post" else None
 
 
 def _load_folder(path: Path) -> SAE[Any]:

@@ -6,6 +6,7 @@ Everything here attaches to a model for the length of a ``with`` block and leave
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import Edit, FSRLLayer, Observer, SteeringEvent
+from .sae import FrozenSAE
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -33,6 +35,7 @@ __all__ = [
     "only_features",
     "scale_steering",
     "token_statistics",
+    "top_k_steering",
 ]
 
 
@@ -127,7 +130,8 @@ def edit_steering(model: nn.Module, edit: Edit, layer_name: str | None = None) -
 
     Args:
         model: a model with FSRL adapters.
-        edit: maps ``(batch, seq, d_sae)`` to the same shape.
+        edit: maps a steering vector of shape ``(batch, seq, n_features)`` and the SAE, whose
+            ``feature_index`` says which features these are, to a vector of the same shape.
         layer_name: only at this wrapped module; None for all.
 
     Raises:
@@ -160,10 +164,10 @@ def ablate_features(
     Raises:
         IndexError: for an index that the SAE does not have.
     """
-    index = _feature_index(model, features, layer_name)
+    chosen = _check_features(model, features, layer_name)
 
-    def zero(v: Tensor) -> Tensor:
-        return v.index_fill(-1, index.to(v.device), 0.0)
+    def zero(v: Tensor, sae: FrozenSAE) -> Tensor:
+        return v.index_fill(-1, sae.positions(chosen).to(v.device), 0.0)
 
     with edit_steering(model, zero, layer_name):
         yield
@@ -183,11 +187,11 @@ def only_features(
     Raises:
         IndexError: for an index that the SAE does not have.
     """
-    index = _feature_index(model, features, layer_name)
+    chosen = _check_features(model, features, layer_name)
 
-    def keep(v: Tensor) -> Tensor:
+    def keep(v: Tensor, sae: FrozenSAE) -> Tensor:
         mask = torch.zeros(v.shape[-1], dtype=torch.bool, device=v.device)
-        mask[index.to(v.device)] = True
+        mask[sae.positions(chosen).to(v.device)] = True
         return torch.where(mask, v, torch.zeros_like(v))
 
     with edit_steering(model, keep, layer_name):
@@ -204,11 +208,40 @@ def scale_steering(model: nn.Module, scale: float, layer_name: str | None = None
         layer_name: only at this wrapped module; None for all.
     """
 
-    def rescale(v: Tensor) -> Tensor:
+    def rescale(v: Tensor, sae: FrozenSAE) -> Tensor:
         # Zero means the base model, whatever the adapter computes, inf and nan included.
         return v * scale if scale else torch.zeros_like(v)
 
     with edit_steering(model, rescale, layer_name):
+        yield
+
+
+@contextmanager
+def top_k_steering(
+    model: nn.Module, k: int | float, layer_name: str | None = None
+) -> Iterator[None]:
+    """Keep, at every token, only the features with the largest ``|v|``.
+
+    Args:
+        model: a model with FSRL adapters.
+        k: a number of features (an integer), or a share of the SAE's features above 0 and up to 1
+            (a float), rounded up.
+        layer_name: only at this wrapped module; None for all.
+
+    Raises:
+        ValueError: for a negative number, or a share out of range.
+    """
+    if k < 0 or (isinstance(k, float) and not 0 < k <= 1):
+        raise ValueError(f"Expected an integer of 0 or more, or a share in (0, 1], got {k!r}.")
+
+    def keep_largest(v: Tensor, sae: FrozenSAE) -> Tensor:
+        n = math.ceil(k * sae.info.d_sae) if isinstance(k, float) else k
+        if n >= v.shape[-1]:
+            return v
+        top = v.abs().topk(n, dim=-1).indices
+        return torch.zeros_like(v).scatter(-1, top, v.gather(-1, top))
+
+    with edit_steering(model, keep_largest, layer_name):
         yield
 
 
@@ -285,16 +318,10 @@ def token_statistics(event: SteeringEvent) -> TokenStatistics:
     )
 
 
-def _feature_index(model: nn.Module, features: Iterable[int], layer_name: str | None) -> Tensor:
-    index = torch.tensor(sorted({int(feature) for feature in features}), dtype=torch.long)
+def _check_features(model: nn.Module, features: Iterable[int], layer_name: str | None) -> list[int]:
+    chosen = sorted({int(feature) for feature in features})
     for name, layer in fsrl_layers(model).items():
-        if layer_name not in (None, name):
-            continue
-        for adapter_name, sae in layer.fsrl_sae.items():
-            outside = index[(index < 0) | (index >= sae.info.d_sae)]
-            if len(outside):
-                raise IndexError(
-                    f"Feature {int(outside[0])} does not exist: the SAE of adapter "
-                    f"'{adapter_name}' at '{name}' has features 0 to {sae.info.d_sae - 1}."
-                )
-    return index
+        if layer_name in (None, name):
+            for sae in layer.fsrl_sae.values():
+                sae.positions(chosen)
+    return chosen

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import helpers
@@ -188,20 +190,40 @@ def test_ablation_scores_the_ablated_model(model: PeftModel, rows: list[dict[str
     usage = compute_usage(model, rows, tokenizer)
     categories = {"style": [2, 5, 7], "honesty": [1, 4]}
     ablations = ablate_categories(model, rows, tokenizer, categories, usage, n_random=3, seed=1)
-    assert [ablation.name for ablation in ablations] == ["style", "honesty", "random"]
-    assert ablations[0].features == ((2, 5),)
-    assert ablations[1].features == ((1, 4),)
-    with ablate_features(model, [2, 5]):
-        expected = score_preferences(model, rows, tokenizer)
-    assert ablations[0].scores == (expected,)
-    assert expected != score_preferences(model, rows, tokenizer)
-    control = ablations[2]
-    assert len(control.features) == len(control.scores) == 3
+    assert [ablation.name for ablation in ablations] == ["style", "honesty"]
+    assert [ablation.features for ablation in ablations] == [(2, 5, 7), (1, 4)]
+    for ablation in ablations:
+        with ablate_features(model, ablation.features):
+            expected = score_preferences(model, rows, tokenizer)
+        assert ablation.scores == expected
+        losses = [score.loss for score in ablation.control]
+        assert ablation.control_loss == pytest.approx(sum(losses) / 3)
+    assert ablations[0].scores != score_preferences(model, rows, tokenizer)
+    [first, _] = ablate_categories(model, rows, tokenizer, categories, usage, n_features=2)
+    assert first.features == (2, 5)
+
+
+def test_the_control_zeroes_steered_features_of_no_category(
+    model: PeftModel, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft_fsrl.analysis import ablation
+
+    zeroed = []
+
+    def record(model: PeftModel, features: Sequence[int]) -> AbstractContextManager[None]:
+        zeroed.append(tuple(features))
+        return ablate_features(model, features)
+
+    tokenizer = helpers.tiny_tokenizer()
+    usage = compute_usage(model, rows, tokenizer)
+    monkeypatch.setattr(ablation, "ablate_features", record)
+    categories = {"style": [2, 5, 7], "honesty": [1, 4]}
+    ablate_categories(model, rows, tokenizer, categories, usage, n_random=4)
+    controls = [draw for draw in zeroed if draw not in {(2, 5, 7), (1, 4)}]
+    assert [len(set(draw)) for draw in controls] == [3] * 4 + [2] * 4
     steered = {use.feature for use in usage.features}
-    for draw in control.features:
-        assert len(set(draw)) == 2
-        assert set(draw) <= steered - {1, 2, 4, 5, 7}
-    assert control.loss == pytest.approx(sum(score.loss for score in control.scores) / 3)
+    assert set().union(*controls) <= steered - {1, 2, 4, 5, 7}
+    assert len(set(controls)) > 2
 
 
 def test_ablation_refuses_sizes_it_cannot_match(
@@ -211,7 +233,7 @@ def test_ablation_refuses_sizes_it_cannot_match(
     usage = compute_usage(model, rows, tokenizer)
     with pytest.raises(ValueError, match="at least one category"):
         ablate_categories(model, rows, tokenizer, {}, usage)
-    with pytest.raises(ValueError, match=r"Cannot take 2 features.*'honesty': 1"):
+    with pytest.raises(ValueError, match=r"each with 2 features.*'honesty': 1"):
         ablate_categories(
             model, rows, tokenizer, {"style": [1, 2], "honesty": [3]}, usage, n_features=2
         )
@@ -245,7 +267,7 @@ def test_summary_round_trip_and_text(model: PeftModel, rows: list[dict[str, str]
     text = render_summary(summary, n_features=3)
     for expected in (f"{base.loss:.3f}", f"{summary.trained.loss:.3f}", "style", "honesty"):
         assert expected in text
-    assert "Without the steering of 2 features" in text
+    assert "With the steering of some features zeroed" in text
     assert max(map(len, text.splitlines())) < 100
 
 
@@ -253,6 +275,6 @@ def test_a_record_of_other_fields_is_refused() -> None:
     with pytest.raises(ValueError, match="losses"):
         PreferenceScores.from_json('{"losses": [1.0]}')
     with pytest.raises(ValueError, match="fields"):
-        Ablation.from_json('{"name": "x", "features": [[1]], "scores": [3]}')
+        Ablation.from_json('{"name": "x", "features": [1], "scores": 3, "control": []}')
     with pytest.raises(ValueError, match="Expecting value"):
         PreferenceScores.from_json("")

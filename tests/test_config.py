@@ -29,13 +29,13 @@ def test_defaults_are_the_method_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"layer": "1"}, "`layer` must be an integer, got '1'"),
-        ({"layer": "abc"}, "`layer` must be an integer, got 'abc'"),
-        ({"layer": 1.5}, r"`layer` must be an integer, got 1\.5"),
-        ({"layer": 1.0}, r"`layer` must be an integer, got 1\.0"),
-        ({"layer": float("nan")}, "`layer` must be an integer, got nan"),
-        ({"layer": [1, 2]}, r"`layer` must be an integer, got \[1, 2\]"),
-        ({"layer": True}, "`layer` must be an integer, got True"),
+        ({"layer": "1"}, "`layer` must be an integer or a list of integers, got '1'"),
+        ({"layer": "abc"}, "`layer` must be an integer or a list of integers, got 'abc'"),
+        ({"layer": 1.5}, r"`layer` must be an integer or a list of integers, got 1\.5"),
+        ({"layer": 1.0}, r"`layer` must be an integer or a list of integers, got 1\.0"),
+        ({"layer": float("nan")}, "`layer` must be an integer or a list of integers, got nan"),
+        ({"layer": [1, "2"]}, r"`layer` must be an integer or a list of integers, got \[1, .2.\]"),
+        ({"layer": True}, "`layer` must be an integer or a list of integers, got True"),
         ({"l1_coeff": "0.1"}, "`l1_coeff` must be a number, got '0.1'"),
         ({"l1_coeff": True}, "`l1_coeff` must be a number, got True"),
         ({"bandwidth": None}, "`bandwidth` must be a number, got None"),
@@ -85,7 +85,7 @@ def test_wrong_values(settings: dict[str, Any], match: str) -> None:
 )
 def test_references_are_stored_as_plain_json(sae: Any, stored: Any) -> None:
     config = FSRLConfig(layer=1, sae=sae)
-    assert config.sae == config.resolve_sae() == stored
+    assert config.sae == config.resolve_saes()[""] == stored
     assert json.loads(json.dumps(config.to_dict()))["sae"] == stored
 
 
@@ -100,20 +100,20 @@ def test_a_live_sae_stays_out_of_the_fields() -> None:
     sae = tiny_sae()
     config = FSRLConfig(layer=1, sae=sae)
     assert config.sae == LIVE_SAE
-    assert config.resolve_sae() is sae
+    assert config.resolve_saes()[""] is sae
     assert "_live_sae" not in json.loads(json.dumps(config.to_dict()))
-    assert copy.copy(config).resolve_sae() is sae
+    assert copy.copy(config).resolve_saes()[""] is sae
 
 
 def test_no_sae() -> None:
     with pytest.raises(ValueError, match="needs `sae`"):
-        FSRLConfig(layer=1).resolve_sae()
+        FSRLConfig(layer=1).resolve_saes()[""]
 
 
 def test_a_live_sae_does_not_survive_json() -> None:
     config = FSRLConfig(**json.loads(json.dumps(FSRLConfig(layer=1, sae=tiny_sae()).to_dict())))
     with pytest.raises(ValueError, match=r"live SAE that is no longer there\. Pass the SAE again"):
-        config.resolve_sae()
+        config.resolve_saes()[""]
 
 
 EVERY_FIELD = {
@@ -156,16 +156,16 @@ def test_saved_beside_the_adapter(tmp_path: Path) -> None:
     assert model.peft_config["default"].sae == LIVE_SAE
     config = FSRLConfig.from_pretrained(str(tmp_path / "adapter"))
     assert config.sae == {"path": "sae"}
-    assert config.resolve_sae() == {"path": str(tmp_path / "adapter" / "sae")}
+    assert config.resolve_saes()[""] == {"path": str(tmp_path / "adapter" / "sae")}
     nested = FSRLConfig.from_pretrained(str(tmp_path), subfolder="adapter")
-    assert nested.resolve_sae() == config.resolve_sae()
+    assert nested.resolve_saes()[""] == config.resolve_saes()[""]
 
 
 def test_moved_folder_is_found(tmp_path: Path) -> None:
     fsrl_model().save_pretrained(tmp_path / "before")
     os.rename(tmp_path / "before", tmp_path / "after")
     config = FSRLConfig.from_pretrained(str(tmp_path / "after"))
-    assert config.resolve_sae() == {"path": str(tmp_path / "after" / "sae")}
+    assert config.resolve_saes()[""] == {"path": str(tmp_path / "after" / "sae")}
 
 
 def test_reading_without_the_folder_says_what_to_do(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_reading_without_the_folder_says_what_to_do(tmp_path: Path) -> None:
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     fields.pop("peft_version", None)
     with pytest.raises(ValueError, match=r"does not know which folder.*from_pretrained"):
-        FSRLConfig(**{k: v for k, v in fields.items() if k != "peft_type"}).resolve_sae()
+        FSRLConfig(**{k: v for k, v in fields.items() if k != "peft_type"}).resolve_saes()[""]
 
 
 def test_one_config_for_two_models() -> None:

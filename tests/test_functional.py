@@ -168,7 +168,8 @@ def steer(x: Tensor, weight: Tensor, bias: Tensor, theta: Tensor, **changes: obj
         "decode_update": lambda update: update @ W_dec,
         **changes,
     }
-    return functional.steer(x, x, weight, bias, theta, **arguments).output
+    u = functional.steering_pre(x, weight, bias)
+    return functional.steer(x, u, theta, **arguments).output
 
 
 @pytest.mark.parametrize("activation", ["soft_threshold", "relu"])

@@ -77,7 +77,7 @@ EDITS: dict[str, tuple[Edit, Callable[[Tensor], Tensor]]] = {
     "only": (lambda m: only_features(m, FEATURES), alone),
     "scale": (lambda m: scale_steering(m, 1.5), lambda v: 1.5 * v),
     "reverse": (lambda m: scale_steering(m, -2.0), lambda v: -2 * v),
-    "edit": (lambda m: edit_steering(m, torch.square), torch.square),
+    "edit": (lambda m: edit_steering(m, lambda v, sae: torch.square(v)), torch.square),
 }
 
 
@@ -115,8 +115,8 @@ def test_ablating_every_feature_is_the_base() -> None:
 def test_edits_apply_in_order_and_nest() -> None:
     model, seen = fsrl_model(), []
     with (
-        edit_steering(model, lambda v: v + 1),
-        edit_steering(model, lambda v: v * 2),
+        edit_steering(model, lambda v, sae: v + 1),
+        edit_steering(model, lambda v, sae: v * 2),
         observe(model, lambda event: seen.append(event.steering_vector)),
         ablate_features(model, [0]),
     ):

@@ -10,12 +10,12 @@ from torch import nn
 
 from ..steering import ablate_features
 from .preferences import score_preferences
-from .records import Ablation, Usage
+from .records import Ablation, PreferenceScores, Usage
 
 
 def ablate_categories(
     model: nn.Module,
-    dataset: Sequence[Mapping[str, Any]] | Iterable[Mapping[str, Any]],
+    dataset: Iterable[Mapping[str, Any]],
     tokenizer: Any,
     categories: Mapping[str, Sequence[int]],
     usage: Usage,
@@ -28,7 +28,7 @@ def ablate_categories(
     batch_size: int = 16,
     description: str | None = None,
 ) -> tuple[Ablation, ...]:
-    """Zero the steering of each category in turn, and of random features of the same number.
+    """Zero the steering of each category in turn, and of as many random features.
 
     Random features are drawn from those that the adapter steers and that no category holds, so that
     the control zeroes something that acts.
@@ -39,8 +39,8 @@ def ablate_categories(
         tokenizer: the model's tokenizer.
         categories: feature indices by category, best first.
         usage: the adapter's use of features, from ``compute_usage``.
-        n_features: how many of each category; None takes as many as the smallest category has.
-        n_random: draws of the control.
+        n_features: take only the first so many of every category; None takes all.
+        n_random: draws of each category's control.
         seed: seed of the draws.
         beta: see ``score_preferences``.
         gamma: see ``score_preferences``.
@@ -48,38 +48,34 @@ def ablate_categories(
         description: shown beside the progress bars; None shows none.
 
     Raises:
-        ValueError: for no category, or one with fewer features than asked for.
+        ValueError: for no category, or one with fewer features than asked for, or none.
     """
-    if not categories:
-        raise ValueError("Expected at least one category of features, got none.")
-    smallest = min(len(features) for features in categories.values())
-    n = smallest if n_features is None else n_features
-    if not 0 < n <= smallest:
-        sizes = {name: len(features) for name, features in categories.items()}
-        raise ValueError(f"Cannot take {n} features of every category; they have {sizes}.")
-    draws = {name: [list(features[:n])] for name, features in categories.items()}
+    sizes = {name: len(features) for name, features in categories.items()}
+    if not sizes or min(sizes.values()) < (1 if n_features is None else max(1, n_features)):
+        raise ValueError(
+            f"Expected at least one category, each with {n_features or 'some'} features; got "
+            f"{sizes}."
+        )
     held = {feature for features in categories.values() for feature in features}
-    steered = sorted(use.feature for use in usage.features if use.feature not in held)
+    pool = sorted(use.feature for use in usage.features if use.feature not in held)
     rng = random.Random(seed)
-    if n_random and steered:
-        draws["random"] = [
-            sorted(rng.sample(steered, min(n, len(steered)))) for _ in range(n_random)
-        ]
-    results = []
-    for name, sets in draws.items():
-        scores = []
-        for features in sets:
-            with ablate_features(model, features):
-                scores.append(
-                    score_preferences(
-                        model,
-                        dataset,
-                        tokenizer,
-                        beta=beta,
-                        gamma=gamma,
-                        batch_size=batch_size,
-                        description=None if description is None else f"{description} {name}",
-                    )
-                )
-        results.append(Ablation(name, tuple(tuple(s) for s in sets), tuple(scores)))
-    return tuple(results)
+
+    def score_without(features: Sequence[int], name: str) -> PreferenceScores:
+        with ablate_features(model, features):
+            return score_preferences(
+                model,
+                dataset,
+                tokenizer,
+                beta=beta,
+                gamma=gamma,
+                batch_size=batch_size,
+                description=None if description is None else f"{description} {name}",
+            )
+
+    ablations = []
+    for name, features in categories.items():
+        chosen = tuple(features[:n_features])
+        draws = [rng.sample(pool, min(len(chosen), len(pool))) for _ in range(n_random) if pool]
+        control = tuple(score_without(draw, "random features") for draw in draws)
+        ablations.append(Ablation(name, chosen, score_without(chosen, name), control))
+    return tuple(ablations)

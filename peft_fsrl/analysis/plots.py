@@ -10,13 +10,14 @@ from .records import Summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = {"style": "#c2571a", "honesty": "#2a6f97", "random": "#9a9a9a"}
+_COLOURS = ("#c2571a", "#2a6f97", "#4f772d", "#7b2d8b")
+_CONTROL = "#b8b8b8"
 
 
 def plot_ablations(summaries: Mapping[str, Sequence[Summary]]) -> Figure:
     """Rise of the SimPO loss when each category's steering is zeroed, one panel per setting.
 
-    A bar is the mean over runs, a dot one run.
+    Beside each category, as many random features. A bar is the mean over runs, a dot one run.
 
     Args:
         summaries: runs (for example seeds) by the name of their setting.
@@ -31,23 +32,30 @@ def plot_ablations(summaries: Mapping[str, Sequence[Summary]]) -> Figure:
     ):
         raise ValueError("Expected at least one run with ablations for every setting.")
     figure, panels = plt.subplots(
-        1, len(summaries), figsize=(3.6 * len(summaries), 3.2), sharey=True, squeeze=False
+        1, len(summaries), figsize=(3.8 * len(summaries), 3.2), sharey=True, squeeze=False
     )
     for panel, (setting, runs) in zip(panels[0], summaries.items(), strict=True):
         names = [ablation.name for ablation in runs[0].ablations]
         for x, name in enumerate(names):
-            rises = [
-                ablation.loss - run.trained.loss
+            pairs = [
+                (ablation.scores.loss - run.trained.loss, ablation.control_loss - run.trained.loss)
                 for run in runs
                 for ablation in run.ablations
                 if ablation.name == name
             ]
-            panel.bar(x, sum(rises) / len(rises), color=_COLOURS.get(name, "#5a5a5a"), width=0.6)
-            panel.plot([x] * len(rises), rises, "o", color="black", markersize=3)
-        panel.set_xticks(range(len(names)), names)
+            rises, controls = zip(*pairs, strict=True)
+            colours = (_COLOURS[x % len(_COLOURS)], _CONTROL)
+            for shift, values, colour in zip((-0.2, 0.2), (rises, controls), colours, strict=True):
+                label = "as many random features" if shift > 0 and x == 0 else None
+                panel.bar(
+                    x + shift, sum(values) / len(values), width=0.36, color=colour, label=label
+                )
+                panel.plot([x + shift] * len(values), values, "o", color="black", markersize=3)
+        panel.set_xticks(range(len(names)), [f"detect {name}" for name in names])
         panel.set_title(setting, fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
         panel.axhline(0, color="black", linewidth=0.8)
-    panels[0][0].set_ylabel("rise of the SimPO loss")
+    panels[0][0].set_ylabel("rise of the SimPO loss when zeroed")
+    panels[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     return figure

@@ -100,27 +100,30 @@ class Usage(Record):
 
 @dataclass(frozen=True)
 class Ablation(Record):
-    """The preference scores left when the steering of some features is zeroed.
+    """The preference scores left when the steering of a category of features is zeroed.
 
     Attributes:
-        name: the category of features, or ``"random"``.
-        features: the features of each draw; one draw for a category, several for ``"random"``.
-        scores: one entry per draw.
+        name: the category.
+        features: its features.
+        scores: with their steering zeroed.
+        control: with the steering of as many random features zeroed, once per draw.
     """
 
     name: str
-    features: tuple[tuple[int, ...], ...]
-    scores: tuple[PreferenceScores, ...]
+    features: tuple[int, ...]
+    scores: PreferenceScores
+    control: tuple[PreferenceScores, ...]
 
     @property
-    def loss(self) -> float:
-        """Mean SimPO loss over draws."""
-        return sum(score.loss for score in self.scores) / len(self.scores)
+    def control_loss(self) -> float:
+        """Mean SimPO loss over the draws of the control.
 
-    @property
-    def accuracy(self) -> float:
-        """Mean preference accuracy over draws."""
-        return sum(score.accuracy for score in self.scores) / len(self.scores)
+        Raises:
+            ValueError: if there is no draw.
+        """
+        if not self.control:
+            raise ValueError(f"The ablation of {self.name!r} has no control.")
+        return sum(score.loss for score in self.control) / len(self.control)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class Summary(Record):
         base: scores with the adapter disabled.
         trained: scores with it.
         usage: features steered on the evaluation texts.
-        ablations: one per category, and the random control.
+        ablations: one per category.
         generations: sample texts before and after.
     """
 

@@ -24,9 +24,8 @@ def render_summary(summary: Summary, n_features: int = 10) -> str:
         render_usage(summary.usage, n_features),
     ]
     if summary.ablations:
-        n = len(summary.ablations[0].features[0])
         sections += [
-            _title(f"Without the steering of {n} features"),
+            _title("With the steering of some features zeroed"),
             render_ablations(summary.base, summary.trained, summary.ablations),
         ]
     if summary.generations:
@@ -69,18 +68,25 @@ def render_usage(usage: Usage, n_features: int) -> str:
 def render_ablations(
     base: PreferenceScores, trained: PreferenceScores, ablations: Sequence[Ablation]
 ) -> str:
-    """Loss and accuracy with each category zeroed, and the share of the gain that is lost."""
+    """Loss and accuracy with each category zeroed, against as many random features."""
     gain = base.loss - trained.loss
-    rows = [["nothing zeroed", f"{trained.loss:.3f}", f"{trained.accuracy:.1%}", "", ""]]
+    rows = [["nothing", "", f"{trained.loss:.3f}", f"{trained.accuracy:.1%}", "", "", ""]]
     for ablation in ablations:
-        rise = ablation.loss - trained.loss
-        lost = f"{rise / gain:.0%}" if gain > 0 else "-"
-        draws = len(ablation.scores)
-        name = ablation.name + (f" (mean of {draws} draws)" if draws > 1 else "")
+        rise = ablation.scores.loss - trained.loss
+        control = f"{ablation.control_loss - trained.loss:+.3f}" if ablation.control else "-"
         rows.append(
-            [name, f"{ablation.loss:.3f}", f"{ablation.accuracy:.1%}", f"{rise:+.3f}", lost]
+            [
+                f"features that detect {ablation.name}",
+                str(len(ablation.features)),
+                f"{ablation.scores.loss:.3f}",
+                f"{ablation.scores.accuracy:.1%}",
+                f"{rise:+.3f}",
+                f"{rise / gain:.0%}" if gain > 0 else "-",
+                control,
+            ]
         )
-    return _table(["zeroed", "SimPO loss", "accuracy", "loss rises by", "of the gain"], rows)
+    headers = ["zeroed", "n", "SimPO loss", "accuracy", "rise", "of gain", "rise, n random"]
+    return _table(headers, rows)
 
 
 def render_generations(generations: Sequence[Generation]) -> str:

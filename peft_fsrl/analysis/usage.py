@@ -60,10 +60,12 @@ class _Totals:
         self.mask: Tensor | None = None
         self._n_tokens = 0
         self._sums: Tensor | None = None
+        self._feature_index = torch.arange(0)
 
     def add(self, event: SteeringEvent) -> None:
         assert self.mask is not None
         v = event.steering_vector[self.mask.bool()].double()
+        self._feature_index = event.sae.feature_index
         self._n_tokens += v.shape[0]
         sums = torch.stack([(v != 0).double().sum(0), v.sum(0), v.abs().sum(0)])
         self._sums = sums if self._sums is None else self._sums + sums
@@ -73,8 +75,15 @@ class _Totals:
             raise ValueError("Expected at least one text on which an adapter acts, found none.")
         count, signed, absolute = (self._sums / self._n_tokens).cpu()
         order = [int(i) for i in absolute.argsort(descending=True) if count[i] > 0]
+        index = self._feature_index.tolist()
         features = tuple(
-            FeatureUse(i, float(count[i]), float(signed[i]), float(absolute[i]), labels.get(i))
+            FeatureUse(
+                index[i],
+                float(count[i]),
+                float(signed[i]),
+                float(absolute[i]),
+                labels.get(index[i]),
+            )
             for i in order
         )
         return Usage(self._n_tokens, float(count.sum()), float(absolute.sum()), features)

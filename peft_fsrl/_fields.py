@@ -1,0 +1,77 @@
+"""Values of ``FSRLConfig``'s fields: what they may be, and how they become plain JSON."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+# Names under which a config stores an SAE that has no address of its own. The first stands for a
+# live object that has not been saved yet, the second for the copy next to the adapter's weights.
+LIVE_SAE = "<live>"
+SAVED_SAE_FOLDER = "sae"
+
+
+def plain(modules: Any) -> Any:
+    """A set of module names as a list, which JSON can hold in one order."""
+    return sorted(modules) if isinstance(modules, (set, frozenset)) else modules
+
+
+def is_layer_mapping(sae: Any) -> bool:
+    """Whether a mapping goes from layers to SAEs, and is not itself a reference to one."""
+    return isinstance(sae, Mapping) and all(str(key).isdecimal() for key in sae) and bool(sae)
+
+
+def is_beside(reference: Any) -> bool:
+    """Whether a reference means the copy of an SAE next to the adapter."""
+    if not isinstance(reference, Mapping) or set(reference) != {"path"}:
+        return False
+    return str(reference["path"]).split("/")[0] == SAVED_SAE_FOLDER
+
+
+def plain_features(features: Any) -> Any:
+    """Feature indices as lists of integers, which JSON can hold; by layer where they are."""
+    if features is None:
+        return None
+    if isinstance(features, Mapping):
+        return {str(layer): plain_features(chosen) for layer, chosen in features.items()}
+    chosen = sorted({int(feature) for feature in features})
+    if not chosen or chosen[0] < 0:
+        raise ValueError(f"Expected feature indices of 0 or more, at least one; got {chosen[:5]}.")
+    return chosen
+
+
+def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+
+
+def is_integer(value: Any) -> bool:
+    # NumPy's integers are not `int`, but like it have `__index__`; floats and strings have not.
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def require_number(name: str, value: Any, *, positive: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        wanted = "positive" if positive else "not negative"
+        raise ValueError(f"`{name}` must be finite and {wanted}, got {value}.")
+
+
+def adapter_folder(name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> str:
+    """The folder of an adapter, local or fetched from the Hub with the SAE beside it."""
+    local = os.path.join(name_or_path, subfolder) if subfolder else name_or_path
+    if os.path.isdir(local):
+        return os.path.abspath(local)
+    from huggingface_hub import snapshot_download
+
+    inside = f"{subfolder}/{SAVED_SAE_FOLDER}" if subfolder else SAVED_SAE_FOLDER
+    allowed = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+    root = snapshot_download(
+        name_or_path,
+        allow_patterns=[f"{inside}/*"],
+        **{key: kwargs[key] for key in allowed if key in kwargs},
+    )
+    return os.path.join(root, subfolder) if subfolder else root
