@@ -7,8 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-# Names under which a config stores an SAE that has no address of its own. The first stands for a
-# live object that has not been saved yet, the second for the copy next to the adapter's weights.
+# How a config stores an SAE that has no address of its own: a live object that has not been saved
+# yet, or the copy in a folder next to the adapter's weights.
+BESIDE = "beside_adapter"
 LIVE_SAE = "<live>"
 SAVED_SAE_FOLDER = "sae"
 
@@ -25,9 +26,7 @@ def is_layer_mapping(sae: Any) -> bool:
 
 def is_beside(reference: Any) -> bool:
     """Whether a reference means the copy of an SAE next to the adapter."""
-    if not isinstance(reference, Mapping) or set(reference) != {"path"}:
-        return False
-    return str(reference["path"]).split("/")[0] == SAVED_SAE_FOLDER
+    return isinstance(reference, Mapping) and set(reference) == {BESIDE}
 
 
 def plain_features(features: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -28,7 +28,7 @@ def assemble(cfg_dict: dict[str, Any], state: dict[str, Tensor]) -> SAE[Any]:
     from sae_lens import SAE
 
     reference = state["W_dec"]
-    cfg_dict = copy.deepcopy(cfg_dict)
+    cfg_dict = deepcopy(cfg_dict)
     # A transformers module hands over heads already flattened: there is nothing to reshape.
     cfg_dict.update(device="meta", dtype=str(reference.dtype), reshape_activations="none")
     # The notice on how to load the model for TransformerLens does not concern transformers models.
@@ -39,10 +39,17 @@ def assemble(cfg_dict: dict[str, Any], state: dict[str, Tensor]) -> SAE[Any]:
     return sae.requires_grad_(False).eval()
 
 
-def rebuild(module: SAE[Any], device: torch.device, dtype: torch.dtype) -> SAE[Any]:
-    """A frozen copy on ``device`` in ``dtype`` that shares storage where neither changes."""
+def rebuild(
+    module: SAE[Any], device: torch.device, dtype: torch.dtype, *, copy: bool = False
+) -> SAE[Any]:
+    """A frozen copy on ``device`` in ``dtype``, which shares storage where neither changes.
+
+    With ``copy`` it never does.
+    """
     state = {
-        name: (tensor.clone() if tensor.is_inference() else tensor.detach()).to(device, dtype)
+        name: (tensor.clone() if tensor.is_inference() else tensor.detach()).to(
+            device, dtype, copy=copy
+        )
         for name, tensor in module.state_dict().items()
     }
     return assemble(module.cfg.to_dict(), state)

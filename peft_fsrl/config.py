@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from ._fields import (
+    BESIDE,
     LIVE_SAE,
     SAVED_SAE_FOLDER,
     adapter_folder,
@@ -236,7 +237,7 @@ class FSRLConfig(PeftConfig):
                 "FSRLConfig.from_pretrained(...) or PeftModel.from_pretrained(...), or pass the "
                 "SAE."
             )
-        return {"path": os.path.join(self._folder, reference["path"])}
+        return {"path": os.path.join(self._folder, reference[BESIDE])}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and the SAE in ``sae/`` where it has no other address."""
@@ -245,8 +246,8 @@ class FSRLConfig(PeftConfig):
         for key, live in self._live_saes.items():
             # A live SAE that no model has taken yet is SAELens's own object.
             write = live.save if hasattr(live, "save") else live.save_model
-            saved[key] = {"path": f"{SAVED_SAE_FOLDER}/{key}" if key else SAVED_SAE_FOLDER}
-            write(os.path.join(save_directory, saved[key]["path"]))
+            saved[key] = {BESIDE: f"{SAVED_SAE_FOLDER}/{key}" if key else SAVED_SAE_FOLDER}
+            write(os.path.join(save_directory, saved[key][BESIDE]))
         try:
             if saved:
                 self.sae = saved.get("") or {**in_memory, **saved}
@@ -315,8 +316,9 @@ class FSRLConfig(PeftConfig):
         if any(layer < 0 for layer in self.layers):
             raise ValueError(f"`layer` must be 0 or more, got {self.layer}.")
         self._validate_several()
-        if self.layers_to_transform is not None and self.target_modules is None:
-            raise ValueError("`layers_to_transform` needs `target_modules`. Or name a `layer`.")
+        for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            if getattr(self, name) is not None and self.target_modules is None:
+                raise ValueError(f"`{name}` narrows `target_modules` down; give those as well.")
         if self.rank is not None and (not is_integer(self.rank) or self.rank < 1):
             raise ValueError(f"`rank` must be an integer of 1 or more, got {self.rank!r}.")
         if self.features is not None and self.exclude_features is not None:

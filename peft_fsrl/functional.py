@@ -48,13 +48,17 @@ def soft_threshold(
 ) -> Float[Tensor, "*batch d_sae"]:
     """``sign(u) * relu(|u| - threshold)``: two-sided shrinkage.
 
+    A negative threshold would steer a feature at every token, by no less than its size. It acts as
+    zero, and keeps the gradient that it has at zero, so that it can come back.
+
     Args:
         u: pre-activations, shape ``(..., d_sae)``.
-        threshold: one non-negative value per feature, shape ``(d_sae,)``.
+        threshold: one value per feature, shape ``(d_sae,)``.
 
     Returns:
         Shrunk values, shape of ``u``; exactly zero where ``|u| <= threshold``.
     """
+    threshold = threshold + torch.relu(-threshold).detach()
     return torch.sign(u) * torch.relu(u.abs() - threshold)
 
 

@@ -97,7 +97,7 @@ class FrozenSAE:
     """A frozen SAE on one device in one dtype.
 
     Args:
-        module: a SAELens inference SAE. Its tensors are shared, not copied.
+        module: a SAELens inference SAE that nobody else modifies.
         info: its identity.
         rounding: the narrower dtypes that its tensors have passed since ``info`` was taken.
         features: the features that it is restricted to, ascending; None for all.
@@ -276,10 +276,10 @@ class FrozenSAE:
         )
 
 
-def share_sae(sae: SAE[Any], info: SAEInfo) -> FrozenSAE:
-    """The process's one frozen copy of a live SAE, which shares its tensors."""
+def share_sae(sae: SAE[Any], info: SAEInfo, *, copy: bool) -> FrozenSAE:
+    """The process's one frozen copy of an SAE; without ``copy`` it takes over its tensors."""
     device, dtype = sae.W_dec.device, sae.W_dec.dtype
-    return _share(info, device, dtype, (), None, lambda: rebuild(sae, device, dtype))
+    return _share(info, device, dtype, (), None, lambda: rebuild(sae, device, dtype, copy=copy))
 
 
 def _check_features(features: Iterable[int], info: SAEInfo) -> list[int]:

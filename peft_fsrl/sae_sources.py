@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def freeze_sae(sae: SAE[Any]) -> FrozenSAE:
-    """Take a live SAELens SAE as it is; its tensors are shared, not copied.
+    """Take a live SAELens SAE as it is now; its tensors are copied.
 
     Args:
         sae: an inference SAE that reads and writes the same activations.
@@ -26,6 +26,10 @@ def freeze_sae(sae: SAE[Any]) -> FrozenSAE:
     Raises:
         TypeError: for anything but a SAELens inference SAE (training SAEs, transcoders).
     """
+    return _freeze(sae, copy=True)
+
+
+def _freeze(sae: SAE[Any], *, copy: bool) -> FrozenSAE:
     from sae_lens import SAE, TrainingSAE, Transcoder
 
     if isinstance(sae, TrainingSAE):
@@ -52,7 +56,7 @@ def freeze_sae(sae: SAE[Any]) -> FrozenSAE:
         model_name=_optional_str(sae.cfg.metadata.model_name),
         neuronpedia_id=_optional_str(sae.cfg.metadata.neuronpedia_id),
     )
-    return share_sae(sae, info)
+    return share_sae(sae, info, copy=copy)
 
 
 def load_sae(reference: str | Mapping[str, str]) -> FrozenSAE:
@@ -68,8 +72,8 @@ def load_sae(reference: str | Mapping[str, str]) -> FrozenSAE:
     """
     parsed = parse_reference(reference)
     if "path" in parsed:
-        return freeze_sae(_load_folder(Path(parsed["path"])))
-    return freeze_sae(_load_released(parsed["release"], parsed["sae_id"]))
+        return _freeze(_load_folder(Path(parsed["path"])), copy=False)
+    return _freeze(_load_released(parsed["release"], parsed["sae_id"]), copy=False)
 
 
 def parse_reference(reference: str | Mapping[str, str]) -> dict[str, str]:

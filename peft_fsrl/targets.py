@@ -43,9 +43,9 @@ def resolve_targets(
     paths = {}
     for layer in config.layers:
         sae = saes[str(layer) if str(layer) in saes else ""]
-        _warn_of_other_hook(sae, parse_hook(sae.info.hook_name), layer)
         paths[_layer_path(model, layer)] = sae
         _check_hidden_size(sae, model)
+        _warn_of_other_hook(sae, parse_hook(sae.info.hook_name), layer)
     return paths
 
 

@@ -150,6 +150,8 @@ class FSRLTrainerMixin(Trainer):
                 and parameter.requires_grad
             ]
             _split_group(optimizer, thresholds, self.args.learning_rate, config)
+            if config.activation == "soft_threshold":
+                _keep_non_negative(optimizer, thresholds)
         return optimizer
 
     def create_model_card(
@@ -246,6 +248,18 @@ class _Means:
         self._totals.clear()
         self._weights.clear()
         return means
+
+
+def _keep_non_negative(optimizer: Any, thresholds: list[nn.Parameter]) -> None:
+    """Project thresholds to zero or more after every step, where negative ones act as zero."""
+
+    def project(*_: Any) -> None:
+        with torch.no_grad():
+            for threshold in thresholds:
+                threshold.clamp_(min=0)
+
+    if thresholds and hasattr(optimizer, "register_step_post_hook"):
+        optimizer.register_step_post_hook(project)
 
 
 def _split_group(optimizer: Any, parameters: list[nn.Parameter], lr: float, config: Any) -> None:

@@ -119,7 +119,8 @@ def test_a_live_sae_does_not_survive_json() -> None:
 EVERY_FIELD = {
     "layer": 3,
     "sae": ("release", "id"),
-    "exclude_modules": ["vision"],
+    "features": [1, 2],
+    "rank": 4,
     "activation": "jump_relu",
     "init_scale": 0.5,
     "init_threshold": 0.25,
@@ -147,7 +148,8 @@ def test_round_trip_through_json_and_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
 def test_sets_become_sorted_lists(field: str) -> None:
-    assert getattr(FSRLConfig(**{field: {"b", "a"}}), field) == ["a", "b"]
+    config = FSRLConfig(**{"target_modules": ["a"], field: {"b", "a"}})
+    assert getattr(config, field) == ["a", "b"]
 
 
 def test_saved_beside_the_adapter(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_saved_beside_the_adapter(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     assert model.peft_config["default"].sae == LIVE_SAE
     config = FSRLConfig.from_pretrained(str(tmp_path / "adapter"))
-    assert config.sae == {"path": "sae"}
+    assert config.sae == {"beside_adapter": "sae"}
     assert config.resolve_saes()[""] == {"path": str(tmp_path / "adapter" / "sae")}
     nested = FSRLConfig.from_pretrained(str(tmp_path), subfolder="adapter")
     assert nested.resolve_saes()[""] == config.resolve_saes()[""]

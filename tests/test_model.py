@@ -168,7 +168,7 @@ def test_checkpoint_holds_the_adapter_and_nothing_else(tmp_path: Path) -> None:
     }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "FSRL"
-    assert config["sae"] == {"path": "sae"}
+    assert config["sae"] == {"beside_adapter": "sae"}
     info = only_layer(model).fsrl_sae["default"].info
     assert config["sae_info"] == info.to_dict()
     assert {path.name for path in (tmp_path / "sae").iterdir()} == {
@@ -332,7 +332,7 @@ def test_the_hook_name_gives_the_layer() -> None:
         assert model.peft_config["default"].layer == index
 
 
-@pytest.mark.parametrize("hook", [None, "blocks.1.hook_mlp_out", "blocks.0.hook_resid_pre"])
+@pytest.mark.parametrize("hook", [None, "blocks.1.attn.hook_z", "blocks.0.hook_resid_pre"])
 def test_no_layer_given_and_none_in_the_hook_name(hook: str | None) -> None:
     sae = tiny_sae(metadata={} if hook is None else {"hook_name": hook})
     with pytest.raises(ValueError, match=r"needs `layer` .*hook name"):
@@ -496,11 +496,6 @@ def test_a_second_adapter_waits_until_it_is_chosen() -> None:
     assert set(layer.fsrl_sae) == {"default"}
 
 
-def test_adapter_names_per_sample_are_refused() -> None:
-    with pytest.raises(ValueError, match="`adapter_names` is not supported"):
-        fsrl_model()(input_ids=token_ids(), adapter_names=["default", "__base__"])
-
-
 def test_contextual_sae_needs_the_whole_sequence() -> None:
     model, ids = fsrl_model(sae=tiny_sae("temporal")), token_ids()
     settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -537,7 +532,7 @@ def test_moved_models_release_the_old_sae() -> None:
     model.to(torch.bfloat16)
     assert layers[0].fsrl_sae["default"] is layers[1].fsrl_sae["default"]
     # A live SAE is kept once more by its config, which has to save it.
-    assert old() is model.peft_config["default"].resolve_sae()
+    assert old() is model.peft_config["default"].resolve_saes()[""]
     model.to(torch.float64)
     gc.collect()
     kept = [layers[0].fsrl_sae["default"], old()]

@@ -121,7 +121,7 @@ def test_excluding_features_is_choosing_the_rest() -> None:
         ({"exclude_features": [24]}, IndexError, "feature 24, but the SAE has features 0 to 23"),
         ({"rank": 0}, ValueError, "1 or more"),
         ({"rank": 1.5}, ValueError, "1 or more"),
-        ({"layers_to_transform": [1]}, ValueError, "needs `target_modules`"),
+        ({"layers_to_transform": [1]}, ValueError, "give those as well"),
     ],
 )
 def test_wrong_options(settings: dict[str, Any], error: type[Exception], match: str) -> None:
@@ -195,7 +195,7 @@ def test_several_layers_survive_saving(tmp_path: Path) -> None:
     model, _ = several()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["sae"] == {"0": {"path": "sae/0"}, "2": {"path": "sae/2"}}
+    assert config["sae"] == {"0": {"beside_adapter": "sae/0"}, "2": {"beside_adapter": "sae/2"}}
     assert set(config["sae_info"]) == {"0", "2"}
     again = PeftModel.from_pretrained(helpers.tiny_model(), tmp_path).eval()
     assert torch.equal(logits(again), logits(model))
