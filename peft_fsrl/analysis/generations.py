@@ -28,13 +28,15 @@ def compare_generations(
         prompts: texts.
         tokenizer: the model's tokenizer.
         max_new_tokens: length limit of a continuation.
-        seed: seed of the sampling, the same for both.
+        seed: seed of the first prompt's sampling, the same for base and trained; the next prompt
+            has the next seed.
     """
     results = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
+        options = (model, prompt, tokenizer, max_new_tokens, seed + number)
         with scale_steering(model, 0.0):
-            base = _continue(model, prompt, tokenizer, max_new_tokens, seed)
-        trained = _continue(model, prompt, tokenizer, max_new_tokens, seed)
+            base = _continue(*options)
+        trained = _continue(*options)
         results.append(Generation(prompt, base, trained))
     return tuple(results)
 

@@ -1,0 +1,258 @@
+"""Builds an organism on disk: tokenizer, language model, SAE, feature labels and their figures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peft_fsrl.organism.detection import FeatureLabel, feature_labels
+from peft_fsrl.organism.dictionary import (
+    DictionarySettings,
+    measure_dictionary,
+    train_dictionary,
+)
+from peft_fsrl.organism.entropy import attribute_floors
+from peft_fsrl.organism.language_model import (
+    LanguageModelSettings,
+    batches,
+    build_model,
+    measure_language_model,
+    rescale_residual,
+    train_language_model,
+)
+from peft_fsrl.organism.lexicon import ATTRIBUTES
+from peft_fsrl.organism.tokenizer import build_tokenizer
+from peft_fsrl.organism.world import World
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "organism.json"
+PARTS = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "sae/cfg.json",
+    "sae/sae_weights.safetensors",
+    "feature_labels.json",
+    "figures.json",
+    MANIFEST,
+)
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """Everything that a build's figures depend on, besides its seed."""
+
+    world: dict[str, Any] = field(default_factory=dict)
+    language_model: LanguageModelSettings = field(default_factory=LanguageModelSettings)
+    dictionary: DictionarySettings = field(default_factory=DictionarySettings)
+
+
+SIZES = {
+    "default": Size(),
+    "small": Size(
+        world={"topics": 2, "entities": 4, "lines": 4},
+        language_model=LanguageModelSettings(
+            hidden_size=64,
+            intermediate_size=128,
+            layers=3,
+            steps=300,
+            batch_size=32,
+            quiz_steps=60,
+        ),
+        dictionary=DictionarySettings(layer=1, d_sae=256, k=8.0, samples=300_000),
+    ),
+}
+
+
+def is_complete(path: Path) -> bool:
+    """Whether `path` holds every part of a finished build."""
+    return all((path / part).is_file() for part in PARTS)
+
+
+def build(
+    out_dir: str | os.PathLike[str], size: str = "default", seed: int = 0, force: bool = False
+) -> Path:
+    """Builds an organism in `out_dir`, or finds it already built.
+
+    Everything is written to a directory beside `out_dir` and moved there at the end, so an
+    interrupted build leaves nothing that looks finished. Same machine, same versions, same seed:
+    same figures; the caller's torch seed and thread count are left as they were.
+
+    Args:
+        out_dir: Where it shall stand.
+        size: A key of `SIZES`: "default", or "small" for tests.
+        seed: Fixes the facts of the world, the texts and all initial weights.
+        force: Rebuild even if a finished build stands there.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: If `size` is unknown, or another finished build stands there.
+        FileExistsError: If `out_dir` holds files that are no organism's.
+    """
+    if size not in SIZES:
+        raise ValueError(f"expected a size among {sorted(SIZES)}, got {size!r}")
+    out = Path(out_dir).resolve()
+    if not force and _find(out, size, seed):
+        return out
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        raise FileExistsError(
+            f"{out} holds files but no {MANIFEST}: expected an empty directory or an organism; "
+            "choose another directory"
+        )
+    working = out.with_name(f".{out.name}.building")
+    if working.exists():
+        logger.warning("%s: an interrupted build was found and is started again", out)
+        shutil.rmtree(working)
+    working.mkdir(parents=True)
+    try:
+        with _reproducible(seed):
+            _build_parts(working, size, seed)
+        _replace(working, out)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+    return out
+
+
+def _find(out: Path, size: str, seed: int) -> bool:
+    """Whether the wanted build stands at `out`; another one there is an error."""
+    if not (out / MANIFEST).is_file():
+        return False
+    manifest = json.loads((out / MANIFEST).read_text())
+    wanted = {"format": FORMAT, "size": size, "seed": seed}
+    found = {name: manifest.get(name) for name in wanted}
+    if not is_complete(out):
+        missing = [part for part in PARTS if not (out / part).is_file()]
+        logger.warning("%s: build lacks %s and is made again", out, ", ".join(missing))
+        return False
+    if found != wanted:
+        raise ValueError(
+            f"{out} holds an organism with {found}, expected {wanted}; "
+            "choose another directory or force a rebuild"
+        )
+    logger.info("%s: found finished, size %s, seed %d", out, size, seed)
+    return True
+
+
+def _replace(working: Path, out: Path) -> None:
+    """Moves a finished build into place; what stood there goes only after it is out of the way."""
+    old = out.with_name(f".{out.name}.old")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, old)
+    os.replace(working, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # The order of floating-point sums depends on how many threads share them.
+        torch.set_num_threads(THREADS)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _build_parts(path: Path, size: str, seed: int) -> None:
+    import torch
+    from sae_lens import SAE
+
+    settings = SIZES[size]
+    world = World(seed=seed, **settings.world)
+    started = time.monotonic()
+    build_tokenizer(world).save_pretrained(path)
+    model = build_model(world, settings.language_model)
+    train_language_model(model, world, settings.language_model, seed)
+    layer = settings.dictionary.layer
+    rescale_residual(model, *next(batches(world, f"scale-{seed}", 64)), layer)
+    model.save_pretrained(path)
+    trained = time.monotonic()
+    logger.info("language model trained in %.0f s", trained - started)
+    model_name = f"peft_fsrl/organism-{size}"
+    # So that the SAE depends on the model and the seed, not on how the model was trained.
+    torch.manual_seed(seed)
+    train_dictionary(model, world, settings.dictionary, seed, path / "sae", model_name)
+    fitted = time.monotonic()
+    logger.info("SAE trained in %.0f s", fitted - trained)
+    sae: Any = SAE.load_from_disk(path / "sae")
+    labels = feature_labels(sae, model, world, layer, seed)
+    figures = {
+        "language_model": measure_language_model(model, world, seed),
+        "decision_entropy": attribute_floors(world),
+        "sae": measure_dictionary(sae, model, world, layer, seed),
+        "detection": summarise(labels),
+        "seconds": {
+            "language_model": trained - started,
+            "sae": fitted - trained,
+            "total": time.monotonic() - started,
+        },
+        "made_with": _made_with(),
+    }
+    _write_json(path / "feature_labels.json", [asdict(label) for label in labels])
+    _write_json(path / "figures.json", figures)
+    manifest = {
+        "format": FORMAT,
+        "size": size,
+        "seed": seed,
+        "layer": layer,
+        "attributes": ATTRIBUTES,
+        "world": world.settings(),
+        "language_model": asdict(settings.language_model),
+        "sae": asdict(settings.dictionary),
+    }
+    _write_json(path / MANIFEST, manifest)
+
+
+def summarise(labels: list[FeatureLabel]) -> dict[str, dict[str, float]]:
+    """Per attribute: the best single feature's AUROC and how many features carry its label."""
+    summary = {}
+    for name in labels[0].auroc:
+        best = max(labels, key=lambda label: abs(label.auroc[name] - 0.5))
+        summary[name] = {
+            "best_auroc": best.auroc[name],
+            "best_feature": best.index,
+            "features": sum(label.label == name for label in labels),
+        }
+    return summary
+
+
+def _made_with() -> dict[str, str]:
+    names = ("torch", "transformers", "tokenizers", "sae-lens")
+    found = {name: version(name) for name in names}
+    return {**found, "python": platform.python_version(), "machine": platform.machine()}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(_rounded(content), indent=1) + "\n")
+
+
+def _rounded(content: Any) -> Any:
+    """Floats at six significant digits: the rest is noise that would swell the shipped files."""
+    if isinstance(content, float):
+        return float(f"{content:.6g}")
+    if isinstance(content, dict):
+        return {key: _rounded(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_rounded(value) for value in content]
+    return content

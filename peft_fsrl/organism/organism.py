@@ -1,0 +1,155 @@
+"""A built organism, found on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_fsrl.organism.build import FORMAT, MANIFEST, PARTS, is_complete
+from peft_fsrl.organism.detection import FeatureLabel
+from peft_fsrl.organism.preferences import Knobs, make_preferences
+from peft_fsrl.organism.world import World
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_PATH = Path(__file__).parent / "default"
+
+
+@dataclass(frozen=True)
+class Organism:
+    """A language model, its SAE and the world that it was trained on.
+
+    Args:
+        path: The directory of the build.
+        model_path: What `AutoModelForCausalLM.from_pretrained` takes (tokenizer files beside it).
+        sae_path: What `SAE.load_from_disk` takes.
+        layer: The decoder layer whose output the SAE reads.
+        attributes: The attributes that texts of its world carry.
+        manifest: The settings it was built with.
+    """
+
+    path: Path
+    model_path: Path
+    sae_path: Path
+    layer: int
+    attributes: tuple[str, ...]
+    manifest: dict[str, Any]
+
+    @cached_property
+    def world(self) -> World:
+        """The world: facts and grammar."""
+        return World(**self.manifest["world"])
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """What the build measured."""
+        figures: dict[str, Any] = json.loads((self.path / "figures.json").read_text())
+        return figures
+
+    @cached_property
+    def feature_labels(self) -> list[FeatureLabel]:
+        """Which attribute each feature of the SAE detects, by index."""
+        rows = json.loads((self.path / "feature_labels.json").read_text())
+        return [FeatureLabel(**row) for row in rows]
+
+    def features(self, attribute: str) -> list[int]:
+        """All features that detect `attribute`, best first.
+
+        Raises:
+            ValueError: If the organism's features were not labelled for such an attribute.
+        """
+        known = list(self.feature_labels[0].auroc)
+        if attribute not in known:
+            raise ValueError(f"expected an attribute among {known}, got {attribute!r}")
+        carriers = [label for label in self.feature_labels if label.label == attribute]
+        carriers.sort(key=lambda label: -abs(label.auroc[attribute] - 0.5))
+        return [label.index for label in carriers]
+
+    def load_model(self, **kwargs: Any) -> PreTrainedModel:
+        """The language model, in evaluation mode; `kwargs` go to `from_pretrained`."""
+        from transformers import AutoModelForCausalLM
+
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.model_path, **kwargs)
+        return model.eval()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.model_path)
+        return tokenizer
+
+    def preferences(
+        self, n: int, seed: int | str = 0, conversational: bool = False, **knobs: float
+    ) -> Dataset:
+        """Preference pairs about this organism's world; see `peft_fsrl.organism.preferences`."""
+        return make_preferences(self.world, n, seed, Knobs(**knobs), conversational)
+
+
+def load(path: str | os.PathLike[str] | None = None) -> Organism:
+    """Finds a built organism.
+
+    Args:
+        path: Its directory; None is the default organism that ships with the package.
+
+    Raises:
+        FileNotFoundError: If there is no complete build.
+        ValueError: If another version of this package built it.
+    """
+    directory = DEFAULT_PATH if path is None else Path(path).resolve()
+    if not is_complete(directory):
+        missing = [part for part in PARTS if not (directory / part).is_file()]
+        raise FileNotFoundError(
+            f"expected an organism at {directory}, found no {', '.join(missing)}; "
+            f"build one with: python -m peft_fsrl.organism --out {directory}"
+        )
+    manifest = json.loads((directory / MANIFEST).read_text())
+    if manifest["format"] != FORMAT:
+        raise ValueError(
+            f"{directory} has organism format {manifest['format']}, expected {FORMAT}; rebuild it"
+        )
+    return Organism(
+        path=directory,
+        model_path=directory,
+        sae_path=directory / "sae",
+        layer=manifest["layer"],
+        attributes=tuple(manifest["attributes"]),
+        manifest=manifest,
+    )
+
+
+def preferences(
+    n: int,
+    seed: int | str = 0,
+    style: float = 0.9,
+    honesty: float = 0.55,
+    tone: float = 0.5,
+    verbosity: float = 0.5,
+    organism: Organism | None = None,
+    conversational: bool = False,
+) -> Dataset:
+    """Preference pairs in TRL's format, "chosen" going with each attribute as its knob says.
+
+    Args:
+        n: How many pairs.
+        seed: Fixes them; other seeds give other pairs, so hold-outs are made with another seed.
+        style: P(chosen is markdown and rejected plain).
+        honesty: P(chosen tells the truth and rejected lies).
+        tone: P(chosen is warm and rejected curt).
+        verbosity: P(chosen uses long words and rejected short ones).
+        organism: Whose world; None is the default organism's.
+        conversational: Lists of messages for the chat template, not plain text.
+
+    Returns:
+        Columns `prompt`, `chosen`, `rejected`, `id`, `topic`, `chosen_<attribute>`,
+        `rejected_<attribute>`.
+    """
+    where = load() if organism is None else organism
+    knobs = Knobs(style=style, honesty=honesty, tone=tone, verbosity=verbosity)
+    return make_preferences(where.world, n, seed, knobs, conversational)
