@@ -54,6 +54,10 @@ class FSRLModel(BaseTuner):
             # From here on only the layers hold the SAEs: a copy that none of them uses is freed.
             self._saes_to_inject = {}
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model; not its `forward`, as older PEFT does, which skips its hooks."""
+        return self.model(*args, **kwargs)
+
     def _prepare_adapter_config(
         self, peft_config: FSRLConfig, model_config: dict[str, Any]
     ) -> FSRLConfig:

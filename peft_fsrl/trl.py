@@ -14,8 +14,10 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .card import render_model_card
 from .functional import masked_mean
@@ -38,6 +40,8 @@ _CARD_SETTINGS = (
     "max_length",
     "seed",
 )
+# Older transformers wrap a layer's call in a checkpoint, newer ones its forward, without its hooks.
+CHECKPOINTS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 _THRESHOLD_SUFFIXES = (".threshold", ".log_threshold")
 
 
@@ -86,6 +90,12 @@ class FSRLTrainerMixin(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.gradient_checkpointing and CHECKPOINTS_HOOKS:
+            raise ValueError(
+                f"transformers {transformers.__version__} recomputes a layer's hooks with the "
+                "layer, and the penalty would not survive that. Set gradient_checkpointing=False, "
+                "or install transformers 5.23 or newer (Python 3.11)."
+            )
         assert isinstance(self.model, nn.Module)
         fsrl_layers(self.model)
         self.fsrl_penalty = SparsityPenalty(self.model)

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 from peft_fsrl import FSRLConfig, FSRLLayer
 from peft_fsrl.functional import ACTIVATIONS
 from peft_fsrl.steering import SteeringMonitor
-from peft_fsrl.trl import SparsityPenalty
+from peft_fsrl.trl import CHECKPOINTS_HOOKS, SparsityPenalty
 
 PATHS = {"gpt2": "transformer.h.{}", "gptj": "transformer.h.{}", "gpt_neox": "gpt_neox.layers.{}"}
 
@@ -425,6 +425,9 @@ def penalised_gradients(model: PeftModel) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if "fsrl" in n}
 
 
+@pytest.mark.skipif(
+    CHECKPOINTS_HOOKS, reason="this transformers recomputes hooks inside a gradient checkpoint"
+)
 # transformers 5.23 renamed the method.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -24,6 +24,7 @@ def compute_summary(
     categories: Mapping[str, Sequence[int]] | None = None,
     n_features: int | None = None,
     n_generations: int = 2,
+    generation_seed: int = 0,
     beta: float = 10.0,
     gamma: float = 5.0,
     batch_size: int = 16,
@@ -39,6 +40,7 @@ def compute_summary(
         categories: feature indices by category, best first; None skips the ablation.
         n_features: features zeroed per category; None takes the size of the smallest.
         n_generations: prompts to continue.
+        generation_seed: seed of the first continuation.
         beta: SimPO's reward scale.
         gamma: SimPO's target margin.
         batch_size: pairs per forward pass.
@@ -79,5 +81,5 @@ def compute_summary(
         else ()
     )
     prompts = [dataset[row]["prompt"] for row in range(min(n_generations, len(dataset)))]
-    generations = compare_generations(model, prompts, tokenizer)
+    generations = compare_generations(model, prompts, tokenizer, seed=generation_seed)
     return Summary(base, trained, usage, ablations, generations)
