@@ -260,10 +260,12 @@ class FSRLConfig(PeftConfig):
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> FSRLConfig:
         """Read a config from a folder or the Hub, and with it the SAE that was saved beside it."""
-        config = cast(
-            FSRLConfig,
-            super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs),
+        config: Any = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
+        # PEFT makes the class that the file names, whichever class was asked to read it.
+        if not isinstance(config, FSRLConfig):
+            return cast(FSRLConfig, config)
         references = config.sae.values() if is_layer_mapping(config.sae) else [config.sae]
         if any(is_beside(reference) for reference in references):
             config._folder = adapter_folder(pretrained_model_name_or_path, subfolder, kwargs)
@@ -316,9 +318,6 @@ class FSRLConfig(PeftConfig):
         if any(layer < 0 for layer in self.layers):
             raise ValueError(f"`layer` must be 0 or more, got {self.layer}.")
         self._validate_several()
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-            if getattr(self, name) is not None and self.target_modules is None:
-                raise ValueError(f"`{name}` narrows `target_modules` down; give those as well.")
         if self.rank is not None and (not is_integer(self.rank) or self.rank < 1):
             raise ValueError(f"`rank` must be an integer of 1 or more, got {self.rank!r}.")
         if self.features is not None and self.exclude_features is not None:

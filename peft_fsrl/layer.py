@@ -98,7 +98,8 @@ class SteeringAdapter(nn.Module):
     def threshold_parameter(self) -> nn.Parameter | None:
         """``theta`` of ``soft_threshold``, ``log(theta)`` of ``jump_relu``, None for ``relu``."""
         name = _THRESHOLD_NAMES.get(self.activation)
-        return None if name is None else self.get_parameter(name)
+        # Not `get_parameter`: under FSDP, what stands under the name is a view and no parameter.
+        return None if name is None else getattr(self, name)
 
 
 class FSRLLayer(nn.Module, BaseTunerLayer):
@@ -126,6 +127,9 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.layer_name = layer_name
+        # Every layer of PEFT has them; what it wraps here (a decoder layer, an embedding) may not.
+        self.in_features = getattr(base_layer, "in_features", None)
+        self.out_features = getattr(base_layer, "out_features", None)
         self.fsrl_adapter = nn.ModuleDict()
         self.fsrl_sae: dict[str, FrozenSAE] = {}
         self.observers: list[Observer] = []
@@ -196,8 +200,8 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         """
         if len(adapter_names) != x.shape[0]:
             raise ValueError(
-                f"Expected one adapter name per sample, got {len(adapter_names)} names for "
-                f"{x.shape[0]} samples."
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {x.shape[0]} respectively. Give one name per sample."
             )
         steered = x.clone()
         for name in dict.fromkeys(adapter_names):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
 
@@ -70,6 +72,7 @@ class FSRLModel(BaseTuner):
         for sae in saes.values():
             warn_of_other_model(sae, model)
         if peft_config.target_modules is None:
+            _refuse_narrowing(peft_config)
             saes = resolve_targets(peft_config, saes, model)
             peft_config._target_paths = frozenset(saes)
         else:
@@ -129,23 +132,40 @@ class FSRLModel(BaseTuner):
         if names is None:
             yield
             return
-        known = {_BASE, *self.peft_config}
-        if self.training:
-            raise ValueError("`adapter_names` is for inference: call `model.eval()` first.")
-        if not set(names) <= known:
-            raise ValueError(
-                f"`adapter_names` must be among {sorted(known)}, got {sorted(set(names) - known)}."
-            )
-        copies = _copies_per_sample(kwargs)
-        per_sample = [name for name in names for _ in range(copies)]
-        layers = [module for module in self.modules() if isinstance(module, FSRLLayer)]
-        for layer in layers:
-            layer.batch_adapter_names = per_sample
+        self._check_adapter_names(names)
+        repeated = [name for name in names for _ in range(_copies_per_sample(kwargs))]
+        encoder = _encoder_modules(self.model)
+        layers, handles = [], []
+        for module in self.modules():
+            # `generate` repeats what the decoder sees, not what an encoder has read.
+            per_sample = list(names) if module in encoder else repeated
+            if isinstance(module, FSRLLayer):
+                module.batch_adapter_names = per_sample
+                layers.append(module)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                # `modules_to_save` are chosen per sample too, by PEFT, which wants the names here.
+                hook = partial(_pass_adapter_names, adapter_names=per_sample)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
             for layer in layers:
                 layer.batch_adapter_names = None
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: Sequence[str]) -> None:
+        if self.training:
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call "
+                "`model.eval()` first."
+            )
+        known = {_BASE, *self.peft_config}
+        if not set(names) <= known:
+            raise ValueError(
+                "Trying to infer with non-existing adapter(s): "
+                f"{', '.join(sorted(set(names) - known))}. Expected names among {sorted(known)}."
+            )
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(merge_refusal())
@@ -183,6 +203,13 @@ def _load_bound_sae(config: FSRLConfig, key: str, reference: Any) -> FrozenSAE:
     return sae
 
 
+def _refuse_narrowing(config: FSRLConfig) -> None:
+    # Not when the config is made: PEFT's configs can be completed afterwards.
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"`{name}` narrows `target_modules` down; give those as well.")
+
+
 def _torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -191,6 +218,20 @@ def _torch_dtype(name: str) -> torch.dtype:
             f"'bfloat16'; got {name!r}."
         )
     return dtype
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _encoder_modules(model: Any) -> set[nn.Module]:
+    """The modules that run before ``generate`` repeats samples; none without a decoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return set()
+    encoder: nn.Module = model.get_encoder()
+    return set(encoder.modules())
 
 
 def _copies_per_sample(kwargs: Mapping[str, Any]) -> int:

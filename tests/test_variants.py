@@ -322,12 +322,12 @@ def test_generation_with_a_mixed_batch(options: dict[str, Any]) -> None:
 
 def test_mixed_batches_refuse_mistakes() -> None:
     model, ids = mixed(), helpers.token_ids(batch=2)
-    with pytest.raises(ValueError, match=r"got \['nobody'\]"):
+    with pytest.raises(ValueError, match=r"non-existing adapter.*nobody"):
         logits(model, ids, adapter_names=["default", "nobody"])
-    with pytest.raises(ValueError, match="one adapter name per sample"):
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
         logits(model, ids, adapter_names=["default"])
     model.train()
-    with pytest.raises(ValueError, match="for inference"):
+    with pytest.raises(ValueError, match="in training mode"):
         logits(model, ids, adapter_names=["default", "other"])
 
 
