@@ -11,10 +11,10 @@ LAUNCH = accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_p
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs lint format types ci lock clean
+.PHONY: help setup demo test docs lint format types ci conformance lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: ## create or refresh the virtual environment; does nothing when it is up to date
 	@$(PYTHON) tools/setup_venv.py --venv $(VENV) --constraints $(CONSTRAINTS)
@@ -40,6 +40,9 @@ types: setup ## check types
 	$(RUN) mypy
 
 ci: lint types test ## all that must pass before a change lands
+
+conformance: setup ## run PEFT's own tests on FSRL
+	$(VENV)/bin/python tools/conformance/run.py $(ARGS)
 
 lock: setup ## write constraints.txt from what is installed
 	$(VENV)/bin/python tools/lock.py
