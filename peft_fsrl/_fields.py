@@ -59,18 +59,28 @@ def require_number(name: str, value: Any, *, positive: bool) -> None:
         raise ValueError(f"`{name}` must be finite and {wanted}, got {value}.")
 
 
-def adapter_folder(name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> str:
-    """The folder of an adapter, local or fetched from the Hub with the SAE beside it."""
+def beside_folder(layer: str) -> str:
+    """Folder, inside the adapter's, for the SAE of a layer, or of all targets under ``""``.
+
+    Never nested: ``push_to_hub`` uploads folders one level deep.
+    """
+    return f"{SAVED_SAE_FOLDER}_layer_{layer}" if layer else SAVED_SAE_FOLDER
+
+
+def adapter_folder(
+    name_or_path: str, subfolder: str | None, beside: list[str], kwargs: Mapping[str, Any]
+) -> str:
+    """The folder of an adapter, local or fetched from the Hub with the SAEs beside it."""
     local = os.path.join(name_or_path, subfolder) if subfolder else name_or_path
     if os.path.isdir(local):
         return os.path.abspath(local)
     from huggingface_hub import snapshot_download
 
-    inside = f"{subfolder}/{SAVED_SAE_FOLDER}" if subfolder else SAVED_SAE_FOLDER
+    inside = f"{subfolder}/" if subfolder else ""
     allowed = ("revision", "token", "cache_dir", "local_files_only", "force_download")
     root = snapshot_download(
         name_or_path,
-        allow_patterns=[f"{inside}/*"],
+        allow_patterns=[f"{inside}{folder}/*" for folder in beside],
         **{key: kwargs[key] for key in allowed if key in kwargs},
     )
     return os.path.join(root, subfolder) if subfolder else root

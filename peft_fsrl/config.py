@@ -14,8 +14,8 @@ from peft.utils import PeftType
 from ._fields import (
     BESIDE,
     LIVE_SAE,
-    SAVED_SAE_FOLDER,
     adapter_folder,
+    beside_folder,
     is_beside,
     is_integer,
     is_layer_mapping,
@@ -232,10 +232,9 @@ class FSRLConfig(PeftConfig):
             return reference
         if self._folder is None:
             raise ValueError(
-                f"This adapter's SAE was saved beside it, in '{SAVED_SAE_FOLDER}/', but the config "
-                "does not know which folder it was read from. Read it with "
-                "FSRLConfig.from_pretrained(...) or PeftModel.from_pretrained(...), or pass the "
-                "SAE."
+                f"This adapter's SAE was saved beside it, in '{reference[BESIDE]}/', but the "
+                "config does not know which folder it was read from. Read it with "
+                "PeftConfig.from_pretrained(...) or PeftModel.from_pretrained(...), or set `sae`."
             )
         return {"path": os.path.join(self._folder, reference[BESIDE])}
 
@@ -246,7 +245,7 @@ class FSRLConfig(PeftConfig):
         for key, live in self._live_saes.items():
             # A live SAE that no model has taken yet is SAELens's own object.
             write = live.save if hasattr(live, "save") else live.save_model
-            saved[key] = {BESIDE: f"{SAVED_SAE_FOLDER}/{key}" if key else SAVED_SAE_FOLDER}
+            saved[key] = {BESIDE: beside_folder(key)}
             write(os.path.join(save_directory, saved[key][BESIDE]))
         try:
             if saved:
@@ -255,21 +254,15 @@ class FSRLConfig(PeftConfig):
         finally:
             self.sae = in_memory
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> FSRLConfig:
-        """Read a config from a folder or the Hub, and with it the SAE that was saved beside it."""
-        config: Any = super().from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
-        )
-        # PEFT makes the class that the file names, whichever class was asked to read it.
-        if not isinstance(config, FSRLConfig):
-            return cast(FSRLConfig, config)
-        references = config.sae.values() if is_layer_mapping(config.sae) else [config.sae]
-        if any(is_beside(reference) for reference in references):
-            config._folder = adapter_folder(pretrained_model_name_or_path, subfolder, kwargs)
-        return config
+    def locate(self, name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> None:
+        """Learn where this config was read from, and fetch the SAEs that were saved beside it.
+
+        Called by ``PeftConfig.from_pretrained``; see ``_registration``.
+        """
+        references = self.sae.values() if is_layer_mapping(self.sae) else [self.sae]
+        beside = [reference[BESIDE] for reference in references if is_beside(reference)]
+        if beside:
+            self._folder = adapter_folder(name_or_path, subfolder, beside, kwargs)
 
     def _normalise_sae(self, sae: Any, key: str) -> Any:
         if sae is None:

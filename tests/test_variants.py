@@ -195,7 +195,7 @@ def test_several_layers_survive_saving(tmp_path: Path) -> None:
     model, _ = several()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["sae"] == {"0": {"beside_adapter": "sae/0"}, "2": {"beside_adapter": "sae/2"}}
+    assert config["sae"] == {key: {"beside_adapter": f"sae_layer_{key}"} for key in "02"}
     assert set(config["sae_info"]) == {"0", "2"}
     again = PeftModel.from_pretrained(helpers.tiny_model(), tmp_path).eval()
     assert torch.equal(logits(again), logits(model))

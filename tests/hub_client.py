@@ -1,0 +1,118 @@
+"""Pushes adapters to the Hub at ``HF_ENDPOINT`` and loads them back; prints what it found as JSON.
+
+A process of its own: ``huggingface_hub`` reads its endpoint, cache and token when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import fsrl_model, only_layer, randomise_adapter, tiny_model, tiny_sae, token_ids
+from huggingface_hub import HfApi, create_repo, upload_folder
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import peft_fsrl  # noqa: F401
+
+FOLDER = Path(sys.argv[1])
+IDS = token_ids()
+RESULTS: dict[str, Any] = {}
+
+
+def base() -> Any:
+    return AutoModelForCausalLM.from_pretrained(FOLDER / "base")
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def same(name: str, model: nn.Module, expected: torch.Tensor) -> None:
+    RESULTS[name] = bool(torch.equal(logits(model), expected))
+
+
+def live_sae() -> None:
+    model = fsrl_model(base())
+    first = logits(model)
+    model.push_to_hub("team/adapter")
+    same("PeftModel", PeftModel.from_pretrained(base(), "team/adapter"), first)
+    same(
+        "AutoPeftModelForCausalLM", AutoPeftModelForCausalLM.from_pretrained("team/adapter"), first
+    )
+    same("AutoModelForCausalLM", AutoModelForCausalLM.from_pretrained("team/adapter"), first)
+    plain = base()
+    plain.load_adapter("team/adapter")
+    same("load_adapter", plain, first)
+    two = PeftModel.from_pretrained(base(), "team/adapter", adapter_name="one")
+    two.load_adapter("team/adapter", adapter_name="two")
+    two.set_adapter("two")
+    same("second adapter", two, first)
+
+    randomise_adapter(only_layer(model), seed=9)
+    second = logits(model)
+    model.push_to_hub("team/adapter", revision="v2")
+    same("main", PeftModel.from_pretrained(base(), "team/adapter"), first)
+    same("revision", PeftModel.from_pretrained(base(), "team/adapter", revision="v2"), second)
+    plain = base()
+    plain.load_adapter("team/adapter", adapter_kwargs={"revision": "v2"})
+    same("load_adapter revision", plain, second)
+    offline = PeftConfig.from_pretrained("team/adapter", revision="v2", local_files_only=True)
+    RESULTS["config from the cache"] = Path(offline.resolve_saes()[""]["path"]).is_dir()
+
+    model.save_pretrained(str(FOLDER / "saved"))
+    upload_folder(repo_id="team/adapter", folder_path=FOLDER / "saved", path_in_repo="deep/er")
+    nested = PeftModel.from_pretrained(base(), "team/adapter", subfolder="deep/er")
+    same("subfolder", nested, second)
+    plain = base()
+    plain.load_adapter("team/adapter", adapter_kwargs={"subfolder": "deep/er"})
+    same("load_adapter subfolder", plain, second)
+
+
+def several_layers() -> None:
+    saes = {0: tiny_sae(metadata={}), 2: tiny_sae("topk", metadata={}, seed=1)}
+    model = fsrl_model(base(), sae=saes, layer=[0, 2])
+    model.push_to_hub("team/several")
+    same("several layers", PeftModel.from_pretrained(base(), "team/several"), logits(model))
+
+
+def transformers_push() -> None:
+    plain = base()
+    plain.load_adapter(str(FOLDER / "saved"))
+    plain.push_to_hub("team/plain")
+    same("pushed by transformers", PeftModel.from_pretrained(base(), "team/plain"), logits(plain))
+
+
+def hub_sae() -> None:
+    tiny_sae().save_model(FOLDER / "sae" / "layer_1")
+    create_repo("team/saes")
+    upload_folder(repo_id="team/saes", folder_path=FOLDER / "sae")
+    model = fsrl_model(base(), sae="team/saes/layer_1")
+    model.push_to_hub("team/named")
+    same("SAE by its name", PeftModel.from_pretrained(base(), "team/named"), logits(model))
+    RESULTS["reference"] = PeftConfig.from_pretrained("team/named").sae
+
+
+def refusals() -> None:
+    for name, call in {
+        "missing repository": lambda: PeftModel.from_pretrained(base(), "team/nothing"),
+        "wrong token": lambda: fsrl_model(base()).push_to_hub("team/adapter", token="hf_wrong"),
+    }.items():
+        try:
+            call()
+        except Exception as error:
+            RESULTS[name] = f"{type(error).__name__}: {error}"
+
+
+tiny_model().save_pretrained(FOLDER / "base")
+for step in (live_sae, several_layers, transformers_push, hub_sae, refusals):
+    step()
+RESULTS["files"] = {
+    repo: sorted(HfApi().list_repo_files(repo)) for repo in ("team/adapter", "team/named")
+}
+sys.stdout.write(json.dumps(RESULTS))
