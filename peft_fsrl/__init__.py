@@ -8,6 +8,7 @@ from ._registration import register
 from .config import FSRLConfig
 from .layer import FSRLLayer
 from .model import FSRLModel
+from .pruning import PruningReport, prune
 from .sae import FrozenSAE, SAEInfo
 from .sae_sources import freeze_sae, load_sae
 
@@ -18,10 +19,12 @@ __all__ = [
     "FSRLLayer",
     "FSRLModel",
     "FrozenSAE",
+    "PruningReport",
     "SAEInfo",
     "__version__",
     "freeze_sae",
     "load_sae",
+    "prune",
 ]
 
 register()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -101,6 +101,13 @@ class SteeringAdapter(nn.Module):
         # Not `get_parameter`: under FSDP, what stands under the name is a view and no parameter.
         return None if name is None else getattr(self, name)
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all features but those at some positions, in their order; parameters are new."""
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            if name != "down":
+                kept = parameter.detach()[rows.to(parameter.device)].clone()
+                setattr(self, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+
 
 class FSRLLayer(nn.Module, BaseTunerLayer):
     """``x' = x + decode(relu(f + v)) - decode(f)`` on the output ``x`` of a wrapped module.
@@ -147,6 +154,20 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         self.fsrl_adapter[adapter_name] = adapter
         self.fsrl_sae[adapter_name] = sae
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    def keep_features(self, adapter_name: str, features: Iterable[int]) -> None:
+        """Drop all features of an adapter but some, for good; see ``pruning.prune``.
+
+        Raises:
+            IndexError: for an index that the SAE does not have.
+            ValueError: for no feature, or one that the adapter cannot steer.
+        """
+        sae = self.fsrl_sae[adapter_name]
+        restricted = sae.restrict(features)
+        adapter = self.fsrl_adapter[adapter_name]
+        assert isinstance(adapter, SteeringAdapter)
+        adapter.keep_rows(sae.positions(restricted.feature_index.tolist()))
+        self.fsrl_sae[adapter_name] = restricted
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter active; at most one per layer.
