@@ -278,8 +278,10 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        # An offloaded layer's parameters live on `meta`; its hook knows where it computes.
-        execution_device = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
+        # An offloaded layer's parameters live on `meta`; its hooks know where it computes.
+        hooks = (getattr(module, "_hf_hook", None) for module in base_layer.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        execution_device = next((device for device in devices if device is not None), None)
         for parameter in base_layer.parameters():
             if parameter.is_floating_point():
                 device = parameter.device if execution_device is None else execution_device

@@ -118,8 +118,13 @@ class FSRLModel(BaseTuner):
             new_module = child.detach_hook()
         setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kw: Any) -> nn.Module:
+        if not merge:
+            for module in self.model.modules():
+                # PEFT would leave the trained copies of `modules_to_save` in the base model.
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.set_adapter([])
+        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kw)
         guard = model.__dict__.pop(_CACHE_GUARD, None)
         if guard is not None:
             guard.remove()
