@@ -16,6 +16,7 @@ _SCRIPT_OPTIONS = (
     "exclude_features",
     "rank",
     "activation",
+    "non_negative",
     "l1_coeff",
     "l0_coeff",
     "penalty_reduction",

@@ -55,6 +55,7 @@ def render_model_card(
         "steered features": _describe_choice(config),
         "rank": config.rank,
         "activation": config.activation,
+        "non-negative feature activations": config.non_negative,
         "l1_coeff": config.l1_coeff,
         "l0_coeff": config.l0_coeff,
         "penalty_reduction": config.penalty_reduction,

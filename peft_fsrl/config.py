@@ -21,6 +21,7 @@ from ._fields import (
     is_layer_mapping,
     plain,
     plain_features,
+    require_bool,
     require_number,
     require_one_of,
 )
@@ -53,6 +54,8 @@ class FSRLConfig(PeftConfig):
         rank: Rank of the adapter's weight as a product of two; None for a full one.
         activation: ``"soft_threshold"`` (two-sided: promotes and suppresses), ``"relu"`` (promotes
             only) or ``"jump_relu"`` (promotes only, learned jump).
+        non_negative: Keep ``f + v`` non-negative: a feature can be lowered to zero, not below. Off,
+            ``x' = x + decode(v)``, linear in ``v``, and the SAE's encoder is not needed.
         init_scale: Half-width of the uniform start of the adapter's weight, in units of the
             pre-activation per unit of SAE input. Not zero: the soft threshold has no slope at zero.
         init_threshold: Start of every threshold, in units of the pre-activation. Defaults to 0 for
@@ -115,6 +118,7 @@ class FSRLConfig(PeftConfig):
         default="soft_threshold",
         metadata={"help": f"Activation of the steering vector, one of {_ACTIVATIONS}."},
     )
+    non_negative: bool = field(default=True, metadata={"help": "Keep f + v non-negative."})
     init_scale: float = field(
         default=1e-9, metadata={"help": "Half-width of the uniform start of the weight."}
     )
@@ -322,6 +326,7 @@ class FSRLConfig(PeftConfig):
             )
         require_one_of("activation", self.activation, _ACTIVATIONS)
         require_one_of("penalty_reduction", self.penalty_reduction, _REDUCTIONS)
+        require_bool("non_negative", self.non_negative)
         for name in ("init_scale", "bandwidth", "threshold_lr_multiplier"):
             require_number(name, getattr(self, name), positive=True)
         for name in ("l1_coeff", "l0_coeff"):

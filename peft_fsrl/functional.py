@@ -275,7 +275,8 @@ def steer(
         activation: one of ``ACTIVATIONS``.
         bandwidth: kernel width of ``jump_relu``.
         encode: gives ``f`` for ``x``, shape ``(..., d_sae)``; called only where a negative ``v`` is
-            possible. None for an SAE whose features carry a sign: ``f'`` is then ``f + v``.
+            possible. None where nothing is clamped and ``f'`` is ``f + v``: for an SAE whose
+            features carry a sign, or with the clamp switched off.
         decode_update: linear map from a change in feature space to one of ``x``.
         edit: applied to ``v`` before it acts (ablation, scaling, top-k). None leaves ``v`` alone.
 

@@ -75,6 +75,7 @@ class SteeringAdapter(nn.Module):
         super().__init__()
         self.activation = config.activation
         self.bandwidth = config.bandwidth
+        self.non_negative = config.non_negative
         width = config.rank or d_in
         self.weight = nn.Parameter(torch.empty(n_features, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(n_features, device=device, dtype=dtype))
@@ -111,6 +112,8 @@ class SteeringAdapter(nn.Module):
 
 class FSRLLayer(nn.Module, BaseTunerLayer):
     """``x' = x + decode(relu(f + v)) - decode(f)`` on the output ``x`` of a wrapped module.
+
+    With ``non_negative=False`` in the config, ``x' = x + decode(f + v) - decode(f)``.
 
     The steering happens in a forward hook that comes first on the wrapped module, so that whatever
     else looks at that module's output (``output_hidden_states`` among others) sees what the next
@@ -244,13 +247,14 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             )
         if sae.device != x.device:
             sae = self.fsrl_sae[adapter_name] = sae.to(x.device, sae.dtype)
+        clamps = adapter.non_negative and not sae.signed
         steered = functional.steer(
             x,
             functional.steering_pre(sae.process_in(x), adapter.weight, adapter.bias, adapter.down),
             adapter.threshold_parameter,
             activation=adapter.activation,
             bandwidth=adapter.bandwidth,
-            encode=None if sae.signed else lambda: sae.encode(x),
+            encode=(lambda: sae.encode(x)) if clamps else None,
             decode_update=lambda update: sae.decode_update(update, x),
             edit=(lambda v: self._apply_edits(v, sae)) if self.edits else None,
         )

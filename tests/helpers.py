@@ -263,6 +263,7 @@ def naive_steer(
     threshold: Tensor | None,
     activation: str = "soft_threshold",
     bandwidth: float = 1e-2,
+    non_negative: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``x + decode(relu(f + v)) - decode(f)`` by SAELens's own encode and decode; ``v``; the gate.
 
@@ -275,7 +276,7 @@ def naive_steer(
     reconstruction = sae.decode(f)
     sae.encode(x)
     steered = f + v
-    if sae.cfg.architecture() != "abstopk":
+    if non_negative and sae.cfg.architecture() != "abstopk":
         # At a tie the slope from the right: v is about to grow where a jump's kernel reaches it.
         steered = torch.where(steered >= 0, steered, 0.0)
     return x + sae.decode(steered) - reconstruction, v, gate

@@ -22,6 +22,7 @@ def test_defaults_are_the_method_of_the_paper() -> None:
     config = FSRLConfig(layer=12, sae=RELEASED)
     assert config.activation == "soft_threshold"
     assert config.penalty_reduction == "sequence"
+    assert config.non_negative
     assert (config.l1_coeff, config.l0_coeff) == (0.1, 0.0)
     assert config.peft_type == "FSRL"
 
@@ -38,6 +39,8 @@ def test_defaults_are_the_method_of_the_paper() -> None:
         ({"layer": True}, "`layer` must be an integer or a list of integers, got True"),
         ({"l1_coeff": "0.1"}, "`l1_coeff` must be a number, got '0.1'"),
         ({"l1_coeff": True}, "`l1_coeff` must be a number, got True"),
+        ({"non_negative": 1}, "`non_negative` must be True or False, got 1"),
+        ({"non_negative": "false"}, "`non_negative` must be True or False, got 'false'"),
         ({"bandwidth": None}, "`bandwidth` must be a number, got None"),
         ({"sae": 3}, r"`sae` must be 'release/sae_id'.*got int"),
         ({"sae": ("a", "b", "c")}, r"pair must be \(release, sae_id\)"),
@@ -122,6 +125,7 @@ EVERY_FIELD = {
     "features": [1, 2],
     "rank": 4,
     "activation": "jump_relu",
+    "non_negative": False,
     "init_scale": 0.5,
     "init_threshold": 0.25,
     "bandwidth": 0.125,

@@ -191,3 +191,11 @@ def test_the_papers_settings_parse(simpo: ModuleType) -> None:
         "gemma-scope-2b-pt-res/layer_12/width_65k/average_l0_72",
     )
     assert args.simpo_gamma / args.beta == 0.5
+
+
+@pytest.mark.parametrize(("given", "expected"), [((), True), (("--non_negative", "false"), False)])
+def test_the_clamp_can_be_switched_off(
+    simpo: ModuleType, given: tuple[str, ...], expected: bool
+) -> None:
+    _, _, _, fsrl, _ = simpo.parse([*given, "--use_cpu", "true"])
+    assert fsrl.to_config().non_negative is expected

@@ -35,9 +35,9 @@ def tokens(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     return torch.randn(2, 5, D_IN, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def agree(sae: Any, activation: str) -> None:
+def agree(sae: Any, activation: str, non_negative: bool = True) -> None:
     """Compare the layer with the naive formula: output, ``v``, gate, and every gradient."""
-    layer = bare_layer(sae, activation=activation, bandwidth=BANDWIDTH)
+    layer = bare_layer(sae, activation=activation, bandwidth=BANDWIDTH, non_negative=non_negative)
     adapter = layer.fsrl_adapter["default"]
     events: list[SteeringEvent] = []
     layer.observers.append(events.append)
@@ -49,7 +49,14 @@ def agree(sae: Any, activation: str) -> None:
     naive = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
     threshold = naive.get("threshold", naive.get("log_threshold"))
     expected, v, gate = naive_steer(
-        sae, naive_x, naive["weight"], naive["bias"], threshold, activation, BANDWIDTH
+        sae,
+        naive_x,
+        naive["weight"],
+        naive["bias"],
+        threshold,
+        activation,
+        BANDWIDTH,
+        non_negative,
     )
 
     def same(actual: Tensor | None, wanted: Tensor | None) -> None:
@@ -91,6 +98,23 @@ def test_agrees_with_the_formula(architecture: str, normalisation: str, activati
 def test_variants_agree_with_the_formula(variant: str, activation: str) -> None:
     architecture, settings = VARIANTS[variant]
     agree(tiny_sae(architecture, dtype="float64", **settings), activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_without_the_clamp_agrees_with_the_formula(architecture: str, activation: str) -> None:
+    for normalisation in ("none", "layer_norm"):
+        agree(tiny_sae(architecture, normalisation, dtype="float64"), activation, False)
+
+
+def test_without_the_clamp_the_encoder_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = bare_layer(tiny_sae(seed=22), non_negative=False)
+
+    def encode(*_: object) -> Tensor:
+        raise AssertionError("the encoder was called")
+
+    monkeypatch.setattr(layer.fsrl_sae["default"].module, "encode", encode)
+    assert (layer(tokens()) != tokens()).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
