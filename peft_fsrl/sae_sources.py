@@ -1,6 +1,7 @@
 """Where SAEs come from: references, folders that SAELens wrote, SAELens's registry, the Hub.
 
-Whatever the source, the result is a ``FrozenSAE``; nothing here unpickles.
+Whatever the source, the result is a ``FrozenSAE``. No source runs code: releases that exist only as
+torch files go through torch's weights-only loader.
 """
 
 from __future__ import annotations

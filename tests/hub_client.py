@@ -6,18 +6,29 @@ A process of its own: ``huggingface_hub`` reads its endpoint, cache and token wh
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import fsrl_model, only_layer, randomise_adapter, tiny_model, tiny_sae, token_ids
+from helpers import (
+    D_IN,
+    D_SAE,
+    fsrl_model,
+    only_layer,
+    randomise_adapter,
+    tiny_model,
+    tiny_sae,
+    token_ids,
+)
 from huggingface_hub import HfApi, create_repo, upload_folder
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import peft_fsrl  # noqa: F401
+from peft_fsrl import load_sae
 
 FOLDER = Path(sys.argv[1])
 IDS = token_ids()
@@ -98,6 +109,38 @@ def hub_sae() -> None:
     RESULTS["reference"] = PeftConfig.from_pretrained("team/named").sae
 
 
+def registered_release() -> None:
+    """A release of SAELens's registry that exists only as torch files, one of them hostile."""
+    release = get_pretrained_saes_directory()["gpt2-small-hook-z-kk"]
+    create_repo(release.repo_id)
+    sae = tiny_sae(metadata={})
+    good, bad = (release.saes_map[f"blocks.{layer}.hook_z"] for layer in (0, 1))
+    config = {"act_size": D_IN, "dict_size": D_SAE, "act_name": "blocks.0.attn.hook_z"}
+    folder = FOLDER / "registered"
+    folder.mkdir()
+    for path in (good, bad):
+        (folder / path.replace(".pt", "_cfg.json")).write_text(json.dumps(config))
+    torch.save(sae.state_dict(), folder / good)
+    torch.save(Hostile(), folder / bad)
+    upload_folder(repo_id=release.repo_id, folder_path=folder)
+    loaded = load_sae("gpt2-small-hook-z-kk/blocks.0.hook_z")
+    x = torch.randn(3, D_IN)
+    RESULTS["registered release"] = bool(torch.equal(loaded.encode(x), sae.encode(x)))
+    RESULTS["registered hook"] = loaded.info.hook_name
+    try:
+        load_sae("gpt2-small-hook-z-kk/blocks.1.hook_z")
+    except pickle.UnpicklingError as error:
+        RESULTS["hostile file"] = str(error)
+    RESULTS["hostile code ran"] = (FOLDER / "ran").exists()
+
+
+class Hostile:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (FOLDER / "ran",)
+
+
 def refusals() -> None:
     for name, call in {
         "missing repository": lambda: PeftModel.from_pretrained(base(), "team/nothing"),
@@ -110,7 +153,14 @@ def refusals() -> None:
 
 
 tiny_model().save_pretrained(FOLDER / "base")
-for step in (live_sae, several_layers, transformers_push, hub_sae, refusals):
+for step in (
+    live_sae,
+    several_layers,
+    transformers_push,
+    hub_sae,
+    registered_release,
+    refusals,
+):
     step()
 RESULTS["files"] = {
     repo: sorted(HfApi().list_repo_files(repo)) for repo in ("team/adapter", "team/named")

@@ -68,6 +68,8 @@ def test_no_way_was_left_out(session: Any) -> None:
     assert {name for name, value in results.items() if isinstance(value, bool)} == {
         *BIT_IDENTICAL,
         "config from the cache",
+        "registered release",
+        "hostile code ran",
     }
     assert results["config from the cache"]
 
@@ -91,6 +93,14 @@ def test_an_sae_without_an_address_lies_beside_the_adapter(session: Any) -> None
     files = set(results["files"]["team/adapter"])
     assert {"sae/cfg.json", "sae/sae_weights.safetensors"} <= files
     assert {"deep/er/sae/cfg.json", "deep/er/adapter_config.json"} <= files
+
+
+def test_a_release_of_the_registry_is_loaded_and_runs_no_code(session: Any) -> None:
+    results, _ = session
+    assert results["registered release"]
+    assert results["registered hook"] == "blocks.0.attn.hook_z"
+    assert "Weights only load failed" in results["hostile file"]
+    assert not results["hostile code ran"]
 
 
 def test_refusals_say_what_is_wrong(session: Any) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,26 @@ def test_a_folder_within_a_folder(tmp_path: Path) -> None:
     plain = tiny_model()
     plain.load_adapter(str(tmp_path / "outer"), adapter_kwargs={"subfolder": "inner"})
     assert torch.equal(logits(plain), logits(model))
+
+
+class Hostile:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_weights_that_are_a_pickle_run_no_code(tmp_path: Path) -> None:
+    model = fsrl_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save({"weight": Hostile(tmp_path / "ran")}, tmp_path / "adapter_model.bin")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_several_adapters_in_one_folder(tmp_path: Path) -> None:
