@@ -16,6 +16,8 @@ from peft.mapping import (
 )
 from peft.utils import PeftType, register_peft_method
 
+from ._saving import guard_checkpoints
+
 NAME = "FSRL"
 _LOCATES = "_fsrl_locates"
 
@@ -81,6 +83,7 @@ def register() -> None:
     """Register ``FSRLConfig`` and ``FSRLModel`` with PEFT; a second call rebinds them."""
     member = add_peft_type()
     tell_configs_where_they_are()
+    guard_checkpoints()
     from .config import FSRLConfig
     from .model import FSRLModel
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from ._checkpoints import forget_sums
 from ._fields import (
     BESIDE,
     LIVE_SAE,
@@ -244,6 +245,8 @@ class FSRLConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and the SAE in ``sae/`` where it has no other address."""
+        # Of the files that these replace; a save of the whole adapter writes new ones.
+        forget_sums(save_directory)
         in_memory = self.sae
         saved: dict[str, Any] = {}
         for key, live in self._live_saes.items():

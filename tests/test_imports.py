@@ -31,11 +31,13 @@ ALLOWED = {
         "sae_sources",
         "steering",
     },
-    "_registration": {"config", "model"},
+    "_checkpoints": set(),
+    "_registration": {"_saving", "config", "model"},
+    "_saving": {"_checkpoints"},
     "arguments": {"config"},
     "card": {"config"},
     "_fields": set(),
-    "config": {"_fields"},
+    "config": {"_checkpoints", "_fields"},
     "functional": set(),
     "_sae_modules": set(),
     "sae": {"_sae_modules", "functional"},
@@ -63,6 +65,7 @@ OPTIONAL = {
 }
 # Modules that may import these libraries and the standard library, and nothing else.
 SELF_CONTAINED = {
+    "_checkpoints": set(),
     "functional": {"torch"},
     "_fields": {"huggingface_hub"},
     "config": {"peft"},

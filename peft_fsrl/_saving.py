@@ -1,0 +1,145 @@
+"""Make PEFT save FSRL adapters whole or not at all, and never load a damaged one in silence.
+
+PEFT writes a checkpoint's files one by one over those that are there, and a tuner is told neither
+before nor after, so its methods are wrapped. Other methods' adapters go through untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.config import PeftConfigMixin
+
+from ._checkpoints import finish_save, replacing, verify
+
+_NAME = "FSRL"
+_PREFIX = "fsrl_"
+_WRAPPED = "_fsrl_saving"
+
+
+def guard_checkpoints() -> None:
+    """Wrap PEFT's saving and loading of checkpoints; a second call does nothing."""
+    for owner, name, wrapper in (
+        (PeftModel, "save_pretrained", _wrap_save_pretrained),
+        (PeftModel, "load_adapter", _wrap_load_adapter),
+        (PeftConfigMixin, "from_pretrained", _wrap_from_pretrained),
+    ):
+        original = owner.__dict__[name]
+        method = getattr(original, "__func__", original)
+        if hasattr(method, _WRAPPED):
+            continue
+        wrapped = wraps(method)(wrapper(method))
+        setattr(wrapped, _WRAPPED, True)
+        kind = classmethod if isinstance(original, classmethod) else lambda function: function
+        setattr(owner, name, kind(wrapped))
+
+
+def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(original)
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        writes = given.get("is_main_process", True) and not os.path.isfile(save_directory)
+        if not writes or not any(_is_fsrl(config) for config in self.peft_config.values()):
+            return original(self, save_directory, *args, **kwargs)
+        with replacing(save_directory) as staging:
+            return original(self, str(staging), *args, **kwargs)
+
+    return save_pretrained
+
+
+def _wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        is_new = adapter_name not in self.peft_config
+        if not is_new and _is_fsrl(self.peft_config[adapter_name]):
+            # Otherwise PEFT reads the config, and with it the folder is checked.
+            open_checkpoint(model_id, kwargs.get("subfolder"))
+        result = original(self, model_id, adapter_name, *args, **kwargs)
+        if _is_fsrl(self.peft_config[adapter_name]):
+            given = signature.bind(self, model_id, adapter_name, *args, **kwargs)
+            if not given.arguments.get("kwargs", {}).get("ignore_mismatched_sizes", False):
+                try:
+                    _require_all_keys(result, model_id, self.peft_config[adapter_name])
+                except ValueError:
+                    if is_new:
+                        self.delete_adapter(adapter_name)
+                    raise
+            _warn_of_nonfinite(self, adapter_name, model_id)
+        return result
+
+    return load_adapter
+
+
+def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_pretrained(
+        cls: type, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        folder = _local_folder(pretrained_model_name_or_path, subfolder)
+        if folder is not None:
+            finish_save(folder)
+        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if folder is not None and _is_fsrl(config):
+            verify(folder)
+        return config
+
+    return from_pretrained
+
+
+def open_checkpoint(name_or_path: Any, subfolder: str | None = None) -> None:
+    """Finish a save that was killed and check the files of an adapter's folder, if it is one.
+
+    Raises:
+        ValueError: for damaged weights; see ``_checkpoints.verify``.
+    """
+    folder = _local_folder(name_or_path, subfolder)
+    if folder is not None:
+        finish_save(folder)
+        verify(folder)
+
+
+def _local_folder(name_or_path: Any, subfolder: str | None) -> str | None:
+    """The folder that a name means; None for a repository on the Hub, which checks its own."""
+    folder = os.path.join(name_or_path, subfolder) if subfolder else os.fspath(name_or_path)
+    return folder if os.path.isdir(folder) else None
+
+
+def _is_fsrl(config: Any) -> bool:
+    return bool(getattr(config, "peft_type", None) == _NAME)
+
+
+def _require_all_keys(result: Any, model_id: Any, config: Any) -> None:
+    missing = sorted(result.missing_keys)
+    foreign = sorted(key for key in result.unexpected_keys if _PREFIX in key)
+    if missing or foreign:
+        raise ValueError(
+            f"The weights in {model_id} do not belong to this adapter's config (activation="
+            f"{config.activation!r}, rank={config.rank}, layer={config.layer}) or this model: "
+            f"expected {missing or 'no further tensors'}, found {foreign or 'none'} instead. Load "
+            "the weights with the config and the base model that they were trained with."
+        )
+
+
+def _warn_of_nonfinite(model: Any, adapter_name: str, model_id: Any) -> None:
+    bad = [
+        name
+        for name, parameter in model.named_parameters()
+        if f".{adapter_name}." in name
+        and _PREFIX in name
+        and not parameter.is_meta
+        and not torch.isfinite(parameter).all()
+    ]
+    if bad:
+        warnings.warn(
+            f"The weights in {model_id} contain nan or inf, in {bad}: the adapter's output will "
+            "too. Training diverged before they were saved: load an earlier checkpoint.",
+            stacklevel=4,
+        )
