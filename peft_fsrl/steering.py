@@ -50,6 +50,8 @@ class TokenStatistics:
         l1: ``||v||_1``, shape ``(batch, seq)``; carries the graph when the forward did.
         l2: ``||v||_2``, shape ``(batch, seq)``.
         gate: differentiable count of open gates of ``jump_relu``, shape ``(batch, seq)``, or None.
+        nonfinite: 1 for a token with nan or inf in the hidden states or in ``v``, else 0, shape
+            ``(batch, seq)``.
     """
 
     layer_name: str
@@ -58,6 +60,7 @@ class TokenStatistics:
     l1: Float[Tensor, "batch seq"]
     l2: Float[Tensor, "batch seq"]
     gate: Float[Tensor, "batch seq"] | None
+    nonfinite: Float[Tensor, "batch seq"]
 
 
 @dataclass
@@ -308,13 +311,17 @@ def token_statistics(event: SteeringEvent) -> TokenStatistics:
     """Reduce a steering vector to per-token norms, in float32 or wider."""
     v = event.steering_vector
     wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    l1 = wide.abs().sum(dim=-1)
+    # The norm is finite exactly where all of v is: no second pass over its many features.
+    finite = l1.detach().isfinite() & event.hidden_states.detach().isfinite().all(dim=-1)
     return TokenStatistics(
         event.layer_name,
         event.adapter_name,
         l0=(v.detach() != 0).sum(dim=-1).to(wide.dtype),
-        l1=wide.abs().sum(dim=-1),
+        l1=l1,
         l2=wide.detach().norm(dim=-1),
         gate=None if event.gate is None else event.gate.sum(dim=-1),
+        nonfinite=(~finite).to(wide.dtype),
     )
 
 

@@ -48,6 +48,7 @@ ALLOWED = {
     "targets": {"config", "sae", "sae_sources"},
     "steering": {"layer", "sae"},
     "pruning": {"_fields", "layer", "steering", "targets"},
+    "nonfinite": {"steering"},
     "equivalence": {"functional", "layer"},
     "trl": {"card", "functional", "steering"},
     "analysis.records": set(),
