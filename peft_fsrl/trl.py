@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .card import render_model_card
 from .functional import masked_mean
+from .nonfinite import NonfiniteReport
 from .steering import ForwardRecord, SteeringMonitor, adapter_configs, base_model, fsrl_layers
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)
@@ -81,8 +82,9 @@ class FSRLTrainerMixin(Trainer):
     """Put before a trainer class: ``class MyTrainer(FSRLTrainerMixin, CPOTrainer)``.
 
     Logs, averaged over the real tokens since the last log: ``fsrl/l0`` (steered features per
-    token), ``fsrl/l1``, ``fsrl/l2`` (norms of the steering vector) and ``fsrl/penalty`` (the term
-    that was added to the loss); during evaluation the first three with the prefix ``eval_``.
+    token), ``fsrl/l1``, ``fsrl/l2`` (norms of the steering vector), ``fsrl/nonfinite`` (share of
+    tokens with nan or inf, of which it also warns) and ``fsrl/penalty`` (the term that was added to
+    the loss); during evaluation all but the last with the prefix ``eval_``.
 
     Raises:
         ValueError: if the model has no FSRL adapter.
@@ -100,6 +102,7 @@ class FSRLTrainerMixin(Trainer):
         fsrl_layers(self.model)
         self.fsrl_penalty = SparsityPenalty(self.model)
         self._fsrl_metrics = {"train": _Means(), "eval": _Means()}
+        self._fsrl_nonfinite = NonfiniteReport()
 
     def compute_loss(
         self,
@@ -142,6 +145,7 @@ class FSRLTrainerMixin(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the steering metrics before the trainer hands its logs to the reporters."""
+        self._fsrl_nonfinite.warn()
         is_train = "loss" in logs
         means = self._fsrl_metrics["train" if is_train else "eval"]
         prefix = "fsrl/" if is_train else "eval_fsrl/"
@@ -207,10 +211,11 @@ class FSRLTrainerMixin(Trainer):
         card.save(os.path.join(directory, "README.md"))
 
     def _fsrl_measure(self, record: ForwardRecord, mode: str) -> None:
+        self._fsrl_nonfinite.add(record)
         for tokens in record.tokens:
             real = torch.ones_like(tokens.l1) if record.mask is None else record.mask > 0
             real = real.to(tokens.l1.device, torch.bool)
-            for name in ("l0", "l1", "l2"):
+            for name in ("l0", "l1", "l2", "nonfinite"):
                 chosen = getattr(tokens, name).detach()[real]
                 self._fsrl_metrics[mode].add(name, chosen.sum(), float(chosen.numel()))
 

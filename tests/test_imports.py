@@ -50,7 +50,7 @@ ALLOWED = {
     "pruning": {"_fields", "layer", "steering", "targets"},
     "nonfinite": {"steering"},
     "equivalence": {"functional", "layer"},
-    "trl": {"card", "functional", "steering"},
+    "trl": {"card", "functional", "nonfinite", "steering"},
     "analysis.records": set(),
     "analysis.plots": {"analysis.records"},
     "analysis.report": {"analysis.records"},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import (
     ARCHITECTURES,
     D_IN,
@@ -16,6 +19,7 @@ from helpers import (
     token_ids,
 )
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 from peft_fsrl.functional import ACTIVATIONS
 from peft_fsrl.nonfinite import NonfiniteReport
@@ -31,6 +35,7 @@ from peft_fsrl.steering import (
     token_statistics,
     top_k_steering,
 )
+from peft_fsrl.trl import with_fsrl
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 
@@ -163,3 +168,21 @@ def test_no_warning_without_cause() -> None:
         model(input_ids=token_ids())
         report.warn()
     assert report.counts() == {}
+
+
+def test_a_trainer_reports_them_and_goes_on(tmp_path: Path) -> None:
+    model = broken(float("inf"))
+    rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(2, 7).tolist()]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, logging_steps=1, report_to="none", use_cpu=True
+    )
+    trainer = with_fsrl(Trainer)(model=model, args=args, train_dataset=Dataset.from_list(rows))
+    with pytest.warns(UserWarning, match=r"adapter 'default' steers 'model\.layers\.1'") as caught:
+        trainer.train()
+    assert len([w for w in caught if "nan or inf in" in str(w.message)]) == 1
+    logs = [row for row in trainer.state.log_history if "fsrl/l1" in row]
+    assert len(logs) == 2
+    # One of the batch's fourteen tokens, until the first step has spoilt every parameter.
+    assert logs[0]["fsrl/nonfinite"] == pytest.approx(1 / 14)
+    assert not math.isfinite(logs[0]["fsrl/l1"])
+    assert logs[1]["fsrl/nonfinite"] == 1
