@@ -5,10 +5,8 @@ Safe to run twice.
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any, cast
 
-from peft.config import PeftConfigMixin
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -19,7 +17,6 @@ from peft.utils import PeftType, register_peft_method
 from ._saving import guard_checkpoints
 
 NAME = "FSRL"
-_LOCATES = "_fsrl_locates"
 
 
 def add_peft_type() -> PeftType:
@@ -56,33 +53,9 @@ def add_peft_type() -> PeftType:
     return member
 
 
-def tell_configs_where_they_are() -> None:
-    """Make ``PeftConfig.from_pretrained`` tell an ``FSRLConfig`` which folder it was read from.
-
-    An SAE without an address of its own is saved beside the adapter, and PEFT builds a config from
-    the contents of its file alone, whichever class is asked to read it.
-    """
-    original = PeftConfigMixin.__dict__["from_pretrained"].__func__
-    if hasattr(original, _LOCATES):
-        return
-
-    @wraps(original)
-    def from_pretrained(
-        cls: type, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> Any:
-        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if config.peft_type == NAME:
-            config.locate(str(pretrained_model_name_or_path), subfolder, kwargs)
-        return config
-
-    setattr(from_pretrained, _LOCATES, True)
-    cast(Any, PeftConfigMixin).from_pretrained = classmethod(cast(Any, from_pretrained))
-
-
 def register() -> None:
     """Register ``FSRLConfig`` and ``FSRLModel`` with PEFT; a second call rebinds them."""
     member = add_peft_type()
-    tell_configs_where_they_are()
     guard_checkpoints()
     from .config import FSRLConfig
     from .model import FSRLModel

@@ -87,8 +87,11 @@ def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         if folder is not None:
             finish_save(folder)
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if folder is not None and _is_fsrl(config):
-            verify(folder)
+        if _is_fsrl(config):
+            if folder is not None:
+                verify(folder)
+            # PEFT builds it from the contents of its file alone, whichever class is asked to.
+            config.locate(str(pretrained_model_name_or_path), subfolder, kwargs)
         return config
 
     return from_pretrained

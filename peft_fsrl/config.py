@@ -264,7 +264,7 @@ class FSRLConfig(PeftConfig):
     def locate(self, name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> None:
         """Learn where this config was read from, and fetch the SAEs that were saved beside it.
 
-        Called by ``PeftConfig.from_pretrained``; see ``_registration``.
+        Called at the end of ``PeftConfig.from_pretrained``; see ``_saving``.
         """
         references = self.sae.values() if is_layer_mapping(self.sae) else [self.sae]
         beside = [reference[BESIDE] for reference in references if is_beside(reference)]
