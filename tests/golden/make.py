@@ -1,7 +1,7 @@
 """Write the golden checkpoints of a release, once: ``python tests/golden/make.py v0.1``.
 
-What is written here binds every later release; see ``tests/test_golden.py``. A folder that exists is
-never written again.
+What is written here binds every later release; see ``tests/test_golden.py``. A folder that exists
+is never written again.
 """
 
 from __future__ import annotations
