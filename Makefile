@@ -11,7 +11,7 @@ LAUNCH = accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_p
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs lint format types ci conformance lock clean
+.PHONY: help setup demo test docs lint format types ci conformance mutants lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ ci: lint types test ## all that must pass before a change lands
 
 conformance: setup ## run PEFT's own tests on FSRL
 	$(VENV)/bin/python tools/conformance/run.py $(ARGS)
+
+mutants: setup ## break the package in known ways and see that the tests notice
+	$(VENV)/bin/python tools/mutants/mutate.py $(ARGS)
 
 lock: setup ## write constraints.txt from what is installed
 	$(VENV)/bin/python tools/lock.py

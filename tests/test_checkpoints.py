@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -204,6 +205,28 @@ def test_the_saes_settings_cannot_change_unnoticed(setting: str, value: Any, fol
     path.write_text(json.dumps({**cfg, setting: value}))
     with pytest.raises((ValueError, RuntimeError), match=r"SAE has changed|size mismatch"):
         load(folder)
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize("name", ["sae_weights.pt", "sae_weights.pkl", "pytorch_model.bin"])
+def test_pickles_in_an_saes_folder_are_not_opened(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "sae" / name).write_bytes(pickle.dumps(Payload()))
+    load(folder)
+    (folder / "sae" / "sae_weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        load(folder)
+    assert not (folder / "ran").exists()
+    pickle.loads((folder / "sae" / name).read_bytes())
+    assert (folder / "ran").exists()
 
 
 # Weights and config that do not belong together, without checksums to tell

@@ -146,6 +146,17 @@ def test_merging_is_refused_and_changes_nothing() -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def test_merging_is_refused_before_anything_is_changed() -> None:
+    # PEFT takes modules apart in order, and these stand before the first layer that refuses.
+    model, ids = fsrl_model(modules_to_save=["embed_tokens"]), token_ids()
+    before, modules = model(ids).logits, [type(module) for module in model.modules()]
+    for attempt in (model.merge_and_unload, model.merge_adapter, model.unmerge_adapter):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            attempt()
+        assert [type(module) for module in model.modules()] == modules
+    assert torch.equal(model(ids).logits, before)
+
+
 def test_only_the_adapter_trains() -> None:
     model = fsrl_model()
     model(token_ids()).logits.square().mean().backward()
