@@ -1,0 +1,228 @@
+"""The coefficient that reaches the penalty, measured in every trainer that the library names.
+
+Two runs of one optimiser step differ in ``l1_coeff`` alone. What the parameters moved apart is
+``learning_rate * l1_coeff * gradient of the penalty``, and that gradient is derived here by steering
+a plain model naively, one unpadded sequence at a time, over the batches that the trainer made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import (
+    VOCABULARY,
+    fsrl_model,
+    naively_steered,
+    only_layer,
+    tiny_model,
+    tiny_preferences,
+    tiny_sae,
+    tiny_tokenizer,
+    token_ids,
+)
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from peft_fsrl.trl import with_fsrl
+
+# So small a step that no threshold is projected back to zero; in float64 it can be read off all the
+# same.
+LR, COEFFICIENT = 1e-5, 0.7
+COMMON = {
+    "optim": "sgd",
+    "learning_rate": LR,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "max_steps": 1,
+    "logging_steps": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
+def texts() -> Dataset:
+    return Dataset.from_list(
+        [{"text": row["prompt"] + row["chosen"]} for row in tiny_preferences(4)]
+    )
+
+
+def labelled() -> Dataset:
+    """Completions that are liked or not, of unequal lengths; KTO's KL term needs pairs of them."""
+    rows = tiny_preferences(8)
+    return Dataset.from_list(
+        [
+            {
+                "prompt": row["prompt"],
+                "completion": row["chosen" if i % 2 else "rejected"],
+                "label": bool(i % 2),
+            }
+            for i, row in enumerate(rows)
+        ]
+    )
+
+
+def prompts() -> Dataset:
+    return tiny_preferences(4).remove_columns(["chosen", "rejected"])
+
+
+def tokens() -> Dataset:
+    rows = []
+    for row in range(4):
+        ids = token_ids(1, 4 + row, seed=row)[0].tolist()
+        padding = [0] * (3 - row)
+        rows.append(
+            {
+                "input_ids": ids + padding,
+                "attention_mask": [1] * len(ids) + padding,
+                "labels": ids + [-100] * len(padding),
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+SIMPO = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 10.0, "simpo_gamma": 5.0}
+SAMPLING = {"num_generations": 2, "max_completion_length": 6, "temperature": 1.5}
+# Trainer, its arguments' class, its settings, its data.
+OBJECTIVES: dict[str, tuple[type, type, dict[str, Any], Callable[[], Dataset]]] = {
+    "SimPO": (CPOTrainer, CPOConfig, SIMPO, tiny_preferences),
+    "CPO-SimPO": (CPOTrainer, CPOConfig, {**SIMPO, "cpo_alpha": 0.5}, tiny_preferences),
+    "AlphaPO": (CPOTrainer, CPOConfig, {**SIMPO, "alpha": 0.25, "beta": 2.0}, tiny_preferences),
+    "CPO": (CPOTrainer, CPOConfig, {"loss_type": "sigmoid"}, tiny_preferences),
+    "CPO-hinge": (CPOTrainer, CPOConfig, {"loss_type": "hinge"}, tiny_preferences),
+    "CPO-IPO": (CPOTrainer, CPOConfig, {"loss_type": "ipo"}, tiny_preferences),
+    "DPO": (DPOTrainer, DPOConfig, {}, tiny_preferences),
+    "DPO-IPO": (DPOTrainer, DPOConfig, {"loss_type": ["ipo"]}, tiny_preferences),
+    "ORPO": (ORPOTrainer, ORPOConfig, {}, tiny_preferences),
+    "KTO": (KTOTrainer, KTOConfig, {}, labelled),
+    "SFT": (SFTTrainer, SFTConfig, {}, texts),
+    "GRPO": (GRPOTrainer, GRPOConfig, {**SAMPLING, "beta": 0.1}, prompts),
+    "GRPO-per-sequence": (GRPOTrainer, GRPOConfig, {**SAMPLING, "loss_type": "grpo"}, prompts),
+    "RLOO": (RLOOTrainer, RLOOConfig, SAMPLING, prompts),
+    "Trainer": (Trainer, TrainingArguments, {"remove_unused_columns": False}, tokens),
+}
+
+
+def build(
+    objective: str, model: nn.Module, directory: Path, accumulation: int, **settings: Any
+) -> Any:
+    trainer_class, args_class, own, data = OBJECTIVES[objective]
+    rows = data()
+    args = args_class(
+        str(directory),
+        per_device_train_batch_size=len(rows) // accumulation,
+        gradient_accumulation_steps=accumulation,
+        **{**COMMON, **own, **settings},
+    )
+    extra: dict[str, Any] = {}
+    if args_class is not TrainingArguments:
+        extra["processing_class"] = tiny_tokenizer()
+    if objective.startswith(("GRPO", "RLOO")):
+        extra["reward_funcs"] = reward
+    return with_fsrl(trainer_class)(model, args=args, train_dataset=rows, **extra)
+
+
+def double_model(**settings: Any) -> PeftModel:
+    return fsrl_model(tiny_model().double(), sae=tiny_sae(dtype="float64"), **settings)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    adapter = only_layer(model).fsrl_adapter["default"]
+    return {name: p.detach().clone() for name, p in adapter.named_parameters()}
+
+
+@contextmanager
+def training_batches(model: PeftModel) -> Iterator[list[list[list[int]]]]:
+    """The token ids of each forward pass that is made with gradients, without padding."""
+    batches = []
+
+    def record(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        ids = args[0] if args else kwargs["input_ids"]
+        mask = kwargs["attention_mask"].bool()
+        batches.append([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)])
+
+    hook = model.get_base_model().register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield batches
+    finally:
+        hook.remove()
+
+
+def penalty_gradient(model: PeftModel, batches: list[list[list[int]]]) -> dict[str, Tensor]:
+    """Gradient of the mean over micro-batches, sequences and tokens of ``||v||_1``."""
+    layer = only_layer(model)
+    parameters = {name: p.requires_grad_() for name, p in snapshot(model).items()}
+    base, sae = tiny_model().double().requires_grad_(False), tiny_sae(dtype="float64")
+    total = torch.zeros((), dtype=torch.float64)
+    for sequences in batches:
+        for ids in sequences:
+            with naively_steered(base, layer, sae, parameters) as steered:
+                base(torch.tensor([ids]))
+            [(_, v, _)] = steered
+            norms = [v[0, t].abs().sum() for t in range(len(ids))]
+            total = total + sum(norms) / len(ids) / len(sequences) / len(batches)
+    found = torch.autograd.grad(total, list(parameters.values()))
+    return dict(zip(parameters, found, strict=True))
+
+
+def one_step(
+    objective: str, directory: Path, accumulation: int, coefficient: float, **settings: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[list[int]]]]:
+    """How far one step moved each parameter, the penalty's gradient before it, and its batches."""
+    model = double_model(l1_coeff=coefficient)
+    trainer = build(objective, model, directory, accumulation, **settings)
+    before = snapshot(model)
+    torch.manual_seed(0)
+    with training_batches(model) as batches:
+        trainer.train()
+    after = snapshot(model)
+    moved = {name: (before[name] - after[name]) / LR for name in before}
+    restored = double_model()
+    return moved, penalty_gradient(restored, batches), batches
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_coefficient_arrives_exactly(objective: str, accumulation: int, tmp_path: Path) -> None:
+    without, _, plain_batches = one_step(objective, tmp_path, accumulation, 0.0)
+    moved, gradient, batches = one_step(objective, tmp_path, accumulation, COEFFICIENT)
+    assert batches == plain_batches
+    assert len(batches) == accumulation
+    assert len({len(ids) for batch in batches for ids in batch}) > 1, "the test needs padding"
+    apart = torch.cat([(moved[name] - without[name]).flatten() for name in moved])
+    expected = torch.cat([gradient[name].flatten() for name in moved])
+    assert max(g.abs().max() for g in without.values()) > 1e-4, "the objective must train too"
+    measured = (apart @ expected / (expected @ expected)).item()
+    assert measured == pytest.approx(COEFFICIENT, rel=1e-6)
+    torch.testing.assert_close(apart, COEFFICIENT * expected, rtol=1e-6, atol=1e-8)
