@@ -46,6 +46,41 @@ def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
 
 
+def require_one_sae_per_layer(config: Any) -> None:
+    """One SAE for one layer, or a mapping with an SAE for each of several."""
+    layers = config.layers
+    if len(set(layers)) != len(layers) or config.layer == []:
+        raise ValueError(f"`layer` must name each layer once, at least one; got {config.layer}.")
+    given = set(config.sae) if is_layer_mapping(config.sae) else None
+    if given is not None and given != {str(layer) for layer in layers}:
+        raise ValueError(
+            f"`sae` must have one SAE for each of the layers {layers}, found SAEs for "
+            f"{sorted(given)}."
+        )
+    if given is None and len(layers) > 1:
+        raise ValueError(
+            f"Several layers need an SAE each: pass `sae` as a mapping from layer to SAE, got "
+            f"one SAE for {layers}."
+        )
+
+
+def require_schedule(config: Any) -> None:
+    """Check the fields that say how the penalty's weight moves during training."""
+    if config.penalty_warmup_ratio > 1:
+        raise ValueError(
+            "`penalty_warmup_ratio` is a share of the training steps, at most 1; got "
+            f"{config.penalty_warmup_ratio}."
+        )
+    if config.target_l0 is None:
+        return
+    require_number("target_l0", config.target_l0, positive=True)
+    if not config.l1_coeff and not config.l0_coeff:
+        raise ValueError(
+            "`target_l0` moves the penalty's weight from where it starts, which must not be zero. "
+            "Give `l1_coeff` (or `l0_coeff`) a positive start."
+        )
+
+
 def is_integer(value: Any) -> bool:
     # NumPy's integers are not `int`, but like it have `__index__`; floats and strings have not.
     return hasattr(value, "__index__") and not isinstance(value, bool)

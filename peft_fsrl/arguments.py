@@ -20,6 +20,8 @@ _SCRIPT_OPTIONS = (
     "l1_coeff",
     "l0_coeff",
     "penalty_reduction",
+    "penalty_warmup_ratio",
+    "target_l0",
     "threshold_lr_multiplier",
     "init_scale",
     "init_threshold",

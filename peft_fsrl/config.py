@@ -25,6 +25,8 @@ from ._fields import (
     require_bool,
     require_number,
     require_one_of,
+    require_one_sae_per_layer,
+    require_schedule,
 )
 
 _ACTIVATIONS = ("soft_threshold", "relu", "jump_relu")
@@ -69,6 +71,10 @@ class FSRLConfig(PeftConfig):
         penalty_reduction: ``"sequence"`` (mean over the real tokens of each sequence, then over
             sequences: independent of batching and accumulation) or ``"token"`` (mean over all real
             tokens of a batch).
+        penalty_warmup_ratio: Share of the training steps over which the penalty grows from nothing
+            to its full weight.
+        target_l0: Wished-for number of steered features per token. During training the weight of
+            the penalty then moves, from the given coefficient on, until this many are steered.
         threshold_lr_multiplier: Learning rate of the thresholds as a multiple of the trainer's.
         sae_dtype: Dtype in which the SAE computes, for example ``"bfloat16"``. Defaults to the
             dtype in which it is stored.
@@ -137,6 +143,12 @@ class FSRLConfig(PeftConfig):
     )
     penalty_reduction: str = field(
         default="sequence", metadata={"help": "'sequence' or 'token': how the penalty is averaged."}
+    )
+    penalty_warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the steps over which the penalty grows."}
+    )
+    target_l0: float | None = field(
+        default=None, metadata={"help": "Steered features per token that the penalty aims at."}
     )
     threshold_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of the thresholds over the trainer's."}
@@ -294,22 +306,6 @@ class FSRLConfig(PeftConfig):
             f"live sae_lens.SAE; got {type(sae).__name__}."
         )
 
-    def _validate_several(self) -> None:
-        """One SAE for one layer, or a mapping with an SAE for each of several."""
-        if len(set(self.layers)) != len(self.layers) or self.layer == []:
-            raise ValueError(f"`layer` must name each layer once, at least one; got {self.layer}.")
-        given = set(self.sae) if is_layer_mapping(self.sae) else None
-        if given is not None and given != {str(layer) for layer in self.layers}:
-            raise ValueError(
-                f"`sae` must have one SAE for each of the layers {self.layers}, found SAEs for "
-                f"{sorted(given)}."
-            )
-        if given is None and len(self.layers) > 1:
-            raise ValueError(
-                f"Several layers need an SAE each: pass `sae` as a mapping from layer to SAE, got "
-                f"one SAE for {self.layers}."
-            )
-
     def _validate(self) -> None:
         if not all(is_integer(layer) for layer in self.layers):
             raise TypeError(
@@ -317,7 +313,7 @@ class FSRLConfig(PeftConfig):
             )
         if any(layer < 0 for layer in self.layers):
             raise ValueError(f"`layer` must be 0 or more, got {self.layer}.")
-        self._validate_several()
+        require_one_sae_per_layer(self)
         if self.rank is not None and (not is_integer(self.rank) or self.rank < 1):
             raise ValueError(f"`rank` must be an integer of 1 or more, got {self.rank!r}.")
         if self.features is not None and self.exclude_features is not None:
@@ -332,8 +328,9 @@ class FSRLConfig(PeftConfig):
         require_bool("non_negative", self.non_negative)
         for name in ("init_scale", "bandwidth", "threshold_lr_multiplier"):
             require_number(name, getattr(self, name), positive=True)
-        for name in ("l1_coeff", "l0_coeff"):
+        for name in ("l1_coeff", "l0_coeff", "penalty_warmup_ratio"):
             require_number(name, getattr(self, name), positive=False)
+        require_schedule(self)
         if self.init_threshold is not None:
             require_number(
                 "init_threshold", self.init_threshold, positive=self.activation == "jump_relu"

@@ -291,6 +291,18 @@ def steer(
     return Steered(x + decode_update(update).to(x.dtype), v, gate)
 
 
+def token_l1(v: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch"]:
+    """``||v_t||_1`` of each token, in float32 or wider.
+
+    Args:
+        v: steering vectors, shape ``(..., d_sae)``.
+
+    Returns:
+        Shape ``(...)``.
+    """
+    return v.to(torch.promote_types(v.dtype, torch.float32)).abs().sum(dim=-1)
+
+
 def masked_mean(
     per_token: Float[Tensor, "batch seq"],
     mask: Float[Tensor, "batch seq"] | None,

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import functional
+from ._watch import PenaltyWatch
 from .config import FSRLConfig
 from .sae import FrozenSAE
 
@@ -29,6 +31,8 @@ class SteeringEvent(NamedTuple):
             ``sae.feature_index`` says which features these are.
         gate: ``jump_relu``'s differentiable gate of the same shape, or None.
         sae: the SAE whose features are steered, on the device of the layer.
+        l1: ``||v||_1`` of each token, shape ``(batch, seq)``, float32 or wider.
+        open_gates: sum of ``gate`` over the features, shape ``(batch, seq)``, or None.
     """
 
     layer_name: str
@@ -37,6 +41,8 @@ class SteeringEvent(NamedTuple):
     steering_vector: Float[Tensor, "*batch d_sae"]
     gate: Float[Tensor, "*batch d_sae"] | None
     sae: FrozenSAE
+    l1: Float[Tensor, "*batch"]
+    open_gates: Float[Tensor, "*batch"] | None
 
 
 Observer = Callable[[SteeringEvent], None]
@@ -74,6 +80,8 @@ class SteeringAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = config.activation
+        # Whether somebody has to add a penalty to the loss; see ``PenaltyWatch``.
+        self.penalised = bool(config.l1_coeff or config.l0_coeff)
         self.bandwidth = config.bandwidth
         self.non_negative = config.non_negative
         width = config.rank or d_in
@@ -144,6 +152,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         self.fsrl_sae: dict[str, FrozenSAE] = {}
         self.observers: list[Observer] = []
         self.edits: list[Edit] = []
+        self._watches: dict[str, PenaltyWatch] = {}
         self.batch_adapter_names: list[str] | None = None
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
@@ -156,6 +165,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         adapter = SteeringAdapter(sae.info.d_in, sae.n_features, config, device, dtype)
         self.fsrl_adapter[adapter_name] = adapter
         self.fsrl_sae[adapter_name] = sae
+        self._watches[adapter_name] = PenaltyWatch(adapter_name)
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def keep_features(self, adapter_name: str, features: Iterable[int]) -> None:
@@ -247,29 +257,50 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             )
         if sae.device != x.device:
             sae = self.fsrl_sae[adapter_name] = sae.to(x.device, sae.dtype)
+        edits = list(self.edits)
         clamps = adapter.non_negative and not sae.signed
-        steered = functional.steer(
-            x,
-            functional.steering_pre(sae.process_in(x), adapter.weight, adapter.bias, adapter.down),
-            adapter.threshold_parameter,
-            activation=adapter.activation,
-            bandwidth=adapter.bandwidth,
-            encode=(lambda: sae.encode(x)) if clamps else None,
-            decode_update=lambda update: sae.decode_update(update, x),
-            edit=(lambda v: self._apply_edits(v, sae)) if self.edits else None,
-        )
-        for observer in self.observers:
-            observer(
-                SteeringEvent(
-                    self.layer_name, adapter_name, x, steered.steering_vector, steered.gate, sae
-                )
-            )
-        return steered.output
 
-    def _apply_edits(self, v: Tensor, sae: FrozenSAE) -> Tensor:
-        for edit in self.edits:
-            v = edit(v, sae)
-        return v
+        def steer(
+            x: Tensor, weight: Tensor, bias: Tensor, down: Tensor | None, threshold: Tensor | None
+        ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+            steered = functional.steer(
+                x,
+                functional.steering_pre(sae.process_in(x), weight, bias, down),
+                threshold,
+                activation=adapter.activation,
+                bandwidth=adapter.bandwidth,
+                encode=(lambda: sae.encode(x)) if clamps else None,
+                decode_update=lambda update: sae.decode_update(update, x),
+                edit=(lambda v: _apply_edits(edits, v, sae)) if edits else None,
+            )
+            v, gate = steered.steering_vector, steered.gate
+            open_gates = None if gate is None else gate.sum(dim=-1)
+            return steered.output, v, gate, functional.token_l1(v), open_gates
+
+        parameters = (adapter.weight, adapter.bias, adapter.down, adapter.threshold_parameter)
+        if self._recomputes():
+            # The base model's checkpoints do not cover this hook, which makes the widest tensors of
+            # all. What the penalty needs is reduced inside, so that none of them is kept.
+            output, v, gate, l1, open_gates = checkpoint(
+                steer, x, *parameters, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            output, v, gate, l1, open_gates = steer(x, *parameters)
+        if (
+            self.training
+            and adapter.penalised
+            and adapter.weight.requires_grad
+            and l1.requires_grad
+        ):
+            self._watches[adapter_name].follow(output, l1, open_gates)
+        for observer in self.observers:
+            observer(SteeringEvent(self.layer_name, adapter_name, x, v, gate, sae, l1, open_gates))
+        return output
+
+    def _recomputes(self) -> bool:
+        """Whether the wrapped module is recomputed in the backward pass, and steering with it."""
+        on = bool(getattr(self.base_layer, "gradient_checkpointing", False))
+        return on and self.training and torch.is_grad_enabled()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FSRLLayer:
         super()._apply(fn, recurse)
@@ -313,6 +344,12 @@ def merge_refusal() -> str:
         "depends on the input through which features cross their thresholds, so no fixed change of "
         "the weights equals it. Keep the adapter, and use `unload()` to get the base model back."
     )
+
+
+def _apply_edits(edits: list[Edit], v: Tensor, sae: FrozenSAE) -> Tensor:
+    for edit in edits:
+        v = edit(v, sae)
+    return v
 
 
 def _hidden_states(output: Any) -> Tensor:

@@ -309,18 +309,17 @@ class SteeringMonitor:
 
 def token_statistics(event: SteeringEvent) -> TokenStatistics:
     """Reduce a steering vector to per-token norms, in float32 or wider."""
-    v = event.steering_vector
-    wide = v.to(torch.promote_types(v.dtype, torch.float32))
-    l1 = wide.abs().sum(dim=-1)
+    v = event.steering_vector.detach()
+    wide = v.to(event.l1.dtype)
     # The norm is finite exactly where all of v is: no second pass over its many features.
-    finite = l1.detach().isfinite() & event.hidden_states.detach().isfinite().all(dim=-1)
+    finite = event.l1.detach().isfinite() & event.hidden_states.detach().isfinite().all(dim=-1)
     return TokenStatistics(
         event.layer_name,
         event.adapter_name,
-        l0=(v.detach() != 0).sum(dim=-1).to(wide.dtype),
-        l1=l1,
-        l2=wide.detach().norm(dim=-1),
-        gate=None if event.gate is None else event.gate.sum(dim=-1),
+        l0=(v != 0).sum(dim=-1).to(wide.dtype),
+        l1=event.l1,
+        l2=wide.norm(dim=-1),
+        gate=event.open_gates,
         nonfinite=(~finite).to(wide.dtype),
     )
 

@@ -9,19 +9,20 @@ loss, comparable with any other method's.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ._metrics import Means, token_totals
+from ._support import require_compute_loss, require_support
+from ._thresholds import group_thresholds
 from .card import render_model_card
-from .functional import masked_mean
 from .nonfinite import NonfiniteReport
+from .penalty import SparsityPenalty
+from .schedule import PenaltySchedule
 from .steering import ForwardRecord, SteeringMonitor, adapter_configs, base_model, fsrl_layers
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)
@@ -41,68 +42,31 @@ _CARD_SETTINGS = (
     "max_length",
     "seed",
 )
-# Older transformers wrap a layer's call in a checkpoint, newer ones its forward, without its hooks.
-CHECKPOINTS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
-_THRESHOLD_SUFFIXES = (".threshold", ".log_threshold")
-
-
-class SparsityPenalty:
-    """``l1_coeff * mean_t ||v_t||_1 + l0_coeff * mean_t #open gates``, over real tokens.
-
-    Args:
-        model: a model with FSRL adapters; their configs are read once, here.
-
-    Attributes:
-        l1_coeff: per adapter, weight of the L1 term.
-        l0_coeff: per adapter, weight of the L0 term.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        configs = adapter_configs(model)
-        self.l1_coeff: dict[str, float] = {n: float(c.l1_coeff) for n, c in configs.items()}
-        self.l0_coeff: dict[str, float] = {n: float(c.l0_coeff) for n, c in configs.items()}
-        self._reduction: dict[str, str] = {n: c.penalty_reduction for n, c in configs.items()}
-
-    def __call__(self, record: ForwardRecord) -> Tensor:
-        """The penalty of one forward pass, a scalar with that pass's graph."""
-        terms = []
-        for tokens in record.tokens:
-            name = tokens.adapter_name
-            mask = None if record.mask is None else record.mask.to(tokens.l1.device)
-            term = self.l1_coeff[name] * masked_mean(tokens.l1, mask, self._reduction[name])
-            if tokens.gate is not None and self.l0_coeff[name]:
-                gates = masked_mean(tokens.gate, mask, self._reduction[name])
-                term = term + self.l0_coeff[name] * gates
-            terms.append(term)
-        device = terms[0].device
-        return torch.stack([term.to(device) for term in terms]).sum()
 
 
 class FSRLTrainerMixin(Trainer):
     """Put before a trainer class: ``class MyTrainer(FSRLTrainerMixin, CPOTrainer)``.
 
-    Logs, averaged over the real tokens since the last log: ``fsrl/l0`` (steered features per
-    token), ``fsrl/l1``, ``fsrl/l2`` (norms of the steering vector), ``fsrl/nonfinite`` (share of
-    tokens with nan or inf, of which it also warns) and ``fsrl/penalty`` (the term that was added to
-    the loss); during evaluation all but the last with the prefix ``eval_``.
+    Logs, averaged over the real tokens since the last log and over processes: ``fsrl/l0`` (steered
+    features per token), ``fsrl/l1``, ``fsrl/l2`` (norms of the steering vector), ``fsrl/nonfinite``
+    (share of tokens with nan or inf, of which it also warns) and ``fsrl/penalty`` (the term that was
+    added to the loss); where a schedule moves them also ``fsrl/l1_coeff`` and ``fsrl/l0_coeff``.
+    Evaluation returns and logs the first four after its own prefix: ``eval_fsrl/l0``,
+    ``eval_<name>_fsrl/l0``, ``test_fsrl/l0``.
 
     Raises:
-        ValueError: if the model has no FSRL adapter.
+        ValueError: the model has no FSRL adapter, or the settings would make the penalty wrong.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.gradient_checkpointing and CHECKPOINTS_HOOKS:
-            raise ValueError(
-                f"transformers {transformers.__version__} recomputes a layer's hooks with the "
-                "layer, and the penalty would not survive that. Set gradient_checkpointing=False, "
-                "or install transformers 5.23 or newer (Python 3.11)."
-            )
+        require_support(self)
         assert isinstance(self.model, nn.Module)
-        fsrl_layers(self.model)
         self.fsrl_penalty = SparsityPenalty(self.model)
-        self._fsrl_metrics = {"train": _Means(), "eval": _Means()}
+        self.add_callback(PenaltySchedule())
+        self._fsrl_metrics = {"train": Means(), "eval": Means()}
         self._fsrl_nonfinite = NonfiniteReport()
+        self._fsrl_evaluated: list[ForwardRecord] | None = None
 
     def compute_loss(
         self,
@@ -112,24 +76,21 @@ class FSRLTrainerMixin(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The trainer's own loss plus the penalty of the forward passes that it made."""
+        call = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        if self._fsrl_evaluated is not None:
+            # What came before in this evaluation step, such as sampling, is not what is evaluated.
+            self._fsrl_evaluated.clear()
+            return super().compute_loss(model, inputs, **call)
         assert isinstance(self.model, nn.Module)
         records: list[ForwardRecord] = []
         # Attached for this call only: other forward passes (generation, a later trainer of the same
         # model) are none of this trainer's business.
         with SteeringMonitor(self.model, records.append):
-            result = super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            result = super().compute_loss(model, inputs, **call)
         records = [record for record in records if record.training]
         if not records:
             return result
-        for record in records:
-            self._fsrl_measure(record, "train")
-        batch_sizes = torch.tensor([float(r.tokens[0].l1.shape[0]) for r in records])
-        terms = torch.stack([self.fsrl_penalty(record) for record in records])
-        weights = (batch_sizes / batch_sizes.sum()).to(terms)
-        penalty = (terms * weights).sum()
-        self._fsrl_metrics["train"].add("penalty", penalty.detach(), 1.0)
+        penalty = self._fsrl_penalise(records)
         if self._loss_is_scaled(num_items_in_batch):
             penalty = penalty / self.current_gradient_accumulation_steps
         if return_outputs:
@@ -140,32 +101,49 @@ class FSRLTrainerMixin(Trainer):
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own evaluation of a batch, whose steering is measured."""
         assert isinstance(self.model, nn.Module)
-        with SteeringMonitor(self.model, lambda record: self._fsrl_measure(record, "eval")):
-            return super().prediction_step(*args, **kwargs)
+        records: list[ForwardRecord] = []
+        self._fsrl_evaluated = records
+        try:
+            with SteeringMonitor(self.model, records.append):
+                result = super().prediction_step(*args, **kwargs)
+        finally:
+            self._fsrl_evaluated = None
+        self._fsrl_metrics["eval"].add_tokens(self._fsrl_count(records))
+        return result
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The trainer's own evaluation, with what steering costs on the same data."""
+        self._fsrl_metrics["eval"].pop("")
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        means = self._fsrl_metrics["eval"].pop(f"{metric_key_prefix}_fsrl/")
+        if output.metrics is not None:
+            output.metrics.update(means)
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the steering metrics before the trainer hands its logs to the reporters."""
         self._fsrl_nonfinite.warn()
-        is_train = "loss" in logs
-        means = self._fsrl_metrics["train" if is_train else "eval"]
-        prefix = "fsrl/" if is_train else "eval_fsrl/"
-        logs.update({prefix + name: value for name, value in means.pop().items()})
+        if "loss" in logs:
+            logs.update(self._fsrl_metrics["train"].pop("fsrl/"))
+            logs.update(self._fsrl_coefficients())
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's optimizer, with the thresholds in a group of their own."""
+        own = self.optimizer is None
+        scheduled = not own and self.lr_scheduler is not None and not self._created_lr_scheduler
         optimizer = super().create_optimizer(*args, **kwargs)
         assert isinstance(self.model, nn.Module)
-        for adapter_name, config in adapter_configs(self.model).items():
-            thresholds = [
-                parameter
-                for name, parameter in self.model.named_parameters()
-                if name.endswith(tuple(f".{adapter_name}{s}" for s in _THRESHOLD_SUFFIXES))
-                and parameter.requires_grad
-            ]
-            _split_group(optimizer, thresholds, self.args.learning_rate, config)
-            if config.activation == "soft_threshold":
-                _keep_non_negative(optimizer, thresholds)
+        group_thresholds(optimizer, self.model, own=own, scheduled=scheduled)
         return optimizer
 
     def create_model_card(
@@ -210,14 +188,53 @@ class FSRLTrainerMixin(Trainer):
         os.makedirs(directory, exist_ok=True)
         card.save(os.path.join(directory, "README.md"))
 
-    def _fsrl_measure(self, record: ForwardRecord, mode: str) -> None:
-        self._fsrl_nonfinite.add(record)
-        for tokens in record.tokens:
-            real = torch.ones_like(tokens.l1) if record.mask is None else record.mask > 0
-            real = real.to(tokens.l1.device, torch.bool)
-            for name in ("l0", "l1", "l2", "nonfinite"):
-                chosen = getattr(tokens, name).detach()[real]
-                self._fsrl_metrics[mode].add(name, chosen.sum(), float(chosen.numel()))
+    @property
+    def _fsrl_schedule(self) -> PenaltySchedule:
+        # Looked up, because the trainer can replace its callbacks when it resumes.
+        callbacks = self.callback_handler.callbacks
+        return next(each for each in callbacks if isinstance(each, PenaltySchedule))
+
+    def _fsrl_penalise(self, records: list[ForwardRecord]) -> Tensor:
+        """The penalty of one batch, before any scaling; counts and schedules it on the way."""
+        assert isinstance(self.model, nn.Module)
+        schedule, configs = self._fsrl_schedule, adapter_configs(self.model)
+        scales = {name: schedule.scale(name, c, self.state) for name, c in configs.items()}
+        batch_sizes = torch.tensor([float(r.tokens[0].l1.shape[0]) for r in records])
+        terms = torch.stack([self.fsrl_penalty(record, scales) for record in records])
+        weights = (batch_sizes / batch_sizes.sum()).to(terms)
+        penalty = (terms * weights).sum()
+        mean = self.accelerator.reduce(penalty.detach(), reduction="mean")
+        self._fsrl_metrics["train"].add("penalty", mean, 1.0)
+        totals = self._fsrl_count(records)
+        self._fsrl_metrics["train"].add_tokens(totals)
+        for name, row in totals.items():
+            schedule.observe(name, row[0], row[-1])
+        return penalty
+
+    def _fsrl_count(self, records: list[ForwardRecord]) -> dict[str, Tensor]:
+        """Totals over tokens by active adapter, summed over processes."""
+        for record in records:
+            self._fsrl_nonfinite.add(record)
+        assert isinstance(self.model, nn.Module)
+        layers = fsrl_layers(self.model).values()
+        active = {name for layer in layers for name in layer.active_adapters}
+        totals = token_totals(records, active)
+        return {
+            name: self.accelerator.reduce(totals[name], reduction="sum") for name in sorted(totals)
+        }
+
+    def _fsrl_coefficients(self) -> dict[str, float]:
+        """The coefficients in force, where they are not the config's own."""
+        assert isinstance(self.model, nn.Module)
+        found = {}
+        for name, config in adapter_configs(self.model).items():
+            if config.target_l0 is None and not config.penalty_warmup_ratio:
+                continue
+            scale = self._fsrl_schedule.scale(name, config, self.state)
+            for kind in ("l1_coeff", "l0_coeff"):
+                if getattr(config, kind):
+                    found[f"fsrl/{kind}"] = scale * getattr(config, kind)
+        return found
 
     def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the trainer has already divided its loss by the accumulation steps."""
@@ -235,56 +252,13 @@ def with_fsrl(trainer_class: type[TrainerT]) -> type[TrainerT]:
     Args:
         trainer_class: ``transformers.Trainer`` or a trainer of TRL.
 
+    Raises:
+        TypeError: for a trainer that makes its loss without ``compute_loss``.
+
     Example:
         ``with_fsrl(CPOTrainer)(model, args=args, peft_config=FSRLConfig(...), ...)``
     """
     if issubclass(trainer_class, FSRLTrainerMixin):
         return trainer_class
+    require_compute_loss(trainer_class)
     return type(f"FSRL{trainer_class.__name__}", (FSRLTrainerMixin, trainer_class), {})
-
-
-class _Means:
-    """Running weighted means by name."""
-
-    def __init__(self) -> None:
-        self._totals: dict[str, Tensor | float] = defaultdict(float)
-        self._weights: dict[str, float] = defaultdict(float)
-
-    def add(self, name: str, total: Tensor, weight: float) -> None:
-        self._totals[name] = self._totals[name] + total
-        self._weights[name] += weight
-
-    def pop(self) -> dict[str, float]:
-        means = {
-            name: float(total) / self._weights[name]
-            for name, total in self._totals.items()
-            if self._weights[name]
-        }
-        self._totals.clear()
-        self._weights.clear()
-        return means
-
-
-def _keep_non_negative(optimizer: Any, thresholds: list[nn.Parameter]) -> None:
-    """Project thresholds to zero or more after every step, where negative ones act as zero."""
-
-    def project(*_: Any) -> None:
-        with torch.no_grad():
-            for threshold in thresholds:
-                threshold.clamp_(min=0)
-
-    if thresholds and hasattr(optimizer, "register_step_post_hook"):
-        optimizer.register_step_post_hook(project)
-
-
-def _split_group(optimizer: Any, parameters: list[nn.Parameter], lr: float, config: Any) -> None:
-    wanted = {id(parameter) for parameter in parameters}
-    if not wanted:
-        return
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in wanted]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-    # Decay would pull thresholds to zero, away from sparsity.
-    optimizer.add_param_group(
-        {"params": parameters, "lr": lr * config.threshold_lr_multiplier, "weight_decay": 0.0}
-    )

@@ -213,6 +213,7 @@ def bare_layer(
     sae: SAE[Any], dtype: torch.dtype = torch.float64, seed: int = 0, **settings: Any
 ) -> FSRLLayer:
     """A steering layer around the identity, so that its input is the wrapped module's output."""
+    settings.setdefault("l1_coeff", 0.0)
     layer = FSRLLayer(nn.Identity(), "identity")
     layer.update_layer("default", FSRLConfig(layer=0, sae=sae, **settings), freeze_sae(sae))
     layer.to(dtype)

@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from peft_fsrl import FSRLConfig, FSRLLayer
+from peft_fsrl._support import CHECKPOINTS_HOOKS
 from peft_fsrl.functional import ACTIVATIONS
+from peft_fsrl.penalty import SparsityPenalty
 from peft_fsrl.steering import SteeringMonitor
-from peft_fsrl.trl import CHECKPOINTS_HOOKS, SparsityPenalty
 
 PATHS = {"gpt2": "transformer.h.{}", "gptj": "transformer.h.{}", "gpt_neox": "gpt_neox.layers.{}"}
 

@@ -23,7 +23,7 @@ from helpers import (
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_fsrl.functional import ACTIVATIONS
+from peft_fsrl.functional import ACTIVATIONS, token_l1
 from peft_fsrl.steering import (
     ForwardRecord,
     SteeringEvent,
@@ -187,7 +187,8 @@ def test_token_statistics_by_loops(dtype: torch.dtype) -> None:
     v[torch.rand(v.shape) < 0.5] = 0
     gate = (v > 0).float()
     layer = only_layer(fsrl_model())
-    event = SteeringEvent("l", "a", torch.zeros(2, 3, D_IN), v, gate, layer.fsrl_sae["default"])
+    x, sae = torch.zeros(2, 3, D_IN), layer.fsrl_sae["default"]
+    event = SteeringEvent("l", "a", x, v, gate, sae, token_l1(v), gate.sum(dim=-1))
     statistics = token_statistics(event)
     for b in range(2):
         for t in range(3):

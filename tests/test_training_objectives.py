@@ -1,8 +1,8 @@
 """The coefficient that reaches the penalty, measured in every trainer that the library names.
 
 Two runs of one optimiser step differ in ``l1_coeff`` alone. What the parameters moved apart is
-``learning_rate * l1_coeff * gradient of the penalty``, and that gradient is derived here by steering
-a plain model naively, one unpadded sequence at a time, over the batches that the trainer made.
+``learning_rate * l1_coeff * gradient of the penalty``, and that gradient is derived here by
+steering a plain model naively, one unpadded sequence at a time, over the trainer's batches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import (
-    VOCABULARY,
     fsrl_model,
     naively_steered,
     only_layer,

@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from peft_fsrl.trl import CHECKPOINTS_HOOKS, FSRLTrainerMixin, with_fsrl
+from peft_fsrl._support import CHECKPOINTS_HOOKS
+from peft_fsrl.trl import FSRLTrainerMixin, with_fsrl
 
 BETA, GAMMA, LR = 10.0, 5.0, 0.5
 # SGD without clipping: a parameter's change is its gradient times the learning rate.
