@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 from .steering import adapter_configs
 
 # Chosen on the model organism; see docs/training.md.
-_PULL, _DAMPING, _MEMORY, _LIMIT = 0.01, 1.0, 0.8, 0.1
+_PULL, _DAMPING, _MEMORY, _LIMIT = 0.05, 4.0, 0.9, 0.1
 
 
 class PenaltySchedule(TrainerCallback, ExportableState):

@@ -7,8 +7,10 @@ steering a plain model naively, one unpadded sequence at a time, over the traine
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ from helpers import (
     fsrl_model,
     naively_steered,
     only_layer,
+    randomise_adapter,
     tiny_model,
     tiny_preferences,
     tiny_sae,
     tiny_tokenizer,
     token_ids,
 )
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from trl import (
@@ -43,6 +46,9 @@ from trl import (
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from peft_fsrl import FSRLConfig
+from peft_fsrl._support import require_support
+from peft_fsrl.steering import SteeringMonitor
 from peft_fsrl.trl import with_fsrl
 
 # So small a step that no threshold is projected back to zero; in float64 it can be read off all the
@@ -132,7 +138,12 @@ OBJECTIVES: dict[str, tuple[type, type, dict[str, Any], Callable[[], Dataset]]] 
 
 
 def build(
-    objective: str, model: nn.Module, directory: Path, accumulation: int, **settings: Any
+    objective: str,
+    model: nn.Module,
+    directory: Path,
+    accumulation: int,
+    wrap: Callable[[type], type] = with_fsrl,
+    **settings: Any,
 ) -> Any:
     trainer_class, args_class, own, data = OBJECTIVES[objective]
     rows = data()
@@ -147,7 +158,7 @@ def build(
         extra["processing_class"] = tiny_tokenizer()
     if objective.startswith(("GRPO", "RLOO")):
         extra["reward_funcs"] = reward
-    return with_fsrl(trainer_class)(model, args=args, train_dataset=rows, **extra)
+    return wrap(trainer_class)(model, args=args, train_dataset=rows, eval_dataset=rows, **extra)
 
 
 def double_model(**settings: Any) -> PeftModel:
@@ -225,3 +236,159 @@ def test_the_coefficient_arrives_exactly(objective: str, accumulation: int, tmp_
     measured = (apart @ expected / (expected @ expected)).item()
     assert measured == pytest.approx(COEFFICIENT, rel=1e-6)
     torch.testing.assert_close(apart, COEFFICIENT * expected, rtol=1e-6, atol=1e-8)
+
+
+def log_probability(logits: Tensor, ids: list[int], first: int) -> Tensor:
+    """Of the tokens from ``first`` on, given those before each."""
+    return sum(logits[t - 1].log_softmax(-1)[ids[t]] for t in range(first, len(ids)))
+
+
+@pytest.mark.parametrize("given", ["config", "adapter"])
+def test_dpo_refers_to_the_start_without_a_second_model(given: str, tmp_path: Path) -> None:
+    """A new adapter is compared with the base model, a given one with what it was."""
+    base = tiny_model().double()
+    kinds = sum(type(each) is type(base) for each in gc.get_objects())
+    config = FSRLConfig(layer=1, sae=tiny_sae(dtype="float64"), l1_coeff=0.7)
+    args = DPOConfig(str(tmp_path), **{**COMMON, "per_device_train_batch_size": 4})
+    data = {"args": args, "train_dataset": tiny_preferences(4)}
+    data["processing_class"] = tiny_tokenizer()
+    if given == "config":
+        trainer = with_fsrl(DPOTrainer)(base, peft_config=config, **data)
+    else:
+        model = get_peft_model(base, config)
+        randomise_adapter(only_layer(model), seed=7)
+        trainer = with_fsrl(DPOTrainer)(model, **data)
+    assert trainer.ref_model is None
+    assert sum(type(each) is type(base) for each in gc.get_objects()) == kinds
+    layer = only_layer(trainer.model)
+    assert ("ref" in layer.fsrl_adapter) == (given == "adapter")
+    randomise_adapter(layer, seed=1)
+
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        actual = trainer.model.eval() and trainer.compute_loss(trainer.model, dict(batch))
+    scores = []
+    for name in ("default", "ref" if given == "adapter" else None):
+        plain, sae = tiny_model().double(), tiny_sae(dtype="float64")
+        each = []
+        for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True):
+            ids = ids[batch["attention_mask"][len(each)].bool()].tolist()
+            with (
+                naively_steered(plain, layer, sae, adapter_name=name)
+                if name is not None
+                else nullcontext()
+            ):
+                logits = plain(torch.tensor([ids])).logits[0]
+            each.append(log_probability(logits, ids, int(mask.argmax())))
+        scores.append(each)
+    losses = []
+    for row in range(4):
+        chosen, rejected = (scores[0][i] - scores[1][i] for i in (row, 4 + row))
+        losses.append(-torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)))
+    expected = sum(losses) / 4
+    assert abs(expected.item() - math.log(2)) > 1e-4, "the adapter must have moved"
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0.0)
+
+
+def test_dpo_trains_only_what_it_was_given(tmp_path: Path) -> None:
+    model = double_model()
+    trainer = build("DPO", model, tmp_path, 1, learning_rate=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert {name.split("fsrl_adapter.")[-1] for name in moved} == {
+        "default.weight",
+        "default.bias",
+        "default.threshold",
+    }
+
+
+EVALUATED = ("SimPO", "CPO-SimPO", "DPO", "ORPO", "KTO", "SFT", "Trainer")
+
+
+@pytest.mark.parametrize("objective", EVALUATED)
+def test_evaluation_is_the_stock_trainers(objective: str, tmp_path: Path) -> None:
+    losses = {}
+    for wrap in (lambda stock: stock, with_fsrl):
+        model = double_model(l1_coeff=5.0)
+        trainer = build(objective, model, tmp_path, 1, wrap=wrap)
+        metrics = trainer.evaluate()
+        losses[wrap] = metrics["eval_loss"]
+        steering = {name for name in metrics if "fsrl" in name}
+        assert steering == (
+            {"eval_fsrl/l0", "eval_fsrl/l1", "eval_fsrl/l2"} if wrap is with_fsrl else set()
+        )
+    assert len(set(losses.values())) == 1
+    assert math.isfinite(metrics["eval_loss"])
+
+
+def test_sampling_is_not_counted_in_evaluation(tmp_path: Path) -> None:
+    """GRPO samples completions with the steered model before it scores them."""
+    trainer = build("GRPO", double_model(), tmp_path, 1)
+    passes: list[tuple[Tensor, Tensor]] = []
+    monitor = SteeringMonitor(
+        trainer.model, lambda record: passes.append((record.mask, record.tokens[0].l0))
+    )
+    with monitor:
+        metrics = trainer.evaluate()
+    assert len(passes) > 3, "sampling makes passes too"
+    scored = [(mask, l0) for mask, l0 in passes[-1:]]
+    [(mask, l0)] = scored
+    assert metrics["eval_fsrl/l0"] == pytest.approx(l0[mask > 0].mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["SimPO", "DPO", "Trainer"])
+def test_a_penalty_that_nobody_adds_is_announced_once(objective: str, tmp_path: Path) -> None:
+    model = double_model(l1_coeff=0.7)
+    trainer = build(objective, model, tmp_path, 1, wrap=lambda stock: stock, max_steps=4)
+    with pytest.warns(UserWarning, match=r"trains without one.*with_fsrl") as caught:
+        trainer.train()
+    assert len([w for w in caught if "with_fsrl" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("objective", ["SimPO", "Trainer"])
+def test_nothing_is_announced_where_nothing_is_missing(objective: str, tmp_path: Path) -> None:
+    without = build(
+        objective, double_model(l1_coeff=0.0), tmp_path, 1, wrap=lambda stock: stock, max_steps=3
+    )
+    without.train()
+    model = double_model(l1_coeff=0.7)
+    served = build(objective, model, tmp_path, 2, max_steps=3)
+    served.train()
+    served.evaluate()
+    for _ in range(3):
+        model.eval()(token_ids(), labels=token_ids()).loss.backward()
+        model.train()(token_ids())
+
+
+class OwnStep(Trainer):
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        loss = model(**inputs).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class PoliteStep(Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(*args, **kwargs)
+
+
+def test_a_trainer_without_compute_loss_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"OwnStep.training_step makes its loss without"):
+        with_fsrl(OwnStep)
+    with pytest.raises(TypeError, match="OwnStep"):
+        with_fsrl(type("Heir", (OwnStep,), {}))
+    assert issubclass(with_fsrl(PoliteStep), PoliteStep)
+
+
+def test_joined_sequences_are_refused_by_sequence(tmp_path: Path) -> None:
+    joined = {"padding_free": True, "max_length": None}
+    with pytest.raises(ValueError, match=r"joined into one row.*penalty_reduction='token'"):
+        build("SFT", double_model(), tmp_path, 1, **joined)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    trainer = build("Trainer", double_model(), tmp_path, 1)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"2 GPUs in one process.*accelerate launch"):
+        require_support(trainer)
