@@ -8,7 +8,7 @@ The paper's run (a GPU and the Hub):
 
     accelerate launch examples/simpo.py --config examples/configs/gemma2_2b_ultrafeedback.yaml
 
-Options come from TRL's ``ScriptArguments``, ``CPOConfig`` and ``ModelConfig``, and from
+Options come from TRL's ``ScriptArguments``, ``SimPOConfig`` and ``ModelConfig``, and from
 ``FSRLConfig``, on the command line, in a YAML file given with ``--config``, or both.
 """
 
@@ -22,11 +22,11 @@ from typing import Any
 from datasets import DatasetDict, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
-from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from peft_fsrl import organism
 from peft_fsrl.analysis import check_preference_columns, compute_summary, render_summary
 from peft_fsrl.arguments import FSRLArguments
+from peft_fsrl.simpo import SimPOConfig, SimPOTrainer
 from peft_fsrl.trl import with_fsrl
 
 ORGANISM = "organism"
@@ -53,7 +53,7 @@ class JobArguments:
     test_pairs: int = field(default=400, metadata={"help": "Organism: held-out pairs."})
 
 
-def check_output_directory(args: CPOConfig, overwrite: bool) -> None:
+def check_output_directory(args: Any, overwrite: bool) -> None:
     """Refuse a directory that holds another run, unless told to continue or to replace it."""
     directory = Path(args.output_dir)
     if args.resume_from_checkpoint or overwrite or not directory.is_dir():
@@ -94,7 +94,7 @@ def load_preferences(script: ScriptArguments, job: JobArguments, seed: int) -> D
 
 def main(
     script: ScriptArguments,
-    args: CPOConfig,
+    args: Any,
     model_args: ModelConfig,
     fsrl: Any,
     job: JobArguments,
@@ -121,7 +121,7 @@ def main(
     )
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
     has_test = script.dataset_test_split in dataset
-    trainer = with_fsrl(CPOTrainer)(
+    trainer = with_fsrl(SimPOTrainer)(
         model=model,
         args=args,
         train_dataset=dataset[script.dataset_train_split],
@@ -161,7 +161,7 @@ def parse(arguments: list[str]) -> tuple[Any, ...]:
     given = {argument.partition("=")[0] for argument in arguments}
     if not given & {"--config", "--model_name_or_path"}:
         arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
-    parser = TrlParser((ScriptArguments, CPOConfig, ModelConfig, FSRLArguments, JobArguments))
+    parser = TrlParser((ScriptArguments, SimPOConfig, ModelConfig, FSRLArguments, JobArguments))
     return parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
 
 

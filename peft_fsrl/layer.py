@@ -100,6 +100,8 @@ class SteeringAdapter(nn.Module):
         start = config.init_threshold or 0.0
         if config.activation == "jump_relu":
             start = math.log(config.init_threshold or config.bandwidth)
+            # A step of the usual size is lost in 16 bits, whatever dtype PEFT was asked to keep.
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
         threshold = nn.Parameter(torch.full((n_features,), start, device=device, dtype=dtype))
         self.register_parameter(_THRESHOLD_NAMES[config.activation], threshold)
 
@@ -344,6 +346,11 @@ def merge_refusal() -> str:
         "depends on the input through which features cross their thresholds, so no fixed change of "
         "the weights equals it. Keep the adapter, and use `unload()` to get the base model back."
     )
+
+
+def _in_backward() -> bool:
+    """Whether a gradient checkpoint around the wrapped module is being recomputed."""
+    return int(torch._C._current_graph_task_id()) != -1
 
 
 def _apply_edits(edits: list[Edit], v: Tensor, sae: FrozenSAE) -> Tensor:

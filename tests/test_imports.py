@@ -54,6 +54,7 @@ ALLOWED = {
     "trl": {"card", "functional", "nonfinite", "steering"},
     "penalty": {"functional", "steering"},
     "schedule": {"steering"},
+    "simpo": set(),
     "_metrics": {"steering"},
     "_support": {"steering"},
     "_thresholds": {"steering"},
@@ -68,7 +69,7 @@ ALLOWED = {
 # Libraries that only these modules may import. The rest of the package works without them.
 OPTIONAL = {
     "sae_lens": {"_sae_modules", "organism", "sae", "sae_sources"},
-    "trl": {"trl"},
+    "trl": {"simpo", "trl"},
     "matplotlib": {"analysis.plots"},
 }
 # Modules that may import these libraries and the standard library, and nothing else.
