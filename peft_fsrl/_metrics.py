@@ -14,7 +14,7 @@ NAMES = ("l0", "l1", "l2", "nonfinite")
 
 
 def token_totals(records: Iterable[ForwardRecord], adapters: Iterable[str]) -> dict[str, Tensor]:
-    """Sums over real tokens by adapter: ``l0``, ``l1``, ``l2``, ``nonfinite`` and the number of tokens.
+    """Sums over real tokens by adapter: what ``NAMES`` lists, and the number of tokens.
 
     Args:
         records: of some forward passes.

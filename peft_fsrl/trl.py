@@ -49,10 +49,10 @@ class FSRLTrainerMixin(Trainer):
 
     Logs, averaged over the real tokens since the last log and over processes: ``fsrl/l0`` (steered
     features per token), ``fsrl/l1``, ``fsrl/l2`` (norms of the steering vector), ``fsrl/nonfinite``
-    (share of tokens with nan or inf, of which it also warns) and ``fsrl/penalty`` (the term that was
-    added to the loss); where a schedule moves them also ``fsrl/l1_coeff`` and ``fsrl/l0_coeff``.
-    Evaluation returns and logs the first four after its own prefix: ``eval_fsrl/l0``,
-    ``eval_<name>_fsrl/l0``, ``test_fsrl/l0``.
+    (share of tokens with nan or inf, of which it also warns) and ``fsrl/penalty`` (the term that
+    was added to the loss); where a schedule moves them also ``fsrl/l1_coeff`` and
+    ``fsrl/l0_coeff``. Evaluation returns and logs the first four after its own prefix:
+    ``eval_fsrl/l0``, ``eval_<name>_fsrl/l0``, ``test_fsrl/l0``.
 
     Raises:
         ValueError: the model has no FSRL adapter, or the settings would make the penalty wrong.

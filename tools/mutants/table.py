@@ -138,8 +138,9 @@ MUTANTS = (
     Mutant(
         "only the last token is steered",
         "layer.py",
-        "        return steered.output\n",
-        "        return torch.cat([x[..., :-1, :], steered.output[..., -1:, :]], dim=-2)\n",
+        "sae, l1, open_gates))\n        return output\n",
+        "sae, l1, open_gates))\n"
+        "        return torch.cat([x[..., :-1, :], output[..., -1:, :]], dim=-2)\n",
         MODEL,
     ),
     Mutant(
@@ -152,8 +153,8 @@ MUTANTS = (
     Mutant(
         "the adapter reads the raw activations",
         "layer.py",
-        "functional.steering_pre(sae.process_in(x), adapter.weight",
-        "functional.steering_pre(x, adapter.weight",
+        "functional.steering_pre(sae.process_in(x), weight",
+        "functional.steering_pre(x, weight",
         FORMULA,
     ),
     Mutant(
@@ -194,7 +195,7 @@ MUTANTS = (
     ),
     Mutant(
         "a float16 adapter starts at zero",
-        "layer.py",
+        "adapter.py",
         "scale = max(config.init_scale, torch.finfo(self.weight.dtype).smallest_normal / 64)",
         "scale = config.init_scale",
         ("test_model.py::test_sixteen_bit_start_is_not_dead",),
@@ -380,8 +381,8 @@ MUTANTS = (
     Mutant(
         "nan that the base model gives is not counted",
         "steering.py",
-        "finite = l1.detach().isfinite() & event.hidden_states.detach().isfinite().all(dim=-1)",
-        "finite = l1.detach().isfinite()",
+        " & event.hidden_states.detach().isfinite().all(dim=-1)",
+        "",
         ("test_nonfinite.py::test_the_layer_passes_them_on",),
     ),
     Mutant(

@@ -1,0 +1,81 @@
+"""``SteeringAdapter``: what FSRL trains, as parameters without a forward."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import FSRLConfig
+
+_THRESHOLD_NAMES = {"soft_threshold": "threshold", "jump_relu": "log_threshold"}
+
+
+class SteeringAdapter(nn.Module):
+    """The trainable part of ``v = act_theta(x~ @ weight.T + bias)``.
+
+    With ``config.rank`` the weight is ``weight @ down``.
+
+    Args:
+        d_in: width of the SAE's input.
+        n_features: number of features that may be steered.
+        config: read once, here.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+
+    Shape:
+        weight ``(n_features, d_in)``, bias and threshold or log_threshold ``(n_features,)``; with a
+        rank, weight ``(n_features, rank)`` and down ``(rank, d_in)``.
+    """
+
+    down: nn.Parameter | None
+
+    def __init__(
+        self,
+        d_in: int,
+        n_features: int,
+        config: FSRLConfig,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = config.activation
+        # Whether somebody has to add a penalty to the loss; see ``PenaltyWatch``.
+        self.penalised = bool(config.l1_coeff or config.l0_coeff)
+        self.bandwidth = config.bandwidth
+        self.non_negative = config.non_negative
+        width = config.rank or d_in
+        self.weight = nn.Parameter(torch.empty(n_features, width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(n_features, device=device, dtype=dtype))
+        # In float16 a very small start would round to zero, from where nothing trains.
+        scale = max(config.init_scale, torch.finfo(self.weight.dtype).smallest_normal / 64)
+        nn.init.uniform_(self.weight, -scale, scale)
+        self.register_parameter("down", None)
+        if config.rank is not None:
+            # Of unit size, so that the product starts as small as a full weight does.
+            self.down = nn.Parameter(torch.empty(width, d_in, device=device, dtype=dtype))
+            nn.init.normal_(self.down, std=width**-0.5)
+        if config.activation == "relu":
+            return
+        start = config.init_threshold or 0.0
+        if config.activation == "jump_relu":
+            start = math.log(config.init_threshold or config.bandwidth)
+            # A step of the usual size is lost in 16 bits, whatever dtype PEFT was asked to keep.
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        threshold = nn.Parameter(torch.full((n_features,), start, device=device, dtype=dtype))
+        self.register_parameter(_THRESHOLD_NAMES[config.activation], threshold)
+
+    @property
+    def threshold_parameter(self) -> nn.Parameter | None:
+        """``theta`` of ``soft_threshold``, ``log(theta)`` of ``jump_relu``, None for ``relu``."""
+        name = _THRESHOLD_NAMES.get(self.activation)
+        # Not `get_parameter`: under FSDP, what stands under the name is a view and no parameter.
+        return None if name is None else getattr(self, name)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all features but those at some positions, in their order; parameters are new."""
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            if name != "down":
+                kept = parameter.detach()[rows.to(parameter.device)].clone()
+                setattr(self, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
