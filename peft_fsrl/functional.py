@@ -183,7 +183,8 @@ def clamped_update(
     Returns:
         ``f' - f``, shape ``(..., d_sae)``.
     """
-    return torch.where(v > -feature_acts, v, -feature_acts)
+    # This way round nan in v stays nan, as in the formula, and does not pass for a suppression.
+    return torch.where(v <= -feature_acts, -feature_acts, v)
 
 
 def normalisation_scale(

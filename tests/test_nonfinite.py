@@ -86,8 +86,9 @@ def test_a_broken_adapter_is_counted(name: str) -> None:
         layer.fsrl_adapter["default"].get_parameter(name)[3] = float("nan")
     seen: list[TokenStatistics] = []
     layer.observers.append(lambda event: seen.append(token_statistics(event)))
-    layer(torch.randn(2, 5, D_IN))
+    output = layer(torch.randn(2, 5, D_IN))
     assert torch.equal(seen[0].nonfinite, torch.ones(2, 5))
+    assert output.isnan().any(dim=-1).all()
 
 
 def test_counts_of_finite_and_of_huge_values_are_zero() -> None:

@@ -32,9 +32,16 @@ MUTANTS = (
     Mutant(
         "feature activations may become negative",
         "functional.py",
-        "return torch.where(v > -feature_acts, v, -feature_acts)",
+        "return torch.where(v <= -feature_acts, -feature_acts, v)",
         "return v",
         FORMULA,
+    ),
+    Mutant(
+        "nan in the steering vector passes for a suppression",
+        "functional.py",
+        "return torch.where(v <= -feature_acts, -feature_acts, v)",
+        "return torch.where(v > -feature_acts, v, -feature_acts)",
+        ("test_nonfinite.py::test_a_broken_adapter_is_counted",),
     ),
     Mutant(
         "suppression is lost",
