@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import functional
+from ._outputs import hidden_states_of, replace_hidden_states
 from ._watch import PenaltyWatch
 from .adapter import SteeringAdapter
 from .config import FSRLConfig
@@ -67,6 +68,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         observers: called with a ``SteeringEvent`` after every application.
         edits: applied in order to the steering vector, with the SAE, before it acts.
         batch_adapter_names: which adapter steers each sample of the batch; None for the active one.
+        recomputes_alone: under gradient checkpointing, of which the wrapped module has no need.
     """
 
     adapter_layer_names = ("fsrl_adapter",)
@@ -85,6 +87,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         self.edits: list[Edit] = []
         self._watches: dict[str, PenaltyWatch] = {}
         self.batch_adapter_names: list[str] | None = None
+        self.recomputes_alone = False
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -150,11 +153,11 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return output
         if self.batch_adapter_names is not None:
-            steered = self._steer_samples(_hidden_states(output), self.batch_adapter_names)
-            return _replace_hidden_states(output, steered)
+            steered = self._steer_samples(hidden_states_of(output), self.batch_adapter_names)
+            return replace_hidden_states(output, steered)
         for name in self.active_adapters:
             if name in self.fsrl_adapter:
-                output = _replace_hidden_states(output, self._steer(name, _hidden_states(output)))
+                output = replace_hidden_states(output, self._steer(name, hidden_states_of(output)))
         return output
 
     def _steer_samples(self, x: Tensor, adapter_names: list[str]) -> Tensor:
@@ -230,8 +233,8 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
 
     def _recomputes(self) -> bool:
         """Whether the wrapped module is recomputed in the backward pass, and steering with it."""
-        on = bool(getattr(self.base_layer, "gradient_checkpointing", False))
-        return on and self.training and torch.is_grad_enabled()
+        checkpointed = bool(getattr(self.base_layer, "gradient_checkpointing", False))
+        return (checkpointed or self.recomputes_alone) and self.training and torch.is_grad_enabled()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FSRLLayer:
         super()._apply(fn, recurse)
@@ -286,21 +289,3 @@ def _apply_edits(edits: list[Edit], v: Tensor, sae: FrozenSAE) -> Tensor:
     for edit in edits:
         v = edit(v, sae)
     return v
-
-
-def _hidden_states(output: Any) -> Tensor:
-    first = output if isinstance(output, Tensor) else output[0]
-    assert isinstance(first, Tensor)
-    return first
-
-
-def _replace_hidden_states(output: Any, hidden_states: Tensor) -> Any:
-    if isinstance(output, Tensor):
-        return hidden_states
-    if type(output) is tuple:
-        return (hidden_states, *output[1:])
-    if hasattr(output, "_replace"):
-        return output._replace(**{output._fields[0]: hidden_states})
-    # A list, or a transformers ModelOutput, whose entries are set by name.
-    output[next(iter(output)) if isinstance(output, Mapping) else 0] = hidden_states
-    return output

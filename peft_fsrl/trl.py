@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ._metrics import Means, token_totals
+from ._prefix import without_prefix_graph
 from ._support import require_compute_loss, require_support
 from ._thresholds import group_thresholds
 from .card import render_model_card
@@ -67,6 +68,7 @@ class FSRLTrainerMixin(Trainer):
         self._fsrl_metrics = {"train": Means(), "eval": Means()}
         self._fsrl_nonfinite = NonfiniteReport()
         self._fsrl_evaluated: list[ForwardRecord] | None = None
+        self._fsrl_scales: dict[str, float] = {}
 
     def compute_loss(
         self,
@@ -85,7 +87,7 @@ class FSRLTrainerMixin(Trainer):
         records: list[ForwardRecord] = []
         # Attached for this call only: other forward passes (generation, a later trainer of the same
         # model) are none of this trainer's business.
-        with SteeringMonitor(self.model, records.append):
+        with without_prefix_graph(self.model), SteeringMonitor(self.model, records.append):
             result = super().compute_loss(model, inputs, **call)
         records = [record for record in records if record.training]
         if not records:
@@ -140,7 +142,8 @@ class FSRLTrainerMixin(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's optimizer, with the thresholds in a group of their own."""
         own = self.optimizer is None
-        scheduled = not own and self.lr_scheduler is not None and not self._created_lr_scheduler
+        made_here = getattr(self, "_created_lr_scheduler", False)
+        scheduled = not own and self.lr_scheduler is not None and not made_here
         optimizer = super().create_optimizer(*args, **kwargs)
         assert isinstance(self.model, nn.Module)
         group_thresholds(optimizer, self.model, own=own, scheduled=scheduled)
@@ -198,7 +201,10 @@ class FSRLTrainerMixin(Trainer):
         """The penalty of one batch, before any scaling; counts and schedules it on the way."""
         assert isinstance(self.model, nn.Module)
         schedule, configs = self._fsrl_schedule, adapter_configs(self.model)
-        scales = {name: schedule.scale(name, c, self.state) for name, c in configs.items()}
+        # Kept for the log, which is written when the schedule has already moved on.
+        self._fsrl_scales = scales = {
+            name: schedule.scale(name, config, self.state) for name, config in configs.items()
+        }
         batch_sizes = torch.tensor([float(r.tokens[0].l1.shape[0]) for r in records])
         terms = torch.stack([self.fsrl_penalty(record, scales) for record in records])
         weights = (batch_sizes / batch_sizes.sum()).to(terms)
@@ -228,9 +234,9 @@ class FSRLTrainerMixin(Trainer):
         assert isinstance(self.model, nn.Module)
         found = {}
         for name, config in adapter_configs(self.model).items():
-            if config.target_l0 is None and not config.penalty_warmup_ratio:
+            scale = self._fsrl_scales.get(name)
+            if scale is None or (config.target_l0 is None and not config.penalty_warmup_ratio):
                 continue
-            scale = self._fsrl_schedule.scale(name, config, self.state)
             for kind in ("l1_coeff", "l0_coeff"):
                 if getattr(config, kind):
                     found[f"fsrl/{kind}"] = scale * getattr(config, kind)
