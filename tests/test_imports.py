@@ -45,9 +45,8 @@ ALLOWED = {
     "sae": {"_sae_modules", "functional"},
     "sae_sources": {"sae"},
     "convert": {"config", "sae_sources", "targets"},
-    "layer": {"_watch", "adapter", "config", "functional", "sae"},
+    "layer": {"_outputs", "_watch", "adapter", "config", "functional", "sae"},
     "adapter": {"config"},
-    "layer": {"_outputs", "_watch", "config", "functional", "sae"},
     "model": {"config", "layer", "sae", "sae_sources", "targets"},
     "targets": {"config", "sae", "sae_sources"},
     "steering": {"layer", "sae"},
@@ -56,6 +55,7 @@ ALLOWED = {
     "equivalence": {"functional", "layer"},
     "trl": {
         "_metrics",
+        "_prefix",
         "_support",
         "_thresholds",
         "card",
@@ -71,8 +71,6 @@ ALLOWED = {
     "_prefix": {"layer", "steering", "targets"},
     "_support": {"steering"},
     "_thresholds": {"steering"},
-    "trl": {"_metrics", "_prefix", "_support", "_thresholds", "card", "penalty", "schedule"}
-    | {"steering"},
     "analysis.records": set(),
     "analysis.plots": {"analysis.records"},
     "analysis.report": {"analysis.records"},
