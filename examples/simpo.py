@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from peft_fsrl import organism
-from peft_fsrl.analysis import check_preference_columns, compute_summary, render_summary
+from peft_fsrl.analysis import compute_summary, render_summary
 from peft_fsrl.arguments import FSRLArguments
+from peft_fsrl.coherence import CoherenceCallback
+from peft_fsrl.data import prepare_preferences, prompt_texts
 from peft_fsrl.simpo import SimPOConfig, SimPOTrainer
 from peft_fsrl.trl import with_fsrl
 
@@ -42,6 +45,16 @@ class JobArguments:
     )
     summary_pairs: int = field(
         default=400, metadata={"help": "Held-out pairs for the summary at the end; 0 for none."}
+    )
+    coherence_prompts: int = field(
+        default=16, metadata={"help": "Held-out prompts to answer at every evaluation; 0 for none."}
+    )
+    unusable_rows: str = field(
+        default="error",
+        metadata={"help": "Rows that cannot be trained on: 'error' stops at them, 'drop' counts."},
+    )
+    shorten_prompts: bool = field(
+        default=False, metadata={"help": "Shorten prompts where max_length would cut an answer."}
     )
     style: float = field(
         default=0.9, metadata={"help": "Organism: how often the chosen answer has the liked style."}
@@ -81,15 +94,30 @@ def load_preferences(script: ScriptArguments, job: JobArguments, seed: int) -> D
                 ),
             }
         )
-    dataset = load_dataset(script.dataset_name, name=script.dataset_config)
-    for split in dataset:
-        first = dataset[split][0]
-        if isinstance(first.get("prompt"), str) and isinstance(first.get("chosen"), list):
-            # A text prompt that the messages repeat: TRL takes the prompt out of the messages.
-            dataset[split] = dataset[split].remove_columns("prompt")
-        elif "prompt" in first or not isinstance(first.get("chosen"), list):
-            check_preference_columns(dataset[split].column_names)
-    return dataset
+    return load_dataset(
+        script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
+    )
+
+
+def prepare(dataset: Any, tokenizer: Any, args: SimPOConfig, job: JobArguments) -> Any:
+    """A split, checked against what the trainer will do with it."""
+    return prepare_preferences(
+        dataset,
+        tokenizer,
+        # What the trainer takes where none is given.
+        max_length=512 if args.max_length is None else args.max_length,
+        unusable=job.unusable_rows,
+        shorten_prompts=job.shorten_prompts,
+        num_proc=args.dataset_num_proc,
+    ).dataset
+
+
+def final_figures(trainer: SimPOTrainer) -> dict[str, float]:
+    """What the last evaluation found, made now unless the run ended with one."""
+    step = trainer.state.global_step
+    rows = [row for row in trainer.state.log_history if row["step"] == step]
+    figures = {key: value for row in rows for key, value in row.items() if key.startswith("eval_")}
+    return figures if "eval_loss" in figures else trainer.evaluate()
 
 
 def main(
@@ -107,10 +135,12 @@ def main(
     name = model_args.model_name_or_path
     if name == ORGANISM:
         creature = organism.load()
-        name, fsrl.sae = str(creature.model_path), str(creature.sae_path)
-        fsrl.layer = creature.layer if fsrl.layer is None else fsrl.layer
-        labels = {each.index: each.label for each in creature.feature_labels if each.label}
-        categories = {name: creature.features(name) for name in ("style", "honesty")}
+        name = str(creature.model_path)
+        if fsrl.sae is None:
+            fsrl.sae = str(creature.sae_path)
+            fsrl.layer = creature.layer if fsrl.layer is None else fsrl.layer
+            labels = {each.index: each.label for each in creature.feature_labels if each.label}
+            categories = {name: creature.features(name) for name in ("style", "honesty")}
 
     model = AutoModelForCausalLM.from_pretrained(
         name,
@@ -121,6 +151,11 @@ def main(
     )
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
     has_test = script.dataset_test_split in dataset
+    splits = [script.dataset_train_split, *([script.dataset_test_split] if has_test else [])]
+    dataset = {split: prepare(dataset[split], tokenizer, args, job) for split in splits}
+    if script.dataset_streaming:
+        # accelerate would try to join texts of several batches into tensors.
+        args.accelerator_config.dispatch_batches = False
     trainer = with_fsrl(SimPOTrainer)(
         model=model,
         args=args,
@@ -129,15 +164,19 @@ def main(
         processing_class=tokenizer,
         peft_config=fsrl.to_config(),
     )
+    if has_test and job.coherence_prompts:
+        prompts = prompt_texts(dataset[script.dataset_test_split], tokenizer, job.coherence_prompts)
+        trainer.add_callback(CoherenceCallback(trainer, prompts))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
 
+    figures = final_figures(trainer) if has_test else {}
     if has_test and job.summary_pairs and trainer.is_world_process_zero():
-        held_out = trainer.eval_dataset
+        held_out = Dataset.from_list(list(islice(trainer.eval_dataset, job.summary_pairs)))
         summary = compute_summary(
             trainer.accelerator.unwrap_model(trainer.model),
-            held_out.select(range(min(job.summary_pairs, len(held_out)))),
+            held_out,
             tokenizer,
             labels=labels,
             categories=categories,
@@ -152,6 +191,8 @@ def main(
         Path(args.output_dir, "summary.txt").write_text(text)
         print(text)
         print(f"The adapter, its model card and this summary are in {args.output_dir}")
+    # Last, so that whoever finds it knows that the run is complete.
+    trainer.save_metrics("eval", figures)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
 

@@ -18,15 +18,15 @@ from peft_fsrl.analysis import (
     PreferenceScores,
     Summary,
     ablate_categories,
-    check_preference_columns,
     compare_generations,
     compute_summary,
     compute_usage,
     render_summary,
     score_preferences,
 )
-from peft_fsrl.analysis.preferences import Tokenized, pad, tokenize
+from peft_fsrl.analysis.preferences import pad
 from peft_fsrl.steering import ablate_features, observe, scale_steering
+from peft_fsrl.tokens import Tokenized, tokenize
 
 
 @pytest.fixture
@@ -131,12 +131,6 @@ def test_scoring_refuses_what_it_cannot_score(model: PeftModel) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="rejected answer to the prompt 'w3' has no tokens"):
         score_preferences(model, [{"prompt": "w3", "chosen": " w4", "rejected": ""}], tokenizer)
-
-
-def test_columns() -> None:
-    check_preference_columns(["id", "prompt", "chosen", "rejected"])
-    with pytest.raises(ValueError, match=r"found \['chosen', 'question'\].*'prompt', 'rejected'"):
-        check_preference_columns(["question", "chosen"])
 
 
 def test_tokenize_marks_the_prompt_and_adds_what_is_missing() -> None:

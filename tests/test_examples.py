@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -93,6 +94,7 @@ def test_a_run_leaves_adapter_card_and_summary(finished: Path) -> None:
     assert {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "eval_results.json",
         "README.md",
         "summary.json",
         "summary.txt",
@@ -101,6 +103,9 @@ def test_a_run_leaves_adapter_card_and_summary(finished: Path) -> None:
     } <= names
     summary = Summary.from_json((finished / "summary.json").read_text())
     assert summary.trained.n == 8
+    figures = json.loads((finished / "eval_results.json").read_text())
+    assert figures["eval_loss"] == pytest.approx(summary.trained.loss, rel=1e-4)
+    assert figures["eval_coherence/perplexity"] > 1
     card = (finished / "README.md").read_text()
     info = peft_fsrl.FSRLConfig.from_pretrained(str(finished)).sae_info
     for expected in ("library_name: peft", "import peft_fsrl", info["fingerprint"], "simpo"):
@@ -152,6 +157,10 @@ BAD_INPUT = {
     "no preferences": (
         {"dataset_name": "{place}/questions"},
         r"\['prompt', 'chosen', 'rejected'\].*\['answer', 'question'\]",
+    ),
+    "a prompt as long as max_length": (
+        {"max_length": "4"},
+        r"Row \d+ cannot be trained on.*fills max_length=4",
     ),
 }
 

@@ -71,17 +71,21 @@ ALLOWED = {
     "_prefix": {"layer", "steering", "targets"},
     "_support": {"steering"},
     "_thresholds": {"steering"},
+    "tokens": set(),
+    "data": {"tokens"},
+    "coherence": {"analysis.coherence"},
     "analysis.records": set(),
     "analysis.plots": {"analysis.records"},
     "analysis.report": {"analysis.records"},
-    "analysis": {"analysis", "steering"},
+    "analysis.ranking": {"analysis", "config", "sae", "sae_sources", "targets"},
+    "analysis": {"analysis", "steering", "tokens"},
     "organism": {"", "config", "equivalence", "functional", "layer", "model", "organism", "sae"}
     | {"steering"},
 }
 # Libraries that only these modules may import. The rest of the package works without them.
 OPTIONAL = {
     "sae_lens": {"_sae_modules", "organism", "sae", "sae_sources"},
-    "trl": {"simpo", "trl"},
+    "trl": {"data", "simpo", "trl"},
     "matplotlib": {"analysis.plots"},
 }
 # Modules that may import these libraries and the standard library, and nothing else.

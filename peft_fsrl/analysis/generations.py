@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..steering import scale_steering
+from ..tokens import prompt_ids
 from .preferences import evaluating
 from .records import Generation
 
@@ -42,9 +43,7 @@ def compare_generations(
 
 
 def _continue(model: Any, prompt: str, tokenizer: Any, max_new_tokens: int, seed: int) -> str:
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
-        ids = [tokenizer.bos_token_id, *ids]
+    ids = prompt_ids(prompt, tokenizer)
     device = next(model.parameters()).device
     input_ids = torch.tensor([ids], device=device)
     with evaluating(model), torch.random.fork_rng():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .records import Summary
+from .records import Summary, SweepPoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,5 +57,48 @@ def plot_ablations(summaries: Mapping[str, Sequence[Summary]]) -> Figure:
         panel.axhline(0, color="black", linewidth=0.8)
     panels[0][0].set_ylabel("rise of the SimPO loss when zeroed")
     panels[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def plot_sweep(points: Sequence[SweepPoint], x: str) -> Figure:
+    """Held-out loss, and below it steered features per token, against a setting (figure 2).
+
+    A line goes through the means over seeds, a dot is one run. Runs without figures are left out.
+
+    Args:
+        points: the runs of one stage of a sweep.
+        x: ``"l1_coeff"`` or ``"l0_coeff"`` (on a logarithmic axis), or ``"layer"``.
+
+    Raises:
+        ValueError: if no run has figures.
+    """
+    import matplotlib.pyplot as plt
+
+    finished = [point for point in points if point.finished]
+    if not finished:
+        raise ValueError("Expected at least one finished run, found none.")
+    figure, panels = plt.subplots(2, 1, figsize=(4.6, 4.8), sharex=True)
+    figures = {"loss": "held-out loss", "l0": "steered features per token"}
+    values = sorted({getattr(point, x) for point in finished})
+    for panel, colour, (name, label) in zip(panels, _COLOURS, figures.items(), strict=False):
+        groups = [
+            [getattr(point, name) for point in finished if getattr(point, x) == value]
+            for value in values
+        ]
+        means = [sum(group) / len(group) for group in groups]
+        panel.plot(values, means, color=colour)
+        for value, group in zip(values, groups, strict=True):
+            panel.plot([value] * len(group), group, "o", color=colour, markersize=4)
+        panel.set_ylabel(label)
+        panel.set_ylim(0, 1.08 * max(max(group) for group in groups) or 1)
+        panel.spines[["top", "right"]].set_visible(False)
+    if x == "layer":
+        panels[1].set_xticks(values)
+    elif min(values) > 0:
+        panels[1].set_xscale("log")
+        panels[1].set_xticks(values, [f"{value:g}" for value in values])
+        panels[1].minorticks_off()
+    panels[1].set_xlabel(x)
     figure.tight_layout()
     return figure

@@ -10,19 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..tokens import Tokenized, tokenize
 from .records import PreferenceScores
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-COLUMNS = ("prompt", "chosen", "rejected")
-
-
-class Tokenized(NamedTuple):
-    """A prompt with one answer; the first ``n_prompt`` ids are the prompt's."""
-
-    input_ids: list[int]
-    n_prompt: int
 
 
 class Batch(NamedTuple):
@@ -37,43 +29,6 @@ class Batch(NamedTuple):
     input_ids: Int[Tensor, "batch seq"]
     attention_mask: Int[Tensor, "batch seq"]
     answer_mask: Int[Tensor, "batch seq"]
-
-
-def check_preference_columns(columns: Iterable[str]) -> None:
-    """Refuse a data set that is not one of preference pairs.
-
-    Raises:
-        ValueError: if ``chosen`` or ``rejected`` is missing, or ``prompt``.
-    """
-    present = set(columns)
-    missing = [name for name in COLUMNS if name not in present]
-    if missing:
-        raise ValueError(
-            f"Expected a preference data set with columns {list(COLUMNS)}, found "
-            f"{sorted(present)}: {missing} missing. Rename the columns with "
-            "`dataset.rename_columns({...})`."
-        )
-
-
-def tokenize(prompt: str, answer: str, tokenizer: Any) -> Tokenized:
-    """Ids of ``prompt + answer`` between BOS and EOS, as TRL's preference trainers make them.
-
-    Raises:
-        TypeError: for messages instead of text.
-    """
-    if not isinstance(prompt, str) or not isinstance(answer, str):
-        raise TypeError(
-            f"Expected text, got {type(prompt).__name__} and {type(answer).__name__}. Turn "
-            "messages into text first, with the tokenizer's `apply_chat_template`."
-        )
-    ids = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
-    n_prompt = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:1] != [bos]:
-        ids, n_prompt = [bos, *ids], n_prompt + 1
-    if eos is not None and ids[-1:] != [eos]:
-        ids = [*ids, eos]
-    return Tokenized(ids, n_prompt)
 
 
 def pad(sequences: Sequence[Tokenized], device: torch.device) -> Batch:
@@ -91,11 +46,43 @@ def pad(sequences: Sequence[Tokenized], device: torch.device) -> Batch:
 def mean_log_probability(model: nn.Module, batch: Batch) -> Float[Tensor, "batch"]:
     """Mean log probability of each answer's tokens, SimPO's reward over beta: ``(batch,)``."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    per_token = -F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), batch.input_ids[:, 1:], reduction="none"
-    )
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    per_token = -F.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
     mask = batch.answer_mask[:, 1:].to(per_token.dtype)
     return (per_token * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def preference_margins(
+    model: nn.Module, rows: Sequence[Mapping[str, Any]], tokenizer: Any, beta: float
+) -> Float[Tensor, "pairs"]:
+    """``beta * (mean log p(chosen) - mean log p(rejected))`` of each pair, in one forward pass.
+
+    Args:
+        model: a causal language model; where gradients are on, the result carries its graph.
+        rows: with the texts ``prompt``, ``chosen`` and ``rejected``.
+        tokenizer: the model's tokenizer.
+        beta: SimPO's reward scale.
+
+    Returns:
+        Shape ``(pairs,)``.
+
+    Raises:
+        ValueError: for an answer without tokens.
+    """
+    sides = [
+        tokenize(row["prompt"], row[side], tokenizer)
+        for side in ("chosen", "rejected")
+        for row in rows
+    ]
+    _refuse_empty_answers(sides, rows)
+    device = next(model.parameters()).device
+    rewards = beta * mean_log_probability(model, pad(sides, device))
+    return rewards[: len(rows)] - rewards[len(rows) :]
+
+
+def simpo_losses(margins: Float[Tensor, "pairs"], gamma: float) -> Float[Tensor, "pairs"]:
+    """``-log sigmoid(margin - gamma)`` of each pair: ``(pairs,)`` (arXiv 2405.14734, eq. 6)."""
+    return -F.logsigmoid(margins - gamma)
 
 
 def score_preferences(
@@ -124,20 +111,12 @@ def score_preferences(
     """
     losses: list[float] = []
     margins: list[float] = []
-    device = next(model.parameters()).device
     progress = tqdm(desc=description, unit="pair", disable=description is None, leave=False)
     with evaluating(model), progress:
         for rows in batched(dataset, batch_size):
-            sides = [
-                tokenize(row["prompt"], row[side], tokenizer)
-                for side in ("chosen", "rejected")
-                for row in rows
-            ]
-            _refuse_empty_answers(sides, rows)
-            rewards = beta * mean_log_probability(model, pad(sides, device))
-            margin = rewards[: len(rows)] - rewards[len(rows) :]
+            margin = preference_margins(model, rows, tokenizer, beta)
             margins += margin.tolist()
-            losses += (-F.logsigmoid(margin - gamma)).tolist()
+            losses += simpo_losses(margin, gamma).tolist()
             progress.update(len(rows))
     if not losses:
         raise ValueError("Expected at least one preference pair, found none.")

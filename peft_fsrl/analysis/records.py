@@ -136,6 +136,30 @@ class Generation(Record):
 
 
 @dataclass(frozen=True)
+class Coherence(Record):
+    """Whether sampled answers are still language. Compare with the base model's own answers.
+
+    Attributes:
+        n: number of answers.
+        perplexity: of all answers' tokens under the base model; rises where the steered model says
+            what the base model would not.
+        repetition: share of an answer's 4-grams that it has said before, mean over answers.
+        distinct_1: different tokens over tokens, of all answers together.
+        distinct_2: the same with pairs of consecutive tokens.
+        mean_length: tokens per answer.
+        ended: share of answers that ended by themselves.
+    """
+
+    n: int
+    perplexity: float
+    repetition: float
+    distinct_1: float
+    distinct_2: float
+    mean_length: float
+    ended: float
+
+
+@dataclass(frozen=True)
 class Summary(Record):
     """What a training run achieved and what carries it.
 
@@ -152,6 +176,92 @@ class Summary(Record):
     usage: Usage
     ablations: tuple[Ablation, ...]
     generations: tuple[Generation, ...]
+
+
+@dataclass(frozen=True)
+class FeatureEffect(Record):
+    """What a little constant steering of one feature does to the loss.
+
+    Attributes:
+        feature: index in the SAE.
+        slope: derivative of the loss with respect to ``v`` of this feature at every token, at zero:
+            negative where promoting it lowers the loss.
+        error: standard error of the slope, over pairs.
+    """
+
+    feature: int
+    slope: float
+    error: float
+
+
+@dataclass(frozen=True)
+class LayerEffect(Record):
+    """First-order effect of steering at one layer on the preference loss, before any training.
+
+    Both figures say how fast the loss falls per unit of ``||v||_1`` at every token, so both can be
+    compared with ``l1_coeff``: one that is larger leaves nothing to be gained to first order. An
+    adapter can do more than the first, which steers every token alike, and less than the second,
+    which steers each token of each answer as suits it best.
+
+    Attributes:
+        layer: the steered layer.
+        constant: with the best single feature, the same at every token.
+        per_token: with the best feature at each token.
+        n_pairs: preference pairs measured.
+        features: the features with the largest slopes, largest first.
+    """
+
+    layer: int
+    constant: float
+    per_token: float
+    n_pairs: int
+    features: tuple[FeatureEffect, ...]
+
+
+@dataclass(frozen=True)
+class SweepPoint(Record):
+    """One run of a sweep, a row of its table. Figures are None for a run that failed.
+
+    Attributes:
+        stage: the part of the sweep that it belongs to.
+        name: of the run, and of its folder.
+        layer: the steered layer.
+        seed: of data, order and start.
+        l1_coeff: weight of the L1 penalty.
+        l0_coeff: weight of the L0 penalty.
+        loss: held-out preference loss.
+        accuracy: held-out preference accuracy.
+        l0: steered features per held-out token.
+        l1: norm of the steering vector per held-out token.
+        perplexity: of sampled answers under the base model; see ``Coherence``.
+        perplexity_unsteered: of the base model's own answers.
+        repetition: see ``Coherence``.
+        distinct_2: see ``Coherence``.
+        seconds: wall time.
+        command: what was run.
+    """
+
+    stage: str
+    name: str
+    layer: int
+    seed: int
+    l1_coeff: float
+    l0_coeff: float
+    loss: float | None
+    accuracy: float | None
+    l0: float | None
+    l1: float | None
+    perplexity: float | None
+    perplexity_unsteered: float | None
+    repetition: float | None
+    distinct_2: float | None
+    seconds: float | None
+    command: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its figures."""
+        return self.loss is not None
 
 
 def _build(kind: Any, value: Any) -> Any:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..steering import SteeringEvent, fsrl_layers, observe
-from .preferences import batched, evaluating, pad, tokenize
+from ..tokens import tokenize
+from .preferences import batched, evaluating, pad
 from .records import FeatureUse, Usage
 
 

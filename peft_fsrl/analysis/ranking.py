@@ -1,0 +1,179 @@
+"""Which layer is worth steering? A first-order answer, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..config import FSRLConfig
+from ..sae import FrozenSAE
+from ..sae_sources import freeze_sae, load_sae
+from ..targets import resolve_targets
+from .preferences import batched, preference_margins, simpo_losses
+from .records import FeatureEffect, LayerEffect
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def rank_layers(
+    model: nn.Module,
+    dataset: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    saes: Mapping[int, Any],
+    *,
+    beta: float = 10.0,
+    gamma: float = 5.0,
+    batch_size: int = 8,
+    n_features: int = 10,
+    description: str | None = None,
+) -> tuple[LayerEffect, ...]:
+    """``dL/dv`` at ``v = 0`` for every feature of every layer, in one pass over some pairs.
+
+    With ``x' = x + decode_linear(v)`` the gradient at a token is ``W_dec @ dL/dx`` (times the SAE's
+    output scale, if it has one): one backward pass of the base model serves all layers, and of an
+    SAE only the decoder is used. That the steered activations cannot be negative is left out: a
+    positive slope, which asks for suppression, can be used only where the feature is active.
+
+    Args:
+        model: the base model, without an adapter; its mode and parameters are left as they were.
+        dataset: rows with the texts ``prompt``, ``chosen`` and ``rejected``; some hundred suffice.
+            It is read once and may be a stream.
+        tokenizer: the model's tokenizer.
+        saes: for each layer, whatever ``FSRLConfig`` takes as its SAE. All are held in memory.
+        beta: SimPO's reward scale.
+        gamma: SimPO's target margin.
+        batch_size: pairs per pass.
+        n_features: how many features to name per layer.
+        description: shown beside the progress bar; None shows no bar.
+
+    Returns:
+        One record per layer, largest ``per_token`` first: adapters react to each token.
+
+    Raises:
+        ValueError: for no pair, no layer, a layer that does not exist, or an SAE of another width.
+    """
+    config = FSRLConfig(layer=sorted(saes), sae=dict(saes))
+    frozen = {key: _load(sae) for key, sae in config.resolve_saes().items()}
+    targets = resolve_targets(config, frozen, model)
+    effects = {path: _Effect(sae) for path, sae in targets.items()}
+    n_pairs = 0
+    progress = tqdm(desc=description, unit="pair", disable=description is None, leave=False)
+    with _differentiable(model), progress:
+        for rows in batched(dataset, batch_size):
+            with _outputs(model, effects) as outputs:
+                margins = preference_margins(model, rows, tokenizer, beta)
+            loss = simpo_losses(margins, gamma).sum()
+            gradients = torch.autograd.grad(loss, [outputs[path] for path in effects])
+            for (path, effect), gradient in zip(effects.items(), gradients, strict=True):
+                effect.add(outputs[path].detach(), gradient)
+            n_pairs += len(rows)
+            progress.update(len(rows))
+    if not n_pairs:
+        raise ValueError("Expected at least one preference pair, found none.")
+    ranked = [
+        effect.to_record(layer, n_pairs, n_features)
+        for layer, effect in zip(config.layers, effects.values(), strict=True)
+    ]
+    return tuple(sorted(ranked, key=lambda effect: -effect.per_token))
+
+
+def steering_gradient(
+    sae: FrozenSAE, x: Float[Tensor, "*batch d_in"], gradient: Float[Tensor, "*batch d_in"]
+) -> Float[Tensor, "*batch n_features"]:
+    """``dL/dv`` at ``v = 0`` from ``dL/dx'``: the adjoint of the SAE's linear decoder.
+
+    Args:
+        sae: whose features would be steered.
+        x: the layer's output, shape ``(..., d_in)``.
+        gradient: of the loss with respect to it, shape ``(..., d_in)``.
+
+    Returns:
+        Shape ``(..., n_features)``, dtype of the SAE.
+    """
+    with torch.enable_grad():
+        v = torch.zeros(
+            *x.shape[:-1], sae.n_features, dtype=sae.dtype, device=x.device, requires_grad=True
+        )
+        delta = sae.decode_update(v, x.detach())
+    [slopes] = torch.autograd.grad(delta, v, gradient.to(delta.dtype))
+    return slopes
+
+
+class _Effect:
+    def __init__(self, sae: FrozenSAE) -> None:
+        self._sae = sae
+        self._sum = torch.zeros(sae.n_features, dtype=torch.float64)
+        self._squares = torch.zeros_like(self._sum)
+        self._largest = 0.0
+
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        sae = self._sae = self._sae.to(x.device, self._sae.dtype)
+        pairs = len(x) // 2
+        # Pair by pair: d_sae numbers for every token of a whole batch may not fit.
+        for pair in range(pairs):
+            sides = [pair, pair + pairs]
+            slopes = steering_gradient(sae, x[sides], gradient[sides])
+            of_pair = slopes.double().sum((0, 1)).cpu()
+            self._sum += of_pair
+            self._squares += of_pair.square()
+            self._largest += float(slopes.abs().amax(-1).double().sum())
+
+    def to_record(self, layer: int, n_pairs: int, n_features: int) -> LayerEffect:
+        slopes = self._sum / n_pairs
+        variance = (self._squares / n_pairs - slopes.square()).clamp(min=0)
+        errors = (variance / max(1, n_pairs - 1)).sqrt()
+        index = self._sae.feature_index.tolist()
+        order = slopes.abs().argsort(descending=True)[:n_features].tolist()
+        features = tuple(FeatureEffect(index[i], float(slopes[i]), float(errors[i])) for i in order)
+        return LayerEffect(
+            layer, float(slopes.abs().max()), self._largest / n_pairs, n_pairs, features
+        )
+
+
+def _load(sae: Any) -> FrozenSAE:
+    if isinstance(sae, FrozenSAE):
+        return sae
+    return load_sae(sae) if isinstance(sae, (str, Mapping)) else freeze_sae(sae)
+
+
+@contextmanager
+def _differentiable(model: Any) -> Iterator[None]:
+    """Evaluation mode, gradients of activations alone; everything is put back on leaving."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output.requires_grad_(True)
+    )
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        hook.remove()
+        model.train(was_training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _outputs(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """What the named modules put out in a forward pass: ``(batch, seq, d_in)`` each."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(path: str, output: Any) -> None:
+        outputs[path] = output if isinstance(output, Tensor) else output[0]
+
+    with ExitStack() as stack:
+        for path in paths:
+            module = model.get_submodule(path)
+            hook = module.register_forward_hook(lambda m, i, output, path=path: keep(path, output))
+            stack.callback(hook.remove)
+        yield outputs

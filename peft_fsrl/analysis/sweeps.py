@@ -1,0 +1,56 @@
+"""The table of a sweep: one CSV row per run, read and written as records."""
+
+from __future__ import annotations
+
+import csv
+import os
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from .records import SweepPoint
+
+_COLUMNS = [field.name for field in fields(SweepPoint)]
+_KINDS = typing.get_type_hints(SweepPoint)
+
+
+def save_sweep(path: str | Path, points: Iterable[SweepPoint]) -> None:
+    """Write a sweep's table; whoever reads meanwhile finds the old one or the new one, whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in points)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def load_sweep(path: str | Path) -> tuple[SweepPoint, ...]:
+    """The points of a table that ``save_sweep`` wrote.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it has other columns, or a cell that is no number where one belongs.
+    """
+    with Path(path).open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != _COLUMNS:
+            raise ValueError(
+                f"Expected the columns {_COLUMNS} in {path}, found {reader.fieldnames}."
+            )
+        return tuple(
+            SweepPoint(**{name: _parse(_KINDS[name], text) for name, text in row.items()})
+            for row in reader
+        )
+
+
+def _parse(kind: Any, text: str) -> Any:
+    if typing.get_origin(kind) is types.UnionType:
+        return float(text) if text else None
+    return kind(text)
