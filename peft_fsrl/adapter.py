@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import FSRLConfig
 
+_SMALL_START = 1e-9
 _THRESHOLD_NAMES = {"soft_threshold": "threshold", "jump_relu": "log_threshold"}
 
 
@@ -48,8 +49,11 @@ class SteeringAdapter(nn.Module):
         width = config.rank or d_in
         self.weight = nn.Parameter(torch.empty(n_features, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(n_features, device=device, dtype=dtype))
+        scale = config.init_scale or _SMALL_START
+        if config.activation == "jump_relu" and config.init_scale is None:
+            scale = (config.init_threshold or config.bandwidth) * d_in**-0.5
         # In float16 a very small start would round to zero, from where nothing trains.
-        scale = max(config.init_scale, torch.finfo(self.weight.dtype).smallest_normal / 64)
+        scale = max(scale, torch.finfo(self.weight.dtype).smallest_normal / 64)
         nn.init.uniform_(self.weight, -scale, scale)
         self.register_parameter("down", None)
         if config.rank is not None:

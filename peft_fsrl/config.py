@@ -61,6 +61,8 @@ class FSRLConfig(PeftConfig):
             ``x' = x + decode(v)``, linear in ``v``, and the SAE's encoder is not needed.
         init_scale: Half-width of the uniform start of the adapter's weight, in units of the
             pre-activation per unit of SAE input. Not zero: the soft threshold has no slope at zero.
+            Defaults to 1e-9, and for ``jump_relu`` to the first threshold over ``sqrt(d_in)``: a
+            gate that never opens passes no gradient to the weight behind it.
         init_threshold: Start of every threshold, in units of the pre-activation. Defaults to 0 for
             ``soft_threshold`` and to ``bandwidth`` for ``jump_relu``.
         bandwidth: Width of the rectangle kernel of ``jump_relu``'s straight-through gradient, in
@@ -126,8 +128,8 @@ class FSRLConfig(PeftConfig):
         metadata={"help": f"Activation of the steering vector, one of {_ACTIVATIONS}."},
     )
     non_negative: bool = field(default=True, metadata={"help": "Keep f + v non-negative."})
-    init_scale: float = field(
-        default=1e-9, metadata={"help": "Half-width of the uniform start of the weight."}
+    init_scale: float | None = field(
+        default=None, metadata={"help": "Half-width of the uniform start of the weight."}
     )
     init_threshold: float | None = field(
         default=None, metadata={"help": "Start of every threshold."}
@@ -326,8 +328,10 @@ class FSRLConfig(PeftConfig):
         require_one_of("activation", self.activation, _ACTIVATIONS)
         require_one_of("penalty_reduction", self.penalty_reduction, _REDUCTIONS)
         require_bool("non_negative", self.non_negative)
-        for name in ("init_scale", "bandwidth", "threshold_lr_multiplier"):
+        for name in ("bandwidth", "threshold_lr_multiplier"):
             require_number(name, getattr(self, name), positive=True)
+        if self.init_scale is not None:
+            require_number("init_scale", self.init_scale, positive=True)
         for name in ("l1_coeff", "l0_coeff", "penalty_warmup_ratio"):
             require_number(name, getattr(self, name), positive=False)
         require_schedule(self)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from trl import DPOConfig, DPOTrainer
 
+from .objectives import simpo_loss
+
 try:
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 except ImportError:
@@ -23,33 +25,10 @@ except ImportError:
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["SimPOConfig", "SimPOTrainer", "StableSimPOConfig", "StableSimPOTrainer", "simpo_loss"]
+__all__ = ["SimPOConfig", "SimPOTrainer", "StableSimPOConfig", "StableSimPOTrainer"]
 
 # The reference policy's adapter, which DPOTrainer copies and SimPO has no use for.
 _REFERENCE = "ref"
-
-
-def simpo_loss(
-    chosen: Float[Tensor, "pairs"],
-    rejected: Float[Tensor, "pairs"],
-    beta: float,
-    gamma: float,
-    label_smoothing: float = 0.0,
-) -> Float[Tensor, "pairs"]:
-    """``-log sigmoid(beta * (chosen - rejected) - gamma)``, equation 6 of the paper.
-
-    Args:
-        chosen: mean log-probability per token of each preferred answer, shape ``(pairs,)``.
-        rejected: the same of the other answer.
-        beta: scale of the reward.
-        gamma: target margin, in units of the reward: TRL's ``simpo_gamma``.
-        label_smoothing: share of the pairs taken to be labelled the wrong way round.
-
-    Returns:
-        Shape ``(pairs,)``.
-    """
-    margin = beta * (chosen - rejected) - gamma
-    return -F.logsigmoid(margin) * (1 - label_smoothing) - F.logsigmoid(-margin) * label_smoothing
 
 
 def answer_log_probs(
@@ -123,9 +102,8 @@ class StableSimPOTrainer(DPOTrainer):
         outputs = model(**passed, use_cache=False)
         totals, lengths = answer_log_probs(outputs.logits, labels.to(outputs.logits.device))
         chosen, rejected = (totals / lengths).chunk(2)
-        loss = simpo_loss(
-            chosen, rejected, self.beta, self.args.simpo_gamma, self.args.label_smoothing
-        ).mean()
+        margin = self.beta * (chosen - rejected)
+        loss = simpo_loss(margin, self.args.simpo_gamma, self.args.label_smoothing).mean()
         if self.args.cpo_alpha:
             likelihood = totals.chunk(2)[0].sum() / lengths.chunk(2)[0].sum()
             loss = loss - self.args.cpo_alpha * likelihood

@@ -66,7 +66,8 @@ ALLOWED = {
     },
     "penalty": {"functional", "steering"},
     "schedule": {"steering"},
-    "simpo": set(),
+    "simpo": {"objectives"},
+    "objectives": set(),
     "_metrics": {"steering"},
     "_prefix": {"layer", "steering", "targets"},
     "_support": {"steering"},
@@ -77,8 +78,8 @@ ALLOWED = {
     "analysis.records": set(),
     "analysis.plots": {"analysis.records"},
     "analysis.report": {"analysis.records"},
-    "analysis.ranking": {"analysis", "config", "sae", "sae_sources", "targets"},
-    "analysis": {"analysis", "steering", "tokens"},
+    "analysis.ranking": {"analysis", "config", "objectives", "sae", "sae_sources", "targets"},
+    "analysis": {"analysis", "objectives", "steering", "tokens"},
     "organism": {"", "config", "equivalence", "functional", "layer", "model", "organism", "sae"}
     | {"steering"},
 }

@@ -269,6 +269,25 @@ def test_parameters_at_the_start(activation: str, names: set[str]) -> None:
         assert parameters[name].tolist() == [start[name]] * D_SAE
 
 
+@pytest.mark.parametrize(("settings", "scale"), [({}, 0.01 / 4), ({"init_threshold": 0.4}, 0.1)])
+def test_jump_relu_starts_with_open_gates(settings: dict[str, Any], scale: float) -> None:
+    sae = tiny_sae()
+    layer = FSRLLayer(nn.Identity(), "identity")
+    config = FSRLConfig(layer=0, sae=sae, activation="jump_relu", **settings)
+    layer.update_layer("default", config, freeze_sae(sae))
+    adapter = layer.fsrl_adapter["default"]
+    assert 0.9 * scale < adapter.weight.abs().max() <= scale
+    # Residual streams are of this size and larger.
+    x = 10 * torch.randn(4, 5, D_IN)
+    events: list[SteeringEvent] = []
+    layer.observers.append(events.append)
+    layer(x).square().sum().backward()
+    v = events[0].steering_vector
+    assert 0.05 < (v != 0).float().mean() < 0.95
+    # Every feature whose gate was open at some token learns.
+    assert torch.equal(adapter.weight.grad.abs().sum(1) > 0, (v != 0).flatten(0, 1).any(0))
+
+
 @pytest.mark.parametrize(
     ("activation", "expected"), [("soft_threshold", 0.125), ("jump_relu", -2.0794415)]
 )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..objectives import simpo_loss
 from ..tokens import Tokenized, tokenize
 from .records import PreferenceScores
 
@@ -80,11 +81,6 @@ def preference_margins(
     return rewards[: len(rows)] - rewards[len(rows) :]
 
 
-def simpo_losses(margins: Float[Tensor, "pairs"], gamma: float) -> Float[Tensor, "pairs"]:
-    """``-log sigmoid(margin - gamma)`` of each pair: ``(pairs,)`` (arXiv 2405.14734, eq. 6)."""
-    return -F.logsigmoid(margins - gamma)
-
-
 def score_preferences(
     model: nn.Module,
     dataset: Iterable[Mapping[str, Any]],
@@ -116,7 +112,7 @@ def score_preferences(
         for rows in batched(dataset, batch_size):
             margin = preference_margins(model, rows, tokenizer, beta)
             margins += margin.tolist()
-            losses += simpo_losses(margin, gamma).tolist()
+            losses += simpo_loss(margin, gamma).tolist()
             progress.update(len(rows))
     if not losses:
         raise ValueError("Expected at least one preference pair, found none.")

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import FSRLConfig
+from ..objectives import simpo_loss
 from ..sae import FrozenSAE
 from ..sae_sources import freeze_sae, load_sae
 from ..targets import resolve_targets
-from .preferences import batched, preference_margins, simpo_losses
+from .preferences import batched, preference_margins
 from .records import FeatureEffect, LayerEffect
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def rank_layers(
         for rows in batched(dataset, batch_size):
             with _outputs(model, effects) as outputs:
                 margins = preference_margins(model, rows, tokenizer, beta)
-            loss = simpo_losses(margins, gamma).sum()
+            loss = simpo_loss(margins, gamma).sum()
             gradients = torch.autograd.grad(loss, [outputs[path] for path in effects])
             for (path, effect), gradient in zip(effects.items(), gradients, strict=True):
                 effect.add(outputs[path].detach(), gradient)

@@ -203,8 +203,8 @@ MUTANTS = (
     Mutant(
         "a float16 adapter starts at zero",
         "adapter.py",
-        "scale = max(config.init_scale, torch.finfo(self.weight.dtype).smallest_normal / 64)",
-        "scale = config.init_scale",
+        "scale = max(scale, torch.finfo(self.weight.dtype).smallest_normal / 64)",
+        "scale = scale",
         ("test_model.py::test_sixteen_bit_start_is_not_dead",),
     ),
     Mutant(
