@@ -35,6 +35,16 @@ def test_soft_threshold_is_zero_at_and_inside_the_threshold() -> None:
     assert functional.soft_threshold(u, torch.full((5,), 0.5)).tolist() == [0.0] * 5
 
 
+def test_a_negative_threshold_acts_as_zero_and_can_come_back() -> None:
+    u = torch.tensor([1.5, -0.25, 0.0])
+    theta = torch.tensor([-0.5, -2.0, -1.0], requires_grad=True)
+    v = functional.soft_threshold(u, theta)
+    assert v.tolist() == [1.5, -0.25, 0.0]
+    v.abs().sum().backward()
+    # That of |u| - theta where u is not zero, as at a threshold of zero: a descent raises it.
+    assert theta.grad.tolist() == [-1.0, -1.0, 0.0]
+
+
 def test_soft_threshold_gradients_by_hand() -> None:
     u = random(4, 6).requires_grad_()
     theta = random(6, scale=0.5).abs().requires_grad_()

@@ -62,7 +62,7 @@ MUTANTS = (
         "functional.py",
         "threshold = threshold + torch.relu(-threshold).detach()",
         "threshold = threshold + 0",
-        ("test_functional.py",),
+        ("test_functional.py::test_a_negative_threshold_acts_as_zero_and_can_come_back",),
     ),
     Mutant(
         "jump_relu reads the logarithm of its threshold as the threshold",
