@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from table import MUTANTS, Mutant
 ROOT = Path(__file__).resolve().parent.parent.parent
 _COPIED = ("peft_fsrl", "tests", "pyproject.toml", "README.md")
 _TESTS_FAILED = 1
+_COULD_NOT_RUN = 99
 
 
 def preload() -> None:
@@ -32,7 +34,6 @@ def preload() -> None:
 
     warnings.simplefilter("ignore")
     import datasets  # noqa: F401
-    import hypothesis  # noqa: F401
     import peft  # noqa: F401
     import pytest  # noqa: F401
     import sae_lens  # noqa: F401
@@ -60,6 +61,19 @@ def run_tests(folder: Path, tests: Sequence[str], output: Path) -> int:
     if child:
         _, status = os.waitpid(child, 0)
         return os.waitstatus_to_exitcode(status)
+    status = _COULD_NOT_RUN
+    try:
+        status = _run_pytest(folder, tests, output)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not the way of an exception: what is to be cleaned up is the parent's.
+        os._exit(status)
+
+
+def _run_pytest(folder: Path, tests: Sequence[str], output: Path) -> int:
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -71,11 +85,12 @@ def run_tests(folder: Path, tests: Sequence[str], output: Path) -> int:
     import pytest
 
     names = [f"tests/{name}" for name in tests]
-    status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *names]))
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    # What was imported early cannot have its assertions rewritten, and need not.
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    status = int(pytest.main([*options, *names]))
     found = sys.modules["peft_fsrl"].__file__ or ""
-    is_ours = Path(found).is_relative_to(folder)
-    sys.stdout.flush()
-    os._exit(status if is_ours else 99)
+    return status if Path(found).is_relative_to(folder) else _COULD_NOT_RUN
 
 
 def judge(mutant: Mutant, folder: Path, output: Path) -> str:
