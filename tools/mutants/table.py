@@ -261,13 +261,6 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "an adapter that is not active trains",
-        "model.py",
-        "            layer.fsrl_adapter[adapter_name].requires_grad_(False)\n",
-        "            pass\n",
-        ("test_model.py::test_a_second_adapter_waits_until_it_is_chosen",),
-    ),
-    Mutant(
         "a mixed batch's names stay for the next forward",
         "model.py",
         "                layer.batch_adapter_names = None\n",
