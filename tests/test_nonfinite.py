@@ -187,3 +187,10 @@ def test_a_trainer_reports_them_and_goes_on(tmp_path: Path) -> None:
     assert logs[0]["fsrl/nonfinite"] == pytest.approx(1 / 14)
     assert not math.isfinite(logs[0]["fsrl/l1"])
     assert logs[1]["fsrl/nonfinite"] == 1
+
+
+def test_what_the_base_model_gives_counts_where_nothing_is_steered() -> None:
+    model, report = broken(float("inf")), NonfiniteReport()
+    with torch.no_grad(), SteeringMonitor(model, report.add), scale_steering(model, 0.0):
+        model(input_ids=token_ids(2, 7))
+    assert report.counts() == {("default", "model.layers.1"): 1}

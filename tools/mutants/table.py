@@ -383,7 +383,7 @@ MUTANTS = (
         "steering.py",
         " & event.hidden_states.detach().isfinite().all(dim=-1)",
         "",
-        ("test_nonfinite.py::test_the_layer_passes_them_on",),
+        ("test_nonfinite.py::test_what_the_base_model_gives_counts_where_nothing_is_steered",),
     ),
     Mutant(
         "nan in padding is reported",
