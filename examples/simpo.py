@@ -66,17 +66,23 @@ class JobArguments:
     test_pairs: int = field(default=400, metadata={"help": "Organism: held-out pairs."})
 
 
+def checkpoint_to_resume(args: Any) -> str | bool | None:
+    """The folder that was given, True for the run's last checkpoint, None to start afresh."""
+    given = str(args.resume_from_checkpoint).lower()
+    return {"true": True, "false": None, "none": None}.get(given, args.resume_from_checkpoint)
+
+
 def check_output_directory(args: Any, overwrite: bool) -> None:
     """Refuse a directory that holds another run, unless told to continue or to replace it."""
     directory = Path(args.output_dir)
-    if args.resume_from_checkpoint or overwrite or not directory.is_dir():
+    if checkpoint_to_resume(args) or overwrite or not directory.is_dir():
         return
     found = sorted(path.name for path in directory.iterdir())
     if found:
         raise FileExistsError(
             f"Expected an empty output directory, found another run in {directory} "
             f"({', '.join(found[:4])}). Choose another `--output_dir`, continue that run with "
-            "`--resume_from_checkpoint`, or give `--overwrite_output true`."
+            "`--resume_from_checkpoint true`, or give `--overwrite_output true`."
         )
 
 
@@ -118,6 +124,12 @@ def final_figures(trainer: SimPOTrainer) -> dict[str, float]:
     rows = [row for row in trainer.state.log_history if row["step"] == step]
     figures = {key: value for row in rows for key, value in row.items() if key.startswith("eval_")}
     return figures if "eval_loss" in figures else trainer.evaluate()
+
+
+def is_sharded(trainer: SimPOTrainer) -> bool:
+    """Whether no process has the whole model, as under FSDP and ZeRO-3."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
 
 def main(
@@ -167,12 +179,15 @@ def main(
     if has_test and job.coherence_prompts:
         prompts = prompt_texts(dataset[script.dataset_test_split], tokenizer, job.coherence_prompts)
         trainer.add_callback(CoherenceCallback(trainer, prompts))
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model()
     trainer.save_state()
 
     figures = final_figures(trainer) if has_test else {}
-    if has_test and job.summary_pairs and trainer.is_world_process_zero():
+    is_first = trainer.is_world_process_zero()
+    if is_first and is_sharded(trainer):
+        print("Each process holds a part of the model: load the adapter elsewhere to score it.")
+    elif has_test and job.summary_pairs and is_first:
         held_out = Dataset.from_list(list(islice(trainer.eval_dataset, job.summary_pairs)))
         summary = compute_summary(
             trainer.accelerator.unwrap_model(trainer.model),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import transformers
@@ -45,9 +46,11 @@ def require_support(trainer: Trainer) -> None:
 
     Raises:
         ValueError: no FSRL adapter; gradient checkpointing that would lose the penalty; several
-            GPUs in one process; sequences that are joined without a mask.
+            GPUs in one process; sequences that are joined without a mask; processes that were
+            launched together but do not know of each other.
     """
     model, args = trainer.model, trainer.args
+    _require_one_job(args.world_size)
     assert isinstance(model, nn.Module)
     fsrl_layers(model)
     if args.n_gpu > 1:
@@ -66,6 +69,16 @@ def require_support(trainer: Trainer) -> None:
                 f"them apart, but adapter '{sequence[0]}' takes its mean by sequence. Set "
                 "padding_free=False and packing=False, or penalty_reduction='token'."
             )
+
+
+def _require_one_job(world_size: int) -> None:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1 < started and "LOCAL_RANK" in os.environ:
+        raise ValueError(
+            f"Expected to train with the {started} processes that were launched, found that each "
+            "would train alone and write over the others' files. Without a GPU, set `use_cpu=True` "
+            "(`--use_cpu true`)."
+        )
 
 
 def _require_penalty_outside_checkpoints(model: nn.Module, settings: dict[str, Any]) -> None:

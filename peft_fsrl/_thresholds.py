@@ -10,6 +10,8 @@ from torch import nn
 from .steering import adapter_configs
 
 _SUFFIXES = (".threshold", ".log_threshold")
+# Marks an optimizer's groups that are kept at zero or more; saved with its state.
+_NON_NEGATIVE = "fsrl_non_negative"
 
 
 def group_thresholds(optimizer: Any, model: nn.Module, *, own: bool, scheduled: bool) -> None:
@@ -37,7 +39,8 @@ def group_thresholds(optimizer: Any, model: nn.Module, *, own: bool, scheduled: 
             and parameter.requires_grad
         ]
         multiplier = config.threshold_lr_multiplier
-        changes: dict[str, float] = {"weight_decay": 0.0} if own else {}
+        is_soft = config.activation == "soft_threshold"
+        changes: dict[str, Any] = {"weight_decay": 0.0} if own else {}
         if thresholds and multiplier != 1.0 and scheduled:
             raise ValueError(
                 f"threshold_lr_multiplier={multiplier} needs an optimizer group for the "
@@ -45,14 +48,17 @@ def group_thresholds(optimizer: Any, model: nn.Module, *, own: bool, scheduled: 
                 "are. Pass `optimizers=(optimizer, None)`, or give the thresholds their own group "
                 "and learning rate yourself and leave the multiplier at 1."
             )
-        if own or multiplier != 1.0:
+        if own or multiplier != 1.0 or (is_soft and not scheduled):
+            changes[_NON_NEGATIVE] = is_soft
             _split_groups(optimizer, thresholds, multiplier, changes)
-        if config.activation == "soft_threshold":
+        elif is_soft:
             _keep_non_negative(optimizer, thresholds)
+    if hasattr(optimizer, "register_step_post_hook"):
+        optimizer.register_step_post_hook(_project)
 
 
 def _split_groups(
-    optimizer: Any, parameters: list[nn.Parameter], multiplier: float, changes: dict[str, float]
+    optimizer: Any, parameters: list[nn.Parameter], multiplier: float, changes: dict[str, Any]
 ) -> None:
     wanted = {id(parameter) for parameter in parameters}
     split = []
@@ -65,6 +71,15 @@ def _split_groups(
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     for settings in split:
         optimizer.add_param_group(settings)
+
+
+def _project(optimizer: Any, *_: Any) -> None:
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            if group.get(_NON_NEGATIVE):
+                # Looked up at every step: FSDP and ZeRO put shards in the place of parameters.
+                for threshold in group["params"]:
+                    threshold.clamp_(min=0)
 
 
 def _keep_non_negative(optimizer: Any, thresholds: list[nn.Parameter]) -> None:

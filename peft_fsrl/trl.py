@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from ._metrics import Means, token_totals
 from ._prefix import without_prefix_graph
+from ._resume import find_checkpoint
 from ._support import require_compute_loss, require_support
 from ._thresholds import group_thresholds
 from .card import render_model_card
@@ -69,6 +70,16 @@ class FSRLTrainerMixin(Trainer):
         self._fsrl_nonfinite = NonfiniteReport()
         self._fsrl_evaluated: list[ForwardRecord] | None = None
         self._fsrl_scales: dict[str, float] = {}
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The trainer's own, but ``True`` passes over a checkpoint that was not finished."""
+        if resume_from_checkpoint:
+            resume_from_checkpoint = find_checkpoint(
+                str(self.args.output_dir), resume_from_checkpoint
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -166,9 +177,16 @@ class FSRLTrainerMixin(Trainer):
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         super()._save(output_dir, *args, **kwargs)
+        if not self.args.should_save:
+            return
         # PEFT has just written a blank form there.
         directory = str(output_dir or self.args.output_dir)
         self._write_card(directory, os.path.basename(os.path.abspath(directory)), None, [])
+
+    def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_rng_state(*args, **kwargs)
+        # What follows, the trainer's state, says that the checkpoint is complete.
+        self.accelerator.wait_for_everyone()
 
     def _write_card(
         self, directory: str, name: str, dataset_name: str | None, tags: list[str]

@@ -56,6 +56,7 @@ ALLOWED = {
     "trl": {
         "_metrics",
         "_prefix",
+        "_resume",
         "_support",
         "_thresholds",
         "card",
@@ -70,6 +71,7 @@ ALLOWED = {
     "objectives": set(),
     "_metrics": {"steering"},
     "_prefix": {"layer", "steering", "targets"},
+    "_resume": set(),
     "_support": {"steering"},
     "_thresholds": {"steering"},
     "tokens": set(),
