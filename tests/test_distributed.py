@@ -33,7 +33,8 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from peft_fsrl._resume import find_checkpoint
-from peft_fsrl.trl import CHECKPOINTS_HOOKS, with_fsrl
+from peft_fsrl._support import CHECKPOINTS_HOOKS
+from peft_fsrl.trl import with_fsrl
 
 ROOT = Path(__file__).resolve().parent.parent
 # Nothing else in the model has a tensor of the SAE's sizes.
