@@ -17,7 +17,7 @@ from torch import nn
 from .config import FSRLConfig
 from .layer import FSRLLayer, merge_refusal
 from .sae import FrozenSAE
-from .sae_sources import freeze_sae, load_sae
+from .sae_sources import take_sae
 from .targets import resolve_targets, warn_of_other_model
 
 _CACHE_GUARD = "_fsrl_cache_guard"
@@ -189,12 +189,7 @@ def _load_bound_saes(config: FSRLConfig) -> dict[str, FrozenSAE]:
 
 
 def _load_bound_sae(config: FSRLConfig, key: str, reference: Any) -> FrozenSAE:
-    if isinstance(reference, FrozenSAE):
-        sae = reference
-    elif isinstance(reference, (str, Mapping)):
-        sae = load_sae(reference)
-    else:
-        sae = freeze_sae(reference)
+    sae = take_sae(reference)
     known = config.sae_info or {}
     expected = (known.get(key, {}) if key else known).get("fingerprint")
     if expected is not None and expected != sae.info.fingerprint:

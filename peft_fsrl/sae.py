@@ -151,6 +151,13 @@ class FrozenSAE:
         return self._W_dec
 
     @property
+    def directions(self) -> Float[Tensor, "n_features d_in"]:
+        """What one unit of each feature adds to ``x``, but for a token's own scale."""
+        scale, factor = self._feature_scale, self._token_factor
+        rows = self._W_dec if scale is None else self._W_dec * scale[:, None]
+        return rows if factor is None else rows * factor
+
+    @property
     def n_features(self) -> int:
         """How many features it has: ``d_sae``, or fewer where it is restricted."""
         return self._W_dec.shape[0]

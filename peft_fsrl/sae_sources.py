@@ -77,6 +77,13 @@ def load_sae(reference: str | Mapping[str, str]) -> FrozenSAE:
     return _freeze(_load_released(parsed["release"], parsed["sae_id"]), copy=False)
 
 
+def take_sae(source: Any) -> FrozenSAE:
+    """A frozen SAE from anything that names or is one: a reference, a live SAE, a frozen one."""
+    if isinstance(source, FrozenSAE):
+        return source
+    return load_sae(source) if isinstance(source, (str, Mapping)) else freeze_sae(source)
+
+
 def parse_reference(reference: str | Mapping[str, str]) -> dict[str, str]:
     """Turn a reference into ``{"path": ...}`` or ``{"release": ..., "sae_id": ...}``.
 

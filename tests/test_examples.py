@@ -208,3 +208,39 @@ def test_the_clamp_can_be_switched_off(
 ) -> None:
     _, _, _, fsrl, _ = simpo.parse([*given, "--use_cpu", "true"])
     assert fsrl.to_config().non_negative is expected
+
+
+def test_equivalence_on_a_tiny_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import get_peft_model
+
+    from peft_fsrl import organism
+    from peft_fsrl.analysis import Correspondence
+
+    creature = organism.load()
+    config = peft_fsrl.FSRLConfig(
+        layer=creature.layer, sae=str(creature.sae_path), init_scale=0.05, init_threshold=0.7
+    )
+    get_peft_model(creature.load_model(), config).save_pretrained(tmp_path / "adapter")
+    spec = importlib.util.spec_from_file_location("equivalence", SCRIPT.parent / "equivalence.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RANKS", (2, 8))
+    monkeypatch.setattr(module, "N_FEATURES", (1, 4))
+    options = {"adapter": tmp_path / "adapter", "out": tmp_path / "out", "pairs": 20, "checks": 5}
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["equivalence.py", *arguments])
+    module.main()
+    record = Correspondence.from_json((tmp_path / "out" / "equivalence.json").read_text())
+    assert len(record.token_ranks) == len(record.token_radii) > 100
+    assert max(record.token_ranks) > 0
+    assert min(record.token_radii) > 0
+    assert [stand_in.ranks for stand_in in record.stand_ins] == [(2, 8)] * 2
+    assert record.spanned[0] < record.spanned[1] <= 1
+    assert (tmp_path / "out" / "equivalence.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "lora" / "adapter_model.safetensors").exists()
+    checked, of = re.search(r"(\d+) of (\d+) certificates", capsys.readouterr().out).groups()
+    assert int(checked) == int(of) >= 5

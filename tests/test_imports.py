@@ -77,6 +77,9 @@ ALLOWED = {
     "tokens": set(),
     "data": {"tokens"},
     "coherence": {"analysis.coherence"},
+    "equivalence": {"config", "equivalence", "functional", "layer", "sae", "sae_sources"}
+    | {"steering", "targets"},
+    "trl": {"card", "functional", "steering"},
     "analysis.records": set(),
     "analysis.plots": {"analysis.records"},
     "analysis.report": {"analysis.records"},

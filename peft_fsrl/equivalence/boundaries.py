@@ -1,0 +1,117 @@
+"""Distances to where a piece of a piecewise affine map ends: half-spaces, and pairs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+class Half(NamedTuple):
+    """One half-space per feature, ``{delta: sign * row . delta > gap}``.
+
+    Attributes:
+        row: name of the row, one of a ``Geometry``'s.
+        sign: 1 or -1.
+        gap: by how much the quantity has to change, shape ``(n,)``; negative where it is inside.
+    """
+
+    row: str
+    sign: int
+    gap: Float[Tensor, "n"]
+
+
+class Exit(NamedTuple):
+    """One way in which features leave the piece: into all of some half-spaces at once.
+
+    Attributes:
+        boundary: its name.
+        where: which features can leave in this way, shape ``(n,)``.
+        halves: one half-space or two.
+    """
+
+    boundary: str
+    where: Bool[Tensor, "n"]
+    halves: tuple[Half, ...]
+
+
+class Geometry:
+    """Rows of the affine quantities of each feature, and distances to half-spaces of them.
+
+    Args:
+        rows: by name, each of shape ``(n, d_in)``.
+    """
+
+    def __init__(self, rows: Mapping[str, Float[Tensor, "n d_in"]]) -> None:
+        self._rows = rows
+        self._squares = {name: row.square().sum(dim=1) for name, row in rows.items()}
+        self._products: dict[tuple[str, str], Tensor] = {}
+
+    def distance(
+        self, exit: Exit, bounds: Mapping[str, Float[Tensor, "n"]]
+    ) -> tuple[Float[Tensor, "n"], bool]:
+        """Distance of each feature to an exit, and whether it is that and not a lower bound.
+
+        Args:
+            exit: where to.
+            bounds: by the name of a row that decides nothing by itself (an encoder in which
+                features compete, or one that is not known), a distance within which its half-space
+                is not entered.
+        """
+        reach = [
+            bounds[half.row] if half.row in bounds else self._to_half(half) for half in exit.halves
+        ]
+        both = torch.stack(reach).amax(dim=0)
+        known = not any(half.row in bounds for half in exit.halves)
+        if known and len(exit.halves) == 2:
+            both = torch.maximum(both, self._to_edge(*exit.halves, both))
+        return torch.where(exit.where, both, torch.inf), known
+
+    def direction(self, exit: Exit, feature: int) -> Float[Tensor, "d_in"]:
+        """Unit vector from the token to the nearest point of an exit of one feature."""
+        normals = torch.stack([half.sign * self._rows[half.row][feature] for half in exit.halves])
+        gaps = torch.stack([half.gap[feature] for half in exit.halves])
+        step = None
+        for i, normal in enumerate(normals):
+            foot = gaps[i] * normal / normal.square().sum()
+            others = [j for j in range(len(normals)) if j != i]
+            if gaps[i] > 0 and all(foot @ normals[j] >= gaps[j] for j in others):
+                # A boundary under the token has a direction too.
+                step = normal
+        if step is None and len(normals) == 1:
+            step = normals[0]
+        elif step is None:
+            step = torch.linalg.lstsq(normals, gaps[:, None]).solution[:, 0]
+        return step / step.norm()
+
+    def _to_half(self, half: Half) -> Tensor:
+        outside = half.gap.clamp(min=0)
+        norm = self._squares[half.row].sqrt()
+        # A quantity that does not depend on x stays where it is.
+        never = (norm == 0) & (half.gap >= 0)
+        return torch.where(never, torch.inf, outside / torch.where(norm > 0, norm, 1))
+
+    def _to_edge(self, first: Half, second: Half, both: Tensor) -> Tensor:
+        """Distance to two half-spaces together, where it exceeds that to each of them."""
+        p, q = first.gap, second.gap
+        aa, ee = self._squares[first.row], self._squares[second.row]
+        inner = first.sign * second.sign * self._product(first.row, second.row)
+        # The nearest point of one, if it lies in the other; else the nearest of the common edge.
+        on_first = (p >= 0) & (p * inner >= q * aa)
+        on_second = (q >= 0) & (q * inner >= p * ee)
+        spread = aa * ee - inner * inner
+        edge = ((p * p * ee - 2 * p * q * inner + q * q * aa) / spread).clamp(min=0).sqrt()
+        # Rows that are all but parallel have no edge that could be computed.
+        usable = ~(on_first | on_second) & (spread > 1e-10 * aa * ee)
+        return torch.where(usable, edge, both)
+
+    def _product(self, first: str, second: str) -> Tensor:
+        key = (first, second)
+        if key not in self._products:
+            self._products[key] = (self._rows[first] * self._rows[second]).sum(dim=1)
+        return self._products[key]
