@@ -114,7 +114,7 @@ def main() -> None:
     test = make_batches(pairs, tokenizer)
 
     ranks, radii = certify_tokens(model, test, args.checks)
-    places = {None: "down_proj", "projection": "a projection of the residual stream"}
+    places = {None: "down_proj", "projection": "a projection"}
     measured = [
         measure_stand_ins(model, train, test, pairs, tokenizer, target, name)
         for target, name in places.items()

@@ -134,9 +134,9 @@ def test_exact_within_the_radius_or_refused(
         active, clipped = naive.pattern(certificate.x)
         assert (set(certificate.active), set(certificate.clipped)) == (active, clipped)
         assert certificate.rank <= len(active) + len(clipped)
-        jacobian = torch.autograd.functional.jacobian(naive, certificate.x)
-        expected = torch.eye(D_IN, dtype=torch.float64) + certificate.lora_B @ certificate.lora_A
-        assert relative(expected, jacobian) < 1e-10
+    jacobian = torch.autograd.functional.jacobian(naive, certificate.x)
+    expected = torch.eye(D_IN, dtype=torch.float64) + certificate.lora_B @ certificate.lora_A
+    assert relative(expected, jacobian) < 1e-10
     assert certificate.check().holds()
 
 
@@ -181,27 +181,33 @@ def test_the_radius_is_tight(architecture: str, activation: str) -> None:
         assert relative(certificate.apply(beyond), naive(beyond)) > 1e-9
 
 
+# Activation, clamp, and whether there is a threshold: relu has none, that of jump_relu is never 0.
+WAYS = [
+    ("soft_threshold", True, True),
+    ("soft_threshold", True, False),
+    ("soft_threshold", False, True),
+    ("relu", True, True),
+    ("jump_relu", True, True),
+]
+
+
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated", "topk"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("non_negative", [True, False], ids=["clamp", "no-clamp"])
-@pytest.mark.parametrize("threshold", [True, False], ids=["threshold", "zero"])
+@pytest.mark.parametrize(("activation", "non_negative", "threshold"), WAYS)
 def test_the_radius_by_brute_force_in_the_plane(
     architecture: str, activation: str, non_negative: bool, threshold: bool
 ) -> None:
-    if not threshold and activation != "soft_threshold":
-        pytest.skip("relu has none, and that of jump_relu is never zero")
     # In two dimensions every direction can be tried: walk each ray and see where the LoRA breaks.
     settings = {"k": 2} if architecture == "topk" else {}
     sae = tiny_sae(architecture, dtype="float64", d_in=2, d_sae=5, **settings)
     layer = bare_layer(sae, activation=activation, non_negative=non_negative)
     if not threshold:
         layer.fsrl_adapter["default"].threshold.data.zero_()
-    angles = torch.linspace(0, 2 * math.pi, 361, dtype=torch.float64)[:-1]
+    angles = torch.linspace(0, 2 * math.pi, 241, dtype=torch.float64)[:-1]
     rays = torch.stack([angles.cos(), angles.sin()], dim=1)
     looser = 0
-    for certificate in certify(layer, tokens(8, d_in=2)):
+    for certificate in certify(layer, tokens(6, d_in=2)):
         limit = 1.3 * min(certificate.radius, 20.0)
-        lengths = torch.linspace(0.01, 1, 100, dtype=torch.float64) * limit
+        lengths = torch.linspace(1 / 60, 1, 60, dtype=torch.float64) * limit
         points = certificate.x + lengths[:, None, None] * rays
         with torch.no_grad():
             wrong = (layer(points) - certificate.apply(points)).norm(dim=-1) > 1e-9
@@ -209,12 +215,12 @@ def test_the_radius_by_brute_force_in_the_plane(
             assert not wrong.any()
             continue
         first = float(lengths[wrong.any(dim=1)].min()) if wrong.any() else math.inf
-        # The walk goes in steps of 1.3 % of the radius, over directions a degree apart.
+        # The walk goes in steps of 2.2 % of the radius, over directions 1.5 degrees apart.
         assert first > 0.999 * certificate.radius
         if certificate.tight:
-            assert first < 1.03 * certificate.radius
+            assert first < 1.04 * certificate.radius
         else:
-            looser += first > 1.03 * certificate.radius
+            looser += first > 1.04 * certificate.radius
     assert looser == 0 or architecture == "topk"
 
 
@@ -269,11 +275,11 @@ def test_b_is_made_of_decoder_columns(architecture: str) -> None:
     torch.testing.assert_close(certificate.lora_A, torch.stack(rows).detach())
 
 
-@pytest.mark.parametrize(("architecture", "normalisation"), SAE_CASES)
+@pytest.mark.parametrize(
+    ("architecture", "normalisation"), [case for case in SAE_CASES if case[1] not in RUN_TIME]
+)
 def test_directions_are_what_the_decoder_adds(architecture: str, normalisation: str) -> None:
     sae = tiny_sae(architecture, normalisation, dtype="float64")
-    if normalisation in RUN_TIME:
-        pytest.skip("a token has a scale of its own")
     frozen = freeze_sae(sae).restrict([1, 5, 7])
     one_hot = torch.eye(D_SAE, dtype=torch.float64)[[1, 5, 7]]
     zero = torch.zeros(D_SAE, dtype=torch.float64)
