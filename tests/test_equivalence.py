@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from peft_fsrl import FSRLLayer, freeze_sae
 from peft_fsrl.equivalence import NotAffineError, RestrictedLoRA, certify, restricted_lora
+from peft_fsrl.equivalence.boundaries import Exit, Geometry, Half
 from peft_fsrl.functional import ACTIVATIONS
 from peft_fsrl.steering import ablate_features, observe
 
@@ -446,3 +447,52 @@ def test_normalisation_is_named_before_any_token_is_looked_at() -> None:
     model = fsrl_model(sae=tiny_sae("standard", "layer_norm"))
     with pytest.raises(NotAffineError, match="normalize_activations='layer_norm'"):
         restricted_lora(model, token_ids())
+
+
+def project_on_both(normals: Tensor, gaps: Tensor, rounds: int = 4000) -> Tensor:
+    """The point nearest to zero with ``normals @ y >= gaps``, by Dykstra's projections."""
+    y, corrections = torch.zeros_like(normals[0]), torch.zeros_like(normals)
+    for step in range(rounds):
+        i = step % len(normals)
+        start = y + corrections[i]
+        lack = (gaps[i] - normals[i] @ start).clamp(min=0)
+        y = start + lack * normals[i] / normals[i].square().sum()
+        corrections[i] = start - y
+    return y
+
+
+def test_distances_to_two_half_spaces_by_alternating_projections() -> None:
+    n, d = 40, 4
+    first, second = tokens(n, 1, d), tokens(n, 2, d)
+    p, q = tokens(n, 3, 1)[:, 0], tokens(n, 4, 1)[:, 0]
+    geometry = Geometry({"u": first, "z": second})
+    exit = Exit("both", torch.ones(n, dtype=torch.bool), (Half("u", -1, p), Half("z", 1, q)))
+    distances, known = geometry.distance(exit, {})
+    assert known
+    on_edge = 0
+    for i in range(n):
+        nearest = project_on_both(torch.stack([-first[i], second[i]]), torch.stack([p[i], q[i]]))
+        assert float(distances[i]) == pytest.approx(float(nearest.norm()), rel=1e-6, abs=1e-9)
+        singles = torch.stack([p[i] / first[i].norm(), q[i] / second[i].norm()])
+        on_edge += float(nearest.norm()) > 1.001 * float(singles.max().clamp(min=0))
+        if nearest.any():
+            step = nearest / nearest.norm()
+            torch.testing.assert_close(geometry.direction(exit, i), step, rtol=1e-5, atol=1e-6)
+    assert 5 < on_edge < n - 5
+
+
+def test_distances_where_a_row_is_zero_or_unknown() -> None:
+    rows = {"u": torch.zeros(2, 3), "z": torch.ones(2, 3)}
+    here = torch.ones(2, dtype=torch.bool)
+    gap, inside = torch.tensor([1.0, 1.0]), torch.tensor([-1.0, 0.0])
+    geometry = Geometry(rows)
+    never, _ = geometry.distance(Exit("u", here, (Half("u", 1, gap),)), {})
+    assert never.tolist() == [math.inf, math.inf]
+    both = Exit("both", here, (Half("z", 1, gap), Half("u", 1, inside)))
+    distance, known = geometry.distance(both, {})
+    assert distance.tolist() == [pytest.approx(3**-0.5), math.inf]
+    assert known
+    bound = torch.tensor([2.0, 0.5])
+    distance, known = geometry.distance(both, {"z": bound})
+    assert distance.tolist() == [2.0, math.inf]
+    assert not known

@@ -102,12 +102,13 @@ class Geometry:
         aa, ee = self._squares[first.row], self._squares[second.row]
         inner = first.sign * second.sign * self._product(first.row, second.row)
         # The nearest point of one, if it lies in the other; else the nearest of the common edge.
+        inside = (p <= 0) & (q <= 0)
         on_first = (p >= 0) & (p * inner >= q * aa)
         on_second = (q >= 0) & (q * inner >= p * ee)
         spread = aa * ee - inner * inner
         edge = ((p * p * ee - 2 * p * q * inner + q * q * aa) / spread).clamp(min=0).sqrt()
         # Rows that are all but parallel have no edge that could be computed.
-        usable = ~(on_first | on_second) & (spread > 1e-10 * aa * ee)
+        usable = ~(inside | on_first | on_second) & (spread > 1e-10 * aa * ee)
         return torch.where(usable, edge, both)
 
     def _product(self, first: str, second: str) -> Tensor:
