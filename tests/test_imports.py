@@ -52,7 +52,6 @@ ALLOWED = {
     "steering": {"layer", "sae"},
     "pruning": {"_fields", "layer", "steering", "targets"},
     "nonfinite": {"steering"},
-    "equivalence": {"functional", "layer"},
     "trl": {
         "_metrics",
         "_prefix",
@@ -77,9 +76,8 @@ ALLOWED = {
     "tokens": set(),
     "data": {"tokens"},
     "coherence": {"analysis.coherence"},
-    "equivalence": {"config", "equivalence", "functional", "layer", "sae", "sae_sources"}
-    | {"steering", "targets"},
-    "trl": {"card", "functional", "steering"},
+    "equivalence": {"adapter", "config", "equivalence", "functional", "layer", "sae"}
+    | {"sae_sources", "steering", "targets"},
     "analysis.records": set(),
     "analysis.plots": {"analysis.records"},
     "analysis.report": {"analysis.records"},

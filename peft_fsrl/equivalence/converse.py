@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from ..adapter import SteeringAdapter
 from ..config import FSRLConfig
-from ..layer import FSRLLayer, SteeringAdapter
+from ..layer import FSRLLayer
 from ..sae import FrozenSAE
 from ..sae_sources import take_sae
 from ..steering import fsrl_layers

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..layer import FSRLLayer, SteeringAdapter
+from ..adapter import SteeringAdapter
+from ..layer import FSRLLayer
 from .boundaries import Exit, Geometry, Half
 from .encoders import NotAffineError, affine_input, feature_encoder, ranking_distances
 
