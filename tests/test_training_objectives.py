@@ -234,7 +234,7 @@ def test_the_coefficient_arrives_exactly(objective: str, accumulation: int, tmp_
     expected = torch.cat([gradient[name].flatten() for name in moved])
     assert max(g.abs().max() for g in without.values()) > 1e-4, "the objective must train too"
     measured = (apart @ expected / (expected @ expected)).item()
-    assert measured == pytest.approx(COEFFICIENT, rel=1e-6)
+    assert measured == pytest.approx(COEFFICIENT, rel=1e-9)
     torch.testing.assert_close(apart, COEFFICIENT * expected, rtol=1e-6, atol=1e-8)
 
 
@@ -243,11 +243,17 @@ def log_probability(logits: Tensor, ids: list[int], first: int) -> Tensor:
     return sum(logits[t - 1].log_softmax(-1)[ids[t]] for t in range(first, len(ids)))
 
 
+def models_like(model: nn.Module) -> int:
+    """How many models of this class are alive."""
+    gc.collect()
+    return sum(type(each) is type(model) for each in gc.get_objects())
+
+
 @pytest.mark.parametrize("given", ["config", "adapter"])
 def test_dpo_refers_to_the_start_without_a_second_model(given: str, tmp_path: Path) -> None:
     """A new adapter is compared with the base model, a given one with what it was."""
     base = tiny_model().double()
-    kinds = sum(type(each) is type(base) for each in gc.get_objects())
+    kinds = models_like(base)
     config = FSRLConfig(layer=1, sae=tiny_sae(dtype="float64"), l1_coeff=0.7)
     args = DPOConfig(str(tmp_path), **{**COMMON, "per_device_train_batch_size": 4})
     data = {"args": args, "train_dataset": tiny_preferences(4)}
@@ -259,7 +265,7 @@ def test_dpo_refers_to_the_start_without_a_second_model(given: str, tmp_path: Pa
         randomise_adapter(only_layer(model), seed=7)
         trainer = with_fsrl(DPOTrainer)(model, **data)
     assert trainer.ref_model is None
-    assert sum(type(each) is type(base) for each in gc.get_objects()) == kinds
+    assert models_like(base) == kinds
     layer = only_layer(trainer.model)
     assert ("ref" in layer.fsrl_adapter) == (given == "adapter")
     randomise_adapter(layer, seed=1)
@@ -315,9 +321,8 @@ def test_evaluation_is_the_stock_trainers(objective: str, tmp_path: Path) -> Non
         metrics = trainer.evaluate()
         losses[wrap] = metrics["eval_loss"]
         steering = {name for name in metrics if "fsrl" in name}
-        assert steering == (
-            {"eval_fsrl/l0", "eval_fsrl/l1", "eval_fsrl/l2"} if wrap is with_fsrl else set()
-        )
+        kinds = {"l0", "l1", "l2", "nonfinite"} if wrap is with_fsrl else set()
+        assert steering == {f"eval_fsrl/{kind}" for kind in kinds}
     assert len(set(losses.values())) == 1
     assert math.isfinite(metrics["eval_loss"])
 
