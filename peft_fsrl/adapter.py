@@ -65,8 +65,6 @@ class SteeringAdapter(nn.Module):
         start = config.init_threshold or 0.0
         if config.activation == "jump_relu":
             start = math.log(config.init_threshold or config.bandwidth)
-            # A step of the usual size is lost in 16 bits, whatever dtype PEFT was asked to keep.
-            dtype = torch.promote_types(self.weight.dtype, torch.float32)
         threshold = nn.Parameter(torch.full((n_features,), start, device=device, dtype=dtype))
         self.register_parameter(_THRESHOLD_NAMES[config.activation], threshold)
 

@@ -20,13 +20,12 @@ from helpers import (
     tiny_tokenizer,
     token_ids,
 )
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from peft_fsrl import FSRLConfig
 from peft_fsrl._support import CHECKPOINTS_HOOKS
 from peft_fsrl.penalty import SparsityPenalty
 from peft_fsrl.steering import ForwardRecord, SteeringMonitor, observe
@@ -335,12 +334,3 @@ def test_a_wide_adapter_on_a_narrow_base() -> None:
     expected.backward()
     torch.testing.assert_close(penalty, expected)
     torch.testing.assert_close(adapter.weight.grad, weight.grad)
-
-
-def test_log_thresholds_are_never_narrow() -> None:
-    config = FSRLConfig(layer=1, sae=tiny_sae(), activation="jump_relu")
-    base = tiny_model().to(torch.bfloat16)
-    adapter = only_layer(get_peft_model(base, config, autocast_adapter_dtype=False))
-    dtypes = {n: p.dtype for n, p in adapter.fsrl_adapter["default"].named_parameters()}
-    assert dtypes["log_threshold"] == torch.float32
-    assert dtypes["weight"] == torch.bfloat16

@@ -84,6 +84,9 @@ def decoder_cases() -> list[Any]:
                 "layer": 0,
                 "sae": tiny.tiny_sae(architecture="jumprelu"),
                 "activation": "jump_relu",
+                # Close to the base, as PEFT's tests ask, and with gates that are open.
+                "init_threshold": 1e-9,
+                "init_scale": 1e-9,
             },
             "two_layers_relu": {
                 "layer": [0, 2],
