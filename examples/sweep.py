@@ -103,7 +103,7 @@ class Table:
         started = time.monotonic()
         with log.open("w") as file:
             subprocess.run([*command, "--overwrite_output=true"], stdout=file, stderr=file)
-        return round(time.monotonic() - started, 1)
+        return round(time.monotonic() - started, 3)
 
     def _figures(self, name: str) -> dict[str, float]:
         """What a run wrote as its last act; empty where it did not come to that."""

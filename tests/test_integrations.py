@@ -218,7 +218,8 @@ class Hostile:
 def test_weights_that_are_a_pickle_run_no_code(tmp_path: Path) -> None:
     model = fsrl_model()
     model.save_pretrained(tmp_path)
-    (tmp_path / "adapter_model.safetensors").unlink()
+    for name in ("adapter_model.safetensors", "SHA256SUMS"):
+        (tmp_path / name).unlink()
     torch.save({"weight": Hostile(tmp_path / "ran")}, tmp_path / "adapter_model.bin")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
