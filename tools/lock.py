@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = ("dev", "plots", "sweep")
 CUDA_ONLY = re.compile(r"^(nvidia-|cuda-|triton\b)")
 HEADER = """\
 # The releases the project is tested with, on Python {python}; older Pythons get the newest releases
@@ -39,7 +40,8 @@ def main() -> None:
         uv = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header"]
         uv += ["--universal", "--python-version", "3.10", "--no-python-downloads", "--no-annotate"]
         files = ["--constraints", str(known), "--output-file", str(resolved), "pyproject.toml"]
-        subprocess.run([*uv, "--extra", "dev", "--extra", "plots", *files], check=True, cwd=ROOT)
+        extras = [part for name in EXTRAS for part in ("--extra", name)]
+        subprocess.run([*uv, *extras, *files], check=True, cwd=ROOT)
         lines = resolved.read_text().splitlines()
     kept = [line for line in lines if not CUDA_ONLY.match(line)]
     text = HEADER.format(python=python) + "\n".join(kept) + "\n"
