@@ -17,6 +17,7 @@ from helpers import (
     fsrl_model,
     naive_steer,
     naive_vector,
+    randomise_adapter,
     tiny_model,
     tiny_sae,
     token_ids,
@@ -24,7 +25,7 @@ from helpers import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from peft_fsrl import FSRLLayer, freeze_sae
+from peft_fsrl import FSRLConfig, FSRLLayer, freeze_sae
 from peft_fsrl.equivalence import NotAffineError, RestrictedLoRA, certify, restricted_lora
 from peft_fsrl.equivalence.boundaries import Exit, Geometry, Half
 from peft_fsrl.functional import ACTIVATIONS
@@ -468,7 +469,7 @@ def test_distances_to_two_half_spaces_by_alternating_projections() -> None:
     geometry = Geometry({"u": first, "z": second})
     exit = Exit("both", torch.ones(n, dtype=torch.bool), (Half("u", -1, p), Half("z", 1, q)))
     distances, known = geometry.distance(exit, {})
-    assert known
+    assert known.all()
     on_edge = 0
     for i in range(n):
         nearest = project_on_both(torch.stack([-first[i], second[i]]), torch.stack([p[i], q[i]]))
@@ -477,7 +478,12 @@ def test_distances_to_two_half_spaces_by_alternating_projections() -> None:
         on_edge += float(nearest.norm()) > 1.001 * float(singles.max().clamp(min=0))
         if nearest.any():
             step = nearest / nearest.norm()
-            torch.testing.assert_close(geometry.direction(exit, i), step, rtol=1e-5, atol=1e-6)
+            towards, into = geometry.direction(exit, i)
+            torch.testing.assert_close(towards, step, rtol=1e-5, atol=1e-6)
+            inside = nearest + 0.01 * nearest.norm() * into
+            assert inside.norm() <= 1.01 * nearest.norm() * (1 + 1e-9)
+            assert -first[i] @ inside > p[i]
+            assert second[i] @ inside > q[i]
     assert 5 < on_edge < n - 5
 
 
@@ -491,8 +497,83 @@ def test_distances_where_a_row_is_zero_or_unknown() -> None:
     both = Exit("both", here, (Half("z", 1, gap), Half("u", 1, inside)))
     distance, known = geometry.distance(both, {})
     assert distance.tolist() == [pytest.approx(3**-0.5), math.inf]
-    assert known
+    assert known.all()
     bound = torch.tensor([2.0, 0.5])
     distance, known = geometry.distance(both, {"z": bound})
     assert distance.tolist() == [2.0, math.inf]
-    assert not known
+    assert not known.any()
+
+
+def one_feature(seed: int, architecture: str = "standard") -> tuple[Any, FSRLLayer]:
+    """A layer of width 4 that steers one feature, whose own boundary is then the nearest."""
+    sae = tiny_sae(architecture, dtype="float64", seed=seed, d_in=4, d_sae=6)
+    layer = FSRLLayer(nn.Identity(), "identity")
+    config = FSRLConfig(layer=0, sae=sae, features=[0], l1_coeff=0.0)
+    layer.update_layer("default", config, freeze_sae(sae).restrict([0]))
+    layer.to(torch.float64)
+    randomise_adapter(layer, seed=seed)
+    return sae, layer
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+@pytest.mark.parametrize("threshold", [True, False])
+def test_what_lies_beyond_an_edge_is_found(architecture: str, threshold: bool) -> None:
+    # The ray through the nearest point of an edge may miss what lies behind it.
+    missed = 0
+    for seed in range(30):
+        _, layer = one_feature(seed, architecture)
+        layer.fsrl_adapter["default"].threshold.data.mul_(threshold)
+        for certificate in certify(layer, tokens(8, seed, 4)):
+            assert certificate.tight
+            assert certificate.check().holds()
+            if certificate.radius < math.inf:
+                ray = certificate.x + 1.01 * certificate.radius * certificate.direction
+                missed += relative(certificate.apply(ray), layer(ray)) < 1e-12
+    assert missed > 0 or threshold
+
+
+@pytest.mark.parametrize("threshold", [True, False])
+def test_an_adapter_along_the_encoder_never_suppresses_what_is_there(threshold: bool) -> None:
+    # Two opposite half-spaces without a common point are no boundary, and no tight one.
+    loose = 0
+    for seed in range(20):
+        sae, layer = one_feature(seed)
+        adapter = layer.fsrl_adapter["default"]
+        with torch.no_grad():
+            adapter.weight.copy_(0.5 * sae.W_enc.T[:1])
+            adapter.threshold.mul_(threshold)
+        for certificate in certify(layer, tokens(6, seed, 4)):
+            assert certificate.check().holds()
+            loose += not certificate.tight
+    assert loose > 0
+
+
+def test_opposite_half_spaces_by_hand() -> None:
+    rows = {"u": torch.tensor([[3.0, 0.0]]).double(), "z": torch.tensor([[-2.0, 2e-7]]).double()}
+    gap = torch.tensor([1.0]).double()
+    apart = Exit("both", torch.tensor([True]), (Half("u", 1, gap), Half("z", 1, gap)))
+    distance, known = Geometry(rows).distance(apart, {})
+    # 3 y >= 1 and 2e-7 y' >= 1 + 2 y: the edge is at (1 / 3, 8.3e6).
+    assert not known.any()
+    assert 500 < float(distance) < 8.3e6
+
+
+def test_a_feature_that_writes_nothing_is_no_boundary() -> None:
+    sae = tiny_sae(dtype="float64")
+    sae.W_dec.data[::2] = 0
+    for certificate in certify(bare_layer(sae), tokens(20)):
+        assert certificate.boundary_feature % 2 == 1
+        assert certificate.check().holds()
+
+
+@pytest.mark.parametrize("bias", [1.0, 0.0])
+def test_a_token_on_a_boundary_has_no_ball(bias: float) -> None:
+    sae = tiny_sae(dtype="float64", apply_b_dec_to_input=False)
+    sae.b_enc.data.fill_(bias)
+    layer = bare_layer(sae)
+    adapter = layer.fsrl_adapter["default"]
+    adapter.bias.data.copy_(-adapter.threshold)
+    [certificate] = certify(layer, torch.zeros(1, D_IN, dtype=torch.float64))
+    assert certificate.radius == 0
+    assert certificate.boundary == "suppression"
+    assert certificate.check().holds()

@@ -11,6 +11,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+# Squared sine of the angle at which two rows count as opposite.
+_OPPOSITE = 1e-6
+
 
 class Half(NamedTuple):
     """One half-space per feature, ``{delta: sign * row . delta > gap}``.
@@ -54,7 +57,7 @@ class Geometry:
 
     def distance(
         self, exit: Exit, bounds: Mapping[str, Float[Tensor, "n"]]
-    ) -> tuple[Float[Tensor, "n"], bool]:
+    ) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
         """Distance of each feature to an exit, and whether it is that and not a lower bound.
 
         Args:
@@ -67,27 +70,35 @@ class Geometry:
             bounds[half.row] if half.row in bounds else self._to_half(half) for half in exit.halves
         ]
         both = torch.stack(reach).amax(dim=0)
-        known = not any(half.row in bounds for half in exit.halves)
-        if known and len(exit.halves) == 2:
-            both = torch.maximum(both, self._to_edge(*exit.halves, both))
+        known = torch.ones_like(exit.where)
+        if any(half.row in bounds for half in exit.halves):
+            known = ~known
+        elif len(exit.halves) == 2:
+            both, known = self._to_edge(*exit.halves, both)
         return torch.where(exit.where, both, torch.inf), known
 
-    def direction(self, exit: Exit, feature: int) -> Float[Tensor, "d_in"]:
-        """Unit vector from the token to the nearest point of an exit of one feature."""
+    def direction(
+        self, exit: Exit, feature: int
+    ) -> tuple[Float[Tensor, "d_in"], Float[Tensor, "d_in"]]:
+        """Unit vectors from the token to the nearest point of a feature's exit, and on into it.
+
+        They differ where that point is on an edge: the ray through it may miss the exit.
+        """
         normals = torch.stack([half.sign * self._rows[half.row][feature] for half in exit.halves])
         gaps = torch.stack([half.gap[feature] for half in exit.halves])
         step = None
         for i, normal in enumerate(normals):
             foot = gaps[i] * normal / normal.square().sum()
             others = [j for j in range(len(normals)) if j != i]
-            if gaps[i] > 0 and all(foot @ normals[j] >= gaps[j] for j in others):
+            if gaps[i] >= 0 and all(foot @ normals[j] >= gaps[j] for j in others):
                 # A boundary under the token has a direction too.
                 step = normal
         if step is None and len(normals) == 1:
             step = normals[0]
         elif step is None:
             step = torch.linalg.lstsq(normals, gaps[:, None]).solution[:, 0]
-        return step / step.norm()
+        into = (normals / normals.norm(dim=1, keepdim=True)).sum(dim=0)
+        return step / step.norm(), into / into.norm()
 
     def _to_half(self, half: Half) -> Tensor:
         outside = half.gap.clamp(min=0)
@@ -96,8 +107,8 @@ class Geometry:
         never = (norm == 0) & (half.gap >= 0)
         return torch.where(never, torch.inf, outside / torch.where(norm > 0, norm, 1))
 
-    def _to_edge(self, first: Half, second: Half, both: Tensor) -> Tensor:
-        """Distance to two half-spaces together, where it exceeds that to each of them."""
+    def _to_edge(self, first: Half, second: Half, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Distance to two half-spaces together from that to each of them; whether it is exact."""
         p, q = first.gap, second.gap
         aa, ee = self._squares[first.row], self._squares[second.row]
         inner = first.sign * second.sign * self._product(first.row, second.row)
@@ -105,11 +116,14 @@ class Geometry:
         inside = (p <= 0) & (q <= 0)
         on_first = (p >= 0) & (p * inner >= q * aa)
         on_second = (q >= 0) & (q * inner >= p * ee)
-        spread = aa * ee - inner * inner
-        edge = ((p * p * ee - 2 * p * q * inner + q * q * aa) / spread).clamp(min=0).sqrt()
-        # Rows that are all but parallel have no edge that could be computed.
-        usable = ~(inside | on_first | on_second) & (spread > 1e-10 * aa * ee)
-        return torch.where(usable, edge, both)
+        single = inside | on_first | on_second | both.isinf()
+        # What half-spaces that are all but opposite share is far away, too thin to be looked into, or
+        # nothing: a bound is all that is computed.
+        spread, least = aa * ee - inner * inner, _OPPOSITE * aa * ee
+        gaps = (p * p * ee - 2 * p * q * inner + q * q * aa).clamp(min=0)
+        edge = (gaps / torch.maximum(spread, least)).sqrt()
+        exact = (inner >= 0) | (spread > least)
+        return torch.where(single, both, torch.maximum(both, edge)), exact
 
     def _product(self, first: str, second: str) -> Tensor:
         key = (first, second)

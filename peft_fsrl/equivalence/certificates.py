@@ -18,9 +18,11 @@ from .pieces import Piece, PiecewiseAffine
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-# How far beyond the radius `check` looks for the break: on the boundary itself the two affine maps
-# agree wherever the change is continuous.
-OUTSIDE = 1.01
+# How far beyond the boundary `check` looks for the break, in radii: on the boundary itself the two
+# affine maps agree wherever the change is continuous.
+_BEYOND = 0.01
+# The same for a token that is on a boundary, in norms of the token.
+_BEYOND_HERE = 1e-6
 
 
 class CertificateCheck(NamedTuple):
@@ -31,8 +33,8 @@ class CertificateCheck(NamedTuple):
         jacobian_error: ``I + B A`` against the layer's autograd Jacobian, at the token.
         inside_error: the formula against the layer's own forward, the worst of several points
             within the radius, the one nearest to the boundary among them.
-        outside_error: the same 1 % beyond the radius, towards the nearest boundary: where the LoRA
-            breaks. None where there is no boundary, or no known direction to it.
+        outside_error: the same beyond the nearest boundary, no more than 1 % further away than the
+            radius: where the LoRA breaks. None where there is no boundary, or no known direction to it.
         own_error: the formula against what the model computed in its own dtype: rounding, and
             features that rounding takes across a threshold. None if that was not seen.
     """
@@ -88,6 +90,7 @@ class RestrictedLoRA:
     direction: Float[Tensor, "d_in"]
     boundary: str
     boundary_feature: int
+    _beyond: Tensor = field(repr=False)
     _exact: FSRLLayer = field(repr=False)
     _own_output: Tensor | None = field(repr=False)
 
@@ -144,7 +147,9 @@ class RestrictedLoRA:
         steps = torch.cat([steps, (1 - 1e-6) * reach * self.direction[None]])
         outside = None
         if self.direction.any():
-            outside = self._error_at(self.x + OUTSIDE * self.radius * self.direction)
+            further = _BEYOND * self.radius or _BEYOND_HERE * (float(self.x.norm()) or 1.0)
+            there = self.x + self.radius * self.direction
+            outside = self._error_at(there + further * self._beyond)
         own = self._own_output
         return CertificateCheck(
             output_error=self._error_at(self.x),
@@ -306,6 +311,7 @@ def _certificate(
         direction=piece.direction,
         boundary=piece.boundary,
         boundary_feature=index[piece.feature] if piece.feature >= 0 else -1,
+        _beyond=piece.beyond,
         _exact=pieces.exact,
         _own_output=own,
     )

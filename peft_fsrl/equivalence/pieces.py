@@ -36,10 +36,12 @@ class Piece(NamedTuple):
         lora_B: ``B``, signed columns of the SAE's decoder, shape ``(d_in, ...)``.
         offset: ``o``, shape ``(...,)``.
         radius: within this distance of the token the piece is exact; see ``tight``.
-        tight: no larger radius would do. Where the nearest boundary is one of a top-k selection, or
-            of an encoder of which nothing is known, the radius is safe but may be too small.
+        tight: no larger radius would do. Where the nearest boundary is one of a top-k selection, of
+            an encoder of which nothing is known, or of two rows that are all but opposite, the
+            radius is safe but may be too small.
         direction: unit vector to the nearest boundary, shape ``(d_in,)``; zero where there is none,
             or where it is known only that it is not nearer.
+        beyond: unit vector from there to where the piece has ended, shape ``(d_in,)``; or zero.
         boundary: what lies there: ``"threshold"`` (a pre-activation of the adapter reaches its
             threshold), ``"clamp"`` (``f + v`` reaches zero), ``"encoder"`` (a feature that is being
             suppressed switches off), ``"suppression"`` (a feature that is not steered comes to be
@@ -55,6 +57,7 @@ class Piece(NamedTuple):
     radius: float
     tight: bool
     direction: Float[Tensor, "d_in"]
+    beyond: Float[Tensor, "d_in"]
     boundary: str
     feature: int
 
@@ -129,6 +132,7 @@ class PiecewiseAffine:
         # How much of a crossed threshold the steering vector lacks: all of it, or nothing.
         self._shrinkage = self._threshold * self._two_sided
         self._directions = self.sae.directions
+        self._writes = self._directions.any(dim=1)
         self._encoder = feature_encoder(self.sae) if self._clamps else None
         rows = {"u": self._rows}
         if self._encoder is not None:
@@ -158,7 +162,8 @@ class PiecewiseAffine:
         free = free & token.on if self._clamps else free
         acts = token.up | free
         factors = self._factors(token, acts, clipped)
-        return Piece(*factors, *self._reach(token, free, clipped))
+        radius, tight, direction, beyond, boundary, feature = self._reach(token, free, clipped)
+        return Piece(*factors, radius, tight, direction, beyond, boundary, feature)
 
     def _locate(self, x: Tensor) -> _Token:
         adapter = self._adapter
@@ -216,21 +221,23 @@ class PiecewiseAffine:
 
     def _reach(
         self, token: _Token, free: Tensor, clipped: Tensor
-    ) -> tuple[float, bool, Tensor, str, int]:
-        """Radius, whether it is tight, direction, boundary and feature."""
+    ) -> tuple[float, bool, Tensor, Tensor, str, int]:
+        """Radius, whether it is tight, direction, what is beyond, boundary and feature."""
         nearest: tuple[float, bool, Exit | None, int] = (torch.inf, True, None, -1)
         for exit in self._exits(token, free, clipped):
-            distance, tight = self._geometry.distance(exit, self._bounds(token, exit))
+            # Whatever becomes of a feature that writes nothing, the piece goes on.
+            exit = exit._replace(where=exit.where & self._writes)
+            distance, known = self._geometry.distance(exit, self._bounds(token, exit))
             feature = int(distance.argmin())
             if float(distance[feature]) < nearest[0]:
-                nearest = float(distance[feature]), tight, exit, feature
+                nearest = float(distance[feature]), bool(known[feature]), exit, feature
         radius, tight, found, feature = nearest
-        direction = torch.zeros(self.sae.info.d_in, dtype=torch.float64)
+        direction = beyond = torch.zeros(self.sae.info.d_in, dtype=torch.float64)
         if found is None:
-            return radius, True, direction, NOWHERE, -1
+            return radius, True, direction, beyond, NOWHERE, -1
         if tight:
-            direction = self._geometry.direction(found, feature)
-        return radius, tight, direction, found.boundary, feature
+            direction, beyond = self._geometry.direction(found, feature)
+        return radius, tight, direction, beyond, found.boundary, feature
 
     def _exits(self, token: _Token, free: Tensor, clipped: Tensor) -> Iterator[Exit]:
         """Every way in which a feature comes to act by another formula than here."""
