@@ -346,6 +346,24 @@ def test_a_model_and_its_padding() -> None:
     assert one.token == (0, 4)
 
 
+def test_with_a_cache_the_mask_is_longer_than_the_input() -> None:
+    model, ids = fsrl_model(), token_ids()
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :6] = 0
+    whole = restricted_lora(model, {"input_ids": ids, "attention_mask": mask})
+    with torch.no_grad():
+        cache = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True).past_key_values
+    rest = {"input_ids": ids[:, 5:], "attention_mask": mask, "past_key_values": cache}
+    found = restricted_lora(model, rest)
+    assert [c.token for c in found] == [(0, 1), (1, 0), (1, 1)]
+    places = {c.token: c for c in whole}
+    for certificate in found:
+        row, column = certificate.token
+        torch.testing.assert_close(certificate.x, places[row, column + 5].x, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"`tokens` of shape \(2, 7\).*got \(2, 9\)"):
+        restricted_lora(model, ids, tokens=torch.ones(2, 9))
+
+
 def test_several_layers() -> None:
     hooks = {layer: {"hook_name": f"blocks.{layer}.hook_resid_post"} for layer in (0, 2)}
     saes = {layer: tiny_sae(seed=layer, metadata=hook) for layer, hook in hooks.items()}
@@ -392,6 +410,15 @@ def test_on_a_wrapped_linear_it_is_a_lora_on_the_weight(bias: bool) -> None:
             layer.lora_B["default"].bias.data = constant
     by_peft = loaded(h).detach() + (0 if bias else constant)
     torch.testing.assert_close(by_peft, steered, rtol=1e-10, atol=1e-12)
+
+
+def test_on_another_module_it_is_no_lora_on_the_weight() -> None:
+    # GPT-2's Conv1D has its weight the other way round; a square one would give wrong numbers.
+    path = "transformer.h.1.attn.c_proj"
+    model = fsrl_model(tiny_model("gpt2"), target_modules=[path])
+    certificate = restricted_lora(model, token_ids(1, 2))[0]
+    with pytest.raises(TypeError, match=r"Expected the nn.Linear that is steered.*got Conv1D"):
+        certificate.on_linear(model.base_model.model.get_submodule(path).base_layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -117,8 +117,8 @@ class Geometry:
         on_first = (p >= 0) & (p * inner >= q * aa)
         on_second = (q >= 0) & (q * inner >= p * ee)
         single = inside | on_first | on_second | both.isinf()
-        # What half-spaces that are all but opposite share is far away, too thin to be looked into, or
-        # nothing: a bound is all that is computed.
+        # What half-spaces that are all but opposite share is far away, too thin to be looked into,
+        # or nothing: a bound is all that is computed.
         spread, least = aa * ee - inner * inner, _OPPOSITE * aa * ee
         gaps = (p * p * ee - 2 * p * q * inner + q * q * aa).clamp(min=0)
         edge = (gaps / torch.maximum(spread, least)).sqrt()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layer import FSRLLayer
 from ..steering import SteeringEvent, base_model, fsrl_layers, observe
-from .capture import evaluating
+from .capture import evaluating, on_output
 from .encoders import NotAffineError
 from .pieces import Piece, PiecewiseAffine
 
@@ -33,8 +34,8 @@ class CertificateCheck(NamedTuple):
         jacobian_error: ``I + B A`` against the layer's autograd Jacobian, at the token.
         inside_error: the formula against the layer's own forward, the worst of several points
             within the radius, the one nearest to the boundary among them.
-        outside_error: the same beyond the nearest boundary, no more than 1 % further away than the
-            radius: where the LoRA breaks. None where there is no boundary, or no known direction to it.
+        outside_error: the same beyond the nearest boundary, at most 1 % further away: where the
+            LoRA breaks. None where there is no boundary, or no known direction to it.
         own_error: the formula against what the model computed in its own dtype: rounding, and
             features that rounding takes across a threshold. None if that was not seen.
     """
@@ -121,7 +122,15 @@ class RestrictedLoRA:
 
         Returns:
             ``lora_A = A W``, ``lora_B = B`` and the bias ``B (A b + o)``.
+
+        Raises:
+            TypeError: for another module, whose weight may lie the other way round.
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"Expected the nn.Linear that is steered, without adapters, got "
+                f"{type(linear).__name__}. Make one of its weight."
+            )
         offset = self.offset
         if linear.bias is not None:
             offset = offset + self.lora_A @ linear.bias.detach().to(self.lora_A)
@@ -247,7 +256,8 @@ def restricted_lora(
 
     Raises:
         NotAffineError: see ``certify``.
-        ValueError: if no adapter acts, samples have adapters of their own, or edits are in force.
+        ValueError: if no adapter acts, samples have adapters of their own, or edits are in force,
+            and for ``tokens`` of another shape.
     """
     if isinstance(inputs, Tensor):
         inputs = {"input_ids": inputs}
@@ -258,24 +268,25 @@ def restricted_lora(
         raise ValueError(f"No FSRL adapter wraps {layer_name!r}; found {sorted(layers)}.")
     events: list[SteeringEvent] = []
     outputs: dict[str, Tensor] = {}
-    hooks = [
-        layer.base_layer.register_forward_hook(_keep_output(name, outputs))
-        for name, layer in layers.items()
-    ]
-    try:
-        with evaluating(model), observe(model, events.append):
-            base_model(model)(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluating(model), observe(model, events.append), ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(on_output(layer.base_layer, _keeper(name, outputs)))
+        base_model(model)(**inputs)
     events = [event for event in events if layer_name in (None, event.layer_name)]
     if not events:
         raise ValueError("No adapter acted. Activate one, and leave `disable_adapter`.")
     found = []
     for event in events:
         mask = tokens if tokens is not None else inputs.get("attention_mask")
+        shape = event.hidden_states.shape[:-1]
         if mask is None:
-            mask = torch.ones(event.hidden_states.shape[:-1])
+            mask = torch.ones(shape)
+        elif tokens is None and mask.dim() == len(shape):
+            # With a cache the mask covers what the cache holds too.
+            mask = mask[:, -shape[-1] :]
+        if mask.shape != shape:
+            expected = f"Expected `tokens` of shape {tuple(shape)}, as the input has"
+            raise ValueError(f"{expected}, got {tuple(mask.shape)}. Leave them out for all.")
         found += certify(
             layers[event.layer_name],
             event.hidden_states,
@@ -324,9 +335,9 @@ def _active_adapter(layer: FSRLLayer) -> str:
     return here[0]
 
 
-def _keep_output(name: str, outputs: dict[str, Tensor]) -> Any:
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        outputs[name] = output if isinstance(output, Tensor) else output[0]
+def _keeper(name: str, outputs: dict[str, Tensor]) -> Callable[[Tensor, Tensor], None]:
+    def keep(_given: Tensor, output: Tensor) -> None:
+        outputs[name] = output
 
     return keep
 
