@@ -8,15 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import D_IN, bare_layer, fsrl_model, only_layer, tiny_model, tiny_sae, token_ids
+from helpers import (
+    D_IN,
+    bare_layer,
+    fsrl_model,
+    only_layer,
+    randomise_adapter,
+    tiny_model,
+    tiny_sae,
+    token_ids,
+)
 from peft import PeftModel
 from peft.tuners.lora import convert_to_lora
 from torch import Tensor
 from torch.nn import functional as F
 
+from peft_fsrl import FSRLConfig
 from peft_fsrl.equivalence import compare, fit_single_lora, insert_projection, stand_ins, to_lora
 from peft_fsrl.equivalence.reduced_rank import Moments, reduced_rank_regression
-from peft_fsrl.steering import observe
+from peft_fsrl.steering import fsrl_layers, observe
 
 NO_BIAS = r"`lora_bias=True` was passed but the targeted layer"
 
@@ -230,8 +240,15 @@ def test_compare_by_hand() -> None:
 
 def test_without_labels_every_real_token_but_the_first_is_scored() -> None:
     data = [inputs(batch) for batch in batches(1)]
-    # Two of nine are padding in two rows; the left-padded row's first token lies under the mask.
-    assert compare(fsrl_model(), data).n_tokens == 8 * 8 - 2 - 1
+    # Two of nine are padding in two rows, on the right and on the left.
+    assert compare(fsrl_model(), data).n_tokens == 6 * 8 + 2 * 6
+    left = {name: value[1:2] for name, value in data[0].items()}
+    cut = {name: value[:, 2:] for name, value in left.items()}
+    cut["position_ids"] = torch.arange(2, 9)[None]
+    padded, plain = (compare(fsrl_model(), [batch]) for batch in (left, cut))
+    assert padded.models["FSRL"].loss == pytest.approx(plain.models["FSRL"].loss, rel=1e-4)
+    labelled = {**left, "labels": left["input_ids"]}
+    assert compare(fsrl_model(), [labelled]) == padded
 
 
 def test_without_a_bias() -> None:
@@ -313,6 +330,9 @@ def test_what_does_not_write_to_the_residual_stream_is_refused() -> None:
     assert parallel.sites[0].path == "transformer.h.1.attn.out_proj"
     with pytest.raises(ValueError, match=r"Cannot find the linear layer 'x' in 'model.layers.1'"):
         fit_single_lora(fsrl_model(), batches(1), target="x")
+    model = fsrl_model(target_modules=["model.layers.1.input_layernorm"])
+    with pytest.raises(ValueError, match="Cannot tell which linear layer"):
+        fit_single_lora(model, batches(1))
 
 
 def test_bad_data() -> None:
@@ -322,11 +342,34 @@ def test_bad_data() -> None:
             fit_single_lora(model, data)
     with pytest.raises(TypeError, match="Expected each batch to be a mapping with `input_ids`"):
         fit_single_lora(model, [token_ids()])
-    with pytest.raises(ValueError, match=r"Expected one active adapter, found \[\]"):
+    with pytest.raises(ValueError, match="Expected at least one batch, found none"):
         fit_single_lora(model, [])
     unlabelled = [{**batches(1)[0], "labels": torch.full((8, 9), -100)}]
     with pytest.raises(ValueError, match="Expected at least one token to predict"):
         compare(model, unlabelled)
+
+
+def test_only_layers_where_the_active_adapter_acts() -> None:
+    hooks = {layer: {"hook_name": f"blocks.{layer}.hook_resid_post"} for layer in (0, 2)}
+    saes = {layer: tiny_sae(seed=layer, metadata=hook) for layer, hook in hooks.items()}
+    model = fsrl_model(layer=0, sae=saes[0])
+    model.add_adapter("other", FSRLConfig(layer=2, sae=saes[2], task_type="CAUSAL_LM"))
+    randomise_adapter(fsrl_layers(model)["model.layers.2"], "other")
+    for name, layer in (("default", 0), ("other", 2)):
+        model.set_adapter(name)
+        fitted = fit_single_lora(model, batches())
+        assert fitted.adapter_name == name
+        assert [site.path for site in fitted.sites] == [f"model.layers.{layer}.mlp.down_proj"]
+    with model.disable_adapter(), pytest.raises(ValueError, match="No adapter is active"):
+        fit_single_lora(model, batches())
+
+
+def test_what_is_tried_out_is_not_lost_in_rounding() -> None:
+    # The residual stream of large models is much larger than what one layer adds to it.
+    base = tiny_model()
+    base.model.embed_tokens.weight.data.mul_(3000)
+    model = fsrl_model(base.bfloat16(), sae_dtype="float32")
+    assert fit_single_lora(model, batches(12)).sites[0].path == "model.layers.1.mlp.down_proj"
 
 
 def test_nothing_is_left_behind() -> None:

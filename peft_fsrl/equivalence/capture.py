@@ -69,12 +69,17 @@ def real_tokens(batch: Mapping[str, Any]) -> Bool[Tensor, "batch seq"]:
 
 
 def scored_tokens(batch: Mapping[str, Any]) -> Bool[Tensor, "batch seq"]:
-    """Which tokens are predicted and judged: those with a label, or all real ones but the first."""
+    """Which tokens are predicted and judged: those with a label, or all real ones.
+
+    Never the first of a sequence, which nothing predicts, nor the first behind padding.
+    """
     real = real_tokens(batch)
+    scored = real.clone()
     if batch.get("labels") is not None:
-        real = real & (batch["labels"].cpu() != -100)
-    real[:, 0] = False
-    return real
+        scored &= batch["labels"].cpu() != -100
+    scored[:, 0] = False
+    scored[:, 1:] &= real[:, :-1]
+    return scored
 
 
 @contextmanager

@@ -180,6 +180,8 @@ def fit_single_lora(
             given = model_inputs(batch, inner)
             mask = real_tokens(batch)
             inner(**given)
+    if not names:
+        raise ValueError("Expected at least one batch, found none.")
     if len(names) != 1:
         raise ValueError(f"Expected one active adapter, found {sorted(names)}. Activate one.")
     for site in sites:

@@ -85,7 +85,15 @@ def _width(model: nn.Module, layer_name: str) -> int:
 
 def resolve_sites(model: nn.Module, target: str | None) -> tuple[Site, ...]:
     """One site for each steered layer; see ``export.fit_single_lora`` for ``target``."""
-    return tuple(_resolve_site(layer, target) for layer in fsrl_layers(model).values())
+    steered = [layer for layer in fsrl_layers(model).values() if _acts(layer)]
+    if not steered:
+        raise ValueError("No adapter is active. Activate one, and leave `disable_adapter`.")
+    return tuple(_resolve_site(layer, target) for layer in steered)
+
+
+def _acts(layer: FSRLLayer) -> bool:
+    active = any(name in layer.fsrl_adapter for name in layer.active_adapters)
+    return active and not layer.disable_adapters
 
 
 def _resolve_site(layer: FSRLLayer, target: str | None) -> Site:
@@ -97,10 +105,12 @@ def _resolve_site(layer: FSRLLayer, target: str | None) -> Site:
     linears = {n: m for n, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     if target is None:
         inside = [name for name in linears if name.split(".")[0] in _MLPS]
-        target = inside[-1] if inside else ""
-    if target not in linears:
+        target = inside[-1] if inside else None
+    if target is None or target not in linears:
+        lost = "tell which" if target is None else "find the"
+        which = "" if target is None else f" {target!r}"
         raise ValueError(
-            f"Cannot find the linear layer {target!r} in '{layer.layer_name}' to carry the LoRA; "
+            f"Cannot {lost} linear layer{which} in '{layer.layer_name}' is to carry the LoRA; "
             f"found {sorted(linears)}. Name one as `target`, or use target='projection'."
         )
     return Site(layer, linears[target], f"{layer.layer_name}.{target}", projects=False)
@@ -116,7 +126,9 @@ def check_writer(model: nn.Module, site: Site, batch: Any) -> None:
 
     def nudge(_given: Tensor, output: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        step = torch.randn(output.shape, generator=generator).to(output) * output.std()
+        # As large as what it is added to, in which the rounding of narrow dtypes would hide it.
+        size = seen[0].std(dim=-1, keepdim=True).to(output.device)
+        step = (torch.randn(output.shape, generator=generator).to(size) * size).to(output)
         probe.append(step)
         return output + step
 
