@@ -157,6 +157,25 @@ def test_from_lora_on_the_linear_layer_that_the_sae_reads(bias: bool) -> None:
     assert any("lora" in name for name, _ in tuned.named_parameters())
 
 
+@pytest.mark.parametrize("kind", ["dora", "two", "embedding"])
+def test_a_lora_that_is_not_one_product_is_fitted(kind: str) -> None:
+    base, sae = tiny_model(), tiny_sae(metadata={})
+    place = {"module": "model.embed_tokens"} if kind == "embedding" else {"layer": 1}
+    path = place.get("module") or insert_projection(base, "model.layers.1")
+    settings: dict[str, Any] = {"target_modules": [path], "init_lora_weights": False}
+    tuned = get_peft_model(base, LoraConfig(r=2, use_dora=kind == "dora", **settings)).eval()
+    if kind == "two":
+        tuned.add_adapter("other", LoraConfig(r=3, **settings))
+        tuned.base_model.set_adapter(["default", "other"])
+    if kind == "dora":
+        layer = tuned.base_model.model.get_submodule(path)
+        layer.lora_magnitude_vector["default"].weight.data.mul_(1.5)
+    by_fit = explain(base, tuned, sae, batches(), **place)
+    found = from_lora(base, tuned, sae, batches(), **place)
+    assert found.explained == by_fit.explained
+    assert found.features == by_fit.features
+
+
 def test_from_lora_elsewhere_is_fitted() -> None:
     base, sae = tiny_model(), tiny_sae()
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -290,6 +309,16 @@ def test_repeated_and_dead_features() -> None:
     second = directions[1][:, None] @ directions[1][None]
     found = select_features(second, rows, n_features=9, min_gain=1e-4)
     assert found.features in ((1,), (8,))
+
+
+@pytest.mark.parametrize("read", [explain, from_lora])
+def test_a_change_outside_the_dictionary_is_named(read: Any, tmp_path: Path) -> None:
+    sae = tiny_sae(d_sae=4)
+    outside = torch.linalg.svd(sae.W_dec.detach()).Vh[4:6].T
+    base = projected_lora(outside.double(), tmp_path)
+    tuned = PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(ValueError, match=r"No feature's direction holds a share of 0.001 of the"):
+        read(base, tuned, sae, batches())
 
 
 def test_refusals() -> None:

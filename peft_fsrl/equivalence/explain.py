@@ -52,7 +52,8 @@ def explain(
     Raises:
         NotAffineError: for an SAE that normalises when it runs.
         TypeError: see ``capture.check_batches``.
-        ValueError: if the models are the same, or nothing changes at that place.
+        ValueError: if the models are the same, nothing changes at that place, or no feature holds
+            anything of the change.
     """
     study = Study(base, tuned, sae, layer, module)
     adapter, selection = _fit(study, data, n_features, min_gain, ridge)

@@ -71,20 +71,27 @@ class Study:
         second = moments.covariance[2] + torch.outer(mean, mean)
         directions = self.sae.directions.to("cpu", torch.float64)
         found = select_features(second, directions, n_features=n_features, min_gain=min_gain)
+        if not found.features:
+            raise ValueError(
+                f"No feature's direction holds a share of {min_gain} of the change at "
+                f"'{self.path}': the dictionary does not describe it. Lower `min_gain`, or use "
+                "another SAE."
+            )
         index = self.sae.feature_index
         return found._replace(features=tuple(int(index[each]) for each in found.features))
 
     def factors_at_place(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """``A``, ``B`` and bias of a LoRA that reads and writes what the SAE reads, if it does."""
         layers = {n: m for n, m in self.tuned.named_modules() if isinstance(m, LoraLayer)}
-        if set(layers) == {f"{self.path}.{PROJECTION}"}:
-            return _active_factors(layers[f"{self.path}.{PROJECTION}"])
-        if set(layers) != {self.path}:
+        if set(layers) not in ({self.path}, {f"{self.path}.{PROJECTION}"}):
             return None
-        linear = layers[self.path].get_base_layer()
-        lora_A, lora_B, bias = _active_factors(layers[self.path])
-        if not isinstance(linear, nn.Linear):
+        [(place, layer)] = layers.items()
+        linear = layer.get_base_layer()
+        if not isinstance(linear, nn.Linear) or not _is_plain(layer):
             return None
+        lora_A, lora_B, bias = _active_factors(layer)
+        if place != self.path:
+            return lora_A, lora_B, bias
         # The LoRA reads h and the SAE W h + b: what it reads of h must come through W.
         weight = linear.weight.detach().double().cpu()
         through = torch.linalg.lstsq(weight.T, lora_A.T).solution.T
@@ -169,6 +176,13 @@ class _MeanSteering:
     def means(self, position: int) -> tuple[float, float]:
         mean, mean_abs = (self._sums[:, position] / self.n_tokens).tolist()
         return mean, mean_abs
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether one LoRA acts, and as a product of two factors (not as DoRA, for one)."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    variants = getattr(layer, "lora_variant", {})
+    return len(active) == 1 == len(layer.active_adapters) and active[0] not in variants
 
 
 def _active_factors(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
