@@ -68,7 +68,9 @@ def _wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             given = signature.bind(self, model_id, adapter_name, *args, **kwargs)
             if not given.arguments.get("kwargs", {}).get("ignore_mismatched_sizes", False):
                 try:
-                    _require_all_keys(result, model_id, self.peft_config[adapter_name])
+                    _require_all_keys(
+                        result, model_id, self.peft_config[adapter_name], adapter_name
+                    )
                 except ValueError:
                     if is_new:
                         self.delete_adapter(adapter_name)
@@ -119,8 +121,10 @@ def _is_fsrl(config: Any) -> bool:
     return bool(getattr(config, "peft_type", None) == _NAME)
 
 
-def _require_all_keys(result: Any, model_id: Any, config: Any) -> None:
-    missing = sorted(result.missing_keys)
+def _require_all_keys(result: Any, model_id: Any, config: Any, adapter_name: str) -> None:
+    # PEFT's list has those of every adapter in whose name, or path, this one's occurs.
+    own = f".{_PREFIX}adapter.{adapter_name}."
+    missing = sorted(key for key in result.missing_keys if own in key)
     foreign = sorted(key for key in result.unexpected_keys if _PREFIX in key)
     if missing or foreign:
         raise ValueError(

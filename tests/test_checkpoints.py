@@ -263,6 +263,19 @@ def test_an_adapter_that_is_refused_is_not_added(folder: Path) -> None:
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize("name", ["style", "o", "model"])
+def test_an_adapter_whose_name_occurs_in_others_loads(name: str, folder: Path) -> None:
+    model = fsrl_model()
+    model.add_adapter(f"{name}2", FSRLConfig(layer=1, sae=tiny_sae(seed=2)))
+    model.load_adapter(folder, name)
+    model.set_adapter(name)
+    assert torch.equal(logits(model), logits(load(folder)))
+    edit_tensors(without_sums(folder), lambda tensors: tensors.pop(key("bias")))
+    with refused("bias", name):
+        model.load_adapter(folder, name)
+
+
 def test_loading_over_an_adapter_checks_as_well(folder: Path) -> None:
     # As a trainer does when it resumes.
     model = fsrl_model()
