@@ -124,11 +124,33 @@ class FSRLModel(BaseTuner):
                 # PEFT would leave the trained copies of `modules_to_save` in the base model.
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     module.set_adapter([])
+            self._unload_inner()
         model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kw)
         guard = model.__dict__.pop(_CACHE_GUARD, None)
         if guard is not None:
             guard.remove()
         return model
+
+    def _unload_inner(self) -> None:
+        """Unwrap what stands inside a wrapped module, where PEFT's `unload` does not look."""
+        inside: dict[str, Any] = {
+            f"{path}.{name}": module
+            for path, layer in self.model.named_modules()
+            if isinstance(layer, FSRLLayer)
+            for name, module in layer.named_modules()
+            if name and isinstance(module, (FSRLLayer, AuxiliaryTrainingWrapper))
+        }
+        # The innermost first.
+        for path in sorted(inside, key=lambda path: -path.count(".")):
+            parent_path, _, name = path.rpartition(".")
+            module = inside[path]
+            if isinstance(module, FSRLLayer):
+                unwrapped = module.detach_hook()
+            else:
+                unwrapped = module.unload_and_optionally_merge_module(
+                    merge=False, safe_merge=False, adapter_names=None
+                )
+            setattr(self.model.get_submodule(parent_path), name, unwrapped)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -132,6 +132,21 @@ def test_modules_to_save_and_unload(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(plain), logits(tiny_model(family)))
 
 
+@pytest.mark.parametrize("family", SEVERAL)
+def test_unload_of_what_stands_inside_a_wrapped_layer(family: str) -> None:
+    base = tiny_model(family)
+    hooks = {name: len(module._forward_hooks) for name, module in base.named_modules()}
+    inner = {"gpt2": "attn.c_proj", "gpt_neox": "attention.dense", "gptj": "attn.out_proj"}
+    projection = inner.get(family, "self_attn.o_proj")
+    sae = tiny_sae("topk", metadata={})
+    mlp = FSRLConfig(target_modules=["1.mlp"], sae=sae, init_scale=0.3, task_type="CAUSAL_LM")
+    model = fsrl_model(base, config=mlp)
+    whole = second_config(modules_to_save=[projection])
+    model.add_adapter("second", whole)
+    assert torch.equal(model.unload()(token_ids()).logits, logits(tiny_model(family)))
+    assert {name: len(module._forward_hooks) for name, module in base.named_modules()} == hooks
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_hidden_states_are_the_steered_ones(family: str) -> None:
     sae = tiny_sae()
