@@ -123,6 +123,15 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             ValueError: for two adapters on this layer. Each was trained on the unsteered output,
                 and the non-negativity of feature activations does not distribute over a sum.
         """
+        names = self.require_one(adapter_names)
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def require_one(self, adapter_names: str | list[str]) -> list[str]:
+        """The names as a list, of which at most one may be an adapter of this layer.
+
+        Raises:
+            ValueError: as ``set_adapter`` does.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         here = [name for name in names if name in self.fsrl_adapter]
         if len(here) > 1:
@@ -130,7 +139,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
                 f"Only one FSRL adapter can be active on a layer, got {here} on "
                 f"'{self.layer_name}'. Activate one of them."
             )
-        super().set_adapter(names, inference_mode=inference_mode)
+        return names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped module, whose hook steers."""

@@ -81,6 +81,17 @@ class FSRLModel(BaseTuner):
         for sae in saes.values():
             _guard_cache(sae, model)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active; where two meet on one layer, none of the layers is changed.
+
+        Raises:
+            ValueError: for two adapters on one layer.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSRLLayer):
+                module.require_one(adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     @staticmethod
     def _check_target_module_exists(peft_config: FSRLConfig, key: str) -> Any:
         paths = getattr(peft_config, "_target_paths", None)

@@ -511,6 +511,20 @@ def test_a_second_adapter_waits_until_it_is_chosen() -> None:
     assert set(layer.fsrl_sae) == {"default"}
 
 
+def test_adapters_that_meet_on_one_layer_are_refused_before_anything_is_changed() -> None:
+    model = fsrl_model()
+    saes = {layer: tiny_sae(metadata={}, seed=layer) for layer in (0, 1)}
+    model.add_adapter("second", FSRLConfig(layer=[0, 1], sae=saes, init_scale=0.3))
+    layers = [module for module in model.modules() if isinstance(module, FSRLLayer)]
+    before, expected = [layer.active_adapters for layer in layers], model(token_ids()).logits
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"Only one FSRL adapter.*layers\.1"):
+        model.base_model.set_adapter(["default", "second"])
+    assert [layer.active_adapters for layer in layers] == before
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+    assert torch.equal(model(token_ids()).logits, expected)
+
+
 def test_contextual_sae_needs_the_whole_sequence() -> None:
     model, ids = fsrl_model(sae=tiny_sae("temporal")), token_ids()
     settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
