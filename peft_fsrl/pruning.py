@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sized
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ def prune(
     parameters_before = _count_parameters(layers, adapter_name)
     for name, layer in layers.items():
         layer.keep_features(adapter_name, kept[name])
-    _record(adapter_configs(model)[adapter_name], kept, model)
+    _record(model, adapter_name, kept)
     return PruningReport(
         adapter_name=adapter_name,
         tokens=use.tokens,
@@ -220,11 +221,15 @@ def _cost(
     return total / use.tokens, largest
 
 
-def _record(config: Any, kept: Mapping[str, list[int]], model: nn.Module) -> None:
+def _record(model: nn.Module, adapter_name: str, kept: Mapping[str, list[int]]) -> None:
+    # A config of its own: PEFT keeps the user's object, which may stand for other adapters too.
+    config = copy(adapter_configs(model)[adapter_name])
     keys = _config_keys(config, list(kept), model)
     by_key = {keys[name]: features for name, features in kept.items()}
     config.exclude_features = None
     config.features = by_key.get("", by_key)
+    inner: Any = base_model(model)
+    inner.peft_config[adapter_name] = config
 
 
 def _config_keys(config: Any, names: list[str], model: nn.Module) -> dict[str, str]:

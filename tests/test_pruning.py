@@ -192,6 +192,23 @@ def test_only_the_named_adapter_is_pruned() -> None:
     assert layer.fsrl_sae["default"].n_features < 24
 
 
+def test_adapters_that_were_made_from_one_config(tmp_path: Path) -> None:
+    config = FSRLConfig(layer=1, sae=helpers.tiny_sae(), init_scale=0.3, task_type="CAUSAL_LM")
+    model = helpers.fsrl_model(config=config)
+    model.add_adapter("second", config)
+    silence(helpers.only_layer(model), [0])
+    prune(model, batches(), show_progress=False)
+    assert 0 not in model.peft_config["default"].features
+    assert config.features is None
+    model.set_adapter("second")
+    model.save_pretrained(tmp_path)
+    for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
+        model.set_adapter(name)
+        again = PeftModel.from_pretrained(helpers.tiny_model(), folder).eval()
+        ids = helpers.token_ids()
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 def test_refusals_leave_the_adapter_alone() -> None:
     model = helpers.fsrl_model()
     layer = helpers.only_layer(model)
