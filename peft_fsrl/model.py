@@ -289,7 +289,7 @@ def _refuse_cached_context(model: nn.Module, args: Any, kwargs: dict[str, Any]) 
     active = {
         layer.fsrl_sae[name].info.architecture
         for layer in steering
-        for name in layer.active_adapters
+        for name in layer.batch_adapter_names or layer.active_adapters
         if name in layer.fsrl_sae and layer.fsrl_sae[name].contextual
     }
     if active:

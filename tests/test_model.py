@@ -534,6 +534,13 @@ def test_contextual_sae_needs_the_whole_sequence() -> None:
     model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **settings)
     with model.disable_adapter():
         model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **settings)
+    # In a mixed batch, those count that are named.
+    model.add_adapter("other", FSRLConfig(layer=1, sae=tiny_sae()))
+    cached = {"input_ids": ids, "attention_mask": mask, "use_cache": True, **settings}
+    model.generate(adapter_names=["other"] * len(ids), **cached)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match=r"temporal.*reads the whole sequence"):
+        model.generate(adapter_names=["default"] * len(ids), **cached)
 
 
 def test_transformers_own_adapter_methods() -> None:
