@@ -72,7 +72,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("fsrl_adapter",)
-    other_param_names = ("fsrl_sae",)
+    other_param_names = ("fsrl_sae", "_watches")
 
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         super().__init__()

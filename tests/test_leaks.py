@@ -145,6 +145,15 @@ def test_a_layer_without_adapters_steers_nothing(references: list[Any]) -> None:
     assert [event.layer_name for event in events] == [upper.layer_name]
 
 
+def test_deleting_an_adapter_leaves_nothing_of_its_name() -> None:
+    model = fsrl_model()
+    model.add_adapter("other", FSRLConfig(layer=1, sae=tiny_sae(), task_type="CAUSAL_LM"))
+    model.delete_adapter("other")
+    [layer] = [module for module in model.modules() if isinstance(module, FSRLLayer)]
+    tables = {**vars(layer), **layer._modules}
+    assert [n for n, t in tables.items() if hasattr(t, "keys") and "other" in t] == []
+
+
 def test_saved_and_loaded_again_and_again(tmp_path: Path) -> None:
     model = fsrl_model()
     model.save_pretrained(tmp_path)
