@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -79,6 +80,13 @@ def require_schedule(config: Any) -> None:
             "`target_l0` moves the penalty's weight from where it starts, which must not be zero. "
             "Give `l1_coeff` (or `l0_coeff`) a positive start."
         )
+
+
+def plain_integers(value: Any) -> Any:
+    """NumPy's integers as Python's, which JSON can hold; what is no integer is left alone."""
+    if isinstance(value, (list, tuple)):
+        return [plain_integers(each) for each in value]
+    return operator.index(value) if is_integer(value) else value
 
 
 def is_integer(value: Any) -> bool:

@@ -22,6 +22,7 @@ from ._fields import (
     is_layer_mapping,
     plain,
     plain_features,
+    plain_integers,
     require_bool,
     require_number,
     require_one_of,
@@ -173,6 +174,7 @@ class FSRLConfig(PeftConfig):
         self._folder: str | None = None
         self.target_modules = plain(self.target_modules)
         self.exclude_modules = plain(self.exclude_modules)
+        self.layer, self.rank = plain_integers(self.layer), plain_integers(self.rank)
         self.features = plain_features(self.features)
         self.exclude_features = plain_features(self.exclude_features)
         if is_layer_mapping(self.sae):

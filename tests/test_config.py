@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import fsrl_model, tiny_model, tiny_sae
 from peft import PeftConfig, get_peft_model
@@ -189,3 +190,11 @@ def test_one_config_for_two_models() -> None:
     assert [len(found) for found in names] == [3, 3]
     assert "model.layers.1." in names[0][0]
     assert "transformer.h.1." in names[1][0]
+
+
+@pytest.mark.parametrize("layer", [np.int64(1), [np.int64(1)], (1,)])
+def test_integers_of_numpy_are_saved_as_json(layer: Any, tmp_path: Path) -> None:
+    config = FSRLConfig(layer=layer, sae="release/sae_id", rank=np.int32(2))
+    config.save_pretrained(str(tmp_path))
+    again = FSRLConfig.from_pretrained(str(tmp_path))
+    assert (again.layers, again.rank) == ([1], 2)
