@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.config import PeftConfigMixin
+from transformers.integrations import PeftAdapterMixin
 
 from ._checkpoints import finish_save, replacing, verify
 
@@ -30,6 +31,7 @@ def guard_checkpoints() -> None:
         (PeftModel, "save_pretrained", _wrap_save_pretrained),
         (PeftModel, "load_adapter", _wrap_load_adapter),
         (PeftConfigMixin, "from_pretrained", _wrap_from_pretrained),
+        (PeftAdapterMixin, "load_adapter", _wrap_transformers_load_adapter),
     ):
         original = owner.__dict__[name]
         method = getattr(original, "__func__", original)
@@ -76,6 +78,27 @@ def _wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
                         self.delete_adapter(adapter_name)
                     raise
             _warn_of_nonfinite(self, adapter_name, model_id)
+        return result
+
+    return load_adapter
+
+
+def _wrap_transformers_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        name = given.get("adapter_name") or "default"
+        # Older transformers do not say what they loaded.
+        if result is not None and _is_fsrl(self.peft_config[name]):
+            source = given.get("peft_model_id") or "the given state dict"
+            try:
+                _require_all_keys(result, source, self.peft_config[name], name)
+            except ValueError:
+                self.delete_adapter(name)
+                raise
+            _warn_of_nonfinite(self, name, source)
         return result
 
     return load_adapter

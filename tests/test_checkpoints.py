@@ -28,6 +28,7 @@ from helpers import (
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from peft_fsrl import FSRLConfig
 from peft_fsrl._checkpoints import compute_sha256, finish_save, replacing
@@ -251,6 +252,39 @@ def test_missing_tensors_are_refused_by_the_auto_class(folder: Path, tmp_path: P
     edit_config(folder, base_model_name_or_path=str(tmp_path / "base"))
     with refused("bias"):
         AutoPeftModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias", "threshold"])
+def test_transformers_refuses_missing_tensors_too(
+    missing: str, folder: Path, tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    edit_tensors(without_sums(folder), lambda tensors: tensors.pop(key(missing)))
+    edit_config(folder, base_model_name_or_path=str(tmp_path / "base"))
+    model = tiny_model()
+    with refused(missing):
+        model.load_adapter(str(folder))
+    assert torch.equal(logits(model), logits(tiny_model()))
+    with refused(missing):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_transformers_refuses_tensors_for_another_place_too(folder: Path) -> None:
+    edit_tensors(
+        without_sums(folder),
+        lambda tensors: tensors.update({key("bias", layer=2): torch.zeros(D_SAE)}),
+    )
+    with pytest.raises(ValueError, match=r"found \[.*layers\.2\.fsrl_adapter"):
+        tiny_model().load_adapter(str(folder))
+
+
+def test_transformers_reports_nonfinite_weights_too(tmp_path: Path) -> None:
+    model = fsrl_model()
+    with torch.no_grad():
+        only_layer(model).fsrl_adapter["default"].bias[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"nan or inf.*default\.bias.*earlier checkpoint"):
+        tiny_model().load_adapter(str(tmp_path))
 
 
 def test_an_adapter_that_is_refused_is_not_added(folder: Path) -> None:
