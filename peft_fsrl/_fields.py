@@ -36,7 +36,7 @@ def plain_features(features: Any) -> Any:
         return None
     if isinstance(features, Mapping):
         return {str(layer): plain_features(chosen) for layer, chosen in features.items()}
-    chosen = sorted({int(feature) for feature in features})
+    chosen = sorted({operator.index(feature) for feature in features})
     if not chosen or chosen[0] < 0:
         raise ValueError(f"Expected feature indices of 0 or more, at least one; got {chosen[:5]}.")
     return chosen
@@ -53,6 +53,13 @@ def require_one_sae_per_layer(config: Any) -> None:
     if len(set(layers)) != len(layers) or config.layer == []:
         raise ValueError(f"`layer` must name each layer once, at least one; got {config.layer}.")
     given = set(config.sae) if is_layer_mapping(config.sae) else None
+    for name in ("features", "exclude_features"):
+        by_layer = getattr(config, name)
+        if isinstance(by_layer, Mapping) and not set(by_layer) <= (given or set()):
+            raise ValueError(
+                f"`{name}` by layer goes with `sae` by layer: expected layers among "
+                f"{sorted(given or [])}, got {sorted(by_layer)}. For one SAE, give a list."
+            )
     if given is not None and given != {str(layer) for layer in layers}:
         raise ValueError(
             f"`sae` must have one SAE for each of the layers {layers}, found SAEs for "

@@ -198,3 +198,19 @@ def test_integers_of_numpy_are_saved_as_json(layer: Any, tmp_path: Path) -> None
     config.save_pretrained(str(tmp_path))
     again = FSRLConfig.from_pretrained(str(tmp_path))
     assert (again.layers, again.rank) == ([1], 2)
+
+
+@pytest.mark.parametrize("name", ["features", "exclude_features"])
+def test_features_of_layers_that_have_no_sae_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` by layer.*among \[\], got \['1'\]"):
+        FSRLConfig(layer=1, sae="release/sae_id", **{name: {1: [2]}})
+    saes = {0: "release/zero", 1: "release/one"}
+    with pytest.raises(ValueError, match=rf"`{name}` by layer.*\['0', '1'\], got \['0', '7'\]"):
+        FSRLConfig(sae=saes, **{name: {0: [1], 7: [2]}})
+    # A layer that is left out keeps all of its features.
+    assert FSRLConfig(sae=saes, features={0: [1]}).select_features("1", 9) is None
+
+
+def test_features_that_are_no_integers_are_refused() -> None:
+    with pytest.raises(TypeError, match="interpreted as an integer"):
+        FSRLConfig(layer=1, sae="release/sae_id", features=[1.7])
