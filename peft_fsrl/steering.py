@@ -328,6 +328,7 @@ def _check_features(model: nn.Module, features: Iterable[int], layer_name: str |
     chosen = sorted({int(feature) for feature in features})
     for name, layer in fsrl_layers(model).items():
         if layer_name in (None, name):
-            for sae in layer.fsrl_sae.values():
-                sae.positions(chosen)
+            for adapter_name in layer.active_adapters:
+                if adapter_name in layer.fsrl_sae:
+                    layer.fsrl_sae[adapter_name].positions(chosen)
     return chosen

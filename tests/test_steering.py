@@ -23,6 +23,7 @@ from helpers import (
 from peft import PeftModel
 from torch import Tensor, nn
 
+from peft_fsrl import FSRLConfig
 from peft_fsrl.functional import ACTIVATIONS, token_l1
 from peft_fsrl.steering import (
     ForwardRecord,
@@ -288,3 +289,15 @@ def test_observed_models_can_be_copied() -> None:
     with SteeringMonitor(model, lambda record: None), ablate_features(model, []):
         twin = copy.deepcopy(model)
     assert torch.equal(twin(token_ids()).logits, expected)
+
+
+@pytest.mark.parametrize("control", [ablate_features, only_features])
+def test_features_are_those_of_the_active_adapter(control: Any) -> None:
+    model, ids = fsrl_model(), token_ids()
+    small = FSRLConfig(layer=1, sae=tiny_sae(d_sae=8), init_scale=0.3, task_type="CAUSAL_LM")
+    model.add_adapter("small", small)
+    with torch.no_grad(), control(model, [20]):
+        model(input_ids=ids)
+    model.set_adapter("small")
+    with pytest.raises(IndexError, match="features 0 to 7"), control(model, [20]):
+        pass
