@@ -21,6 +21,7 @@ def group_thresholds(optimizer: Any, model: nn.Module, *, own: bool, scheduled: 
     ``threshold_lr_multiplier`` times its learning rate and, unless the user made the groups, no
     weight decay, which would pull thresholds to zero, away from sparsity. Thresholds of
     ``soft_threshold`` are projected to zero or more after every step: a negative one acts as zero.
+    Groups that were made here before, as by an earlier ``train()``, stay as they are.
 
     Args:
         optimizer: with the parameters of ``model``.
@@ -31,6 +32,8 @@ def group_thresholds(optimizer: Any, model: nn.Module, *, own: bool, scheduled: 
     Raises:
         ValueError: a multiplier other than 1 with a scheduler that would not know the new groups.
     """
+    # accelerate's wrapper has an optimizer's methods, but nothing that its hooks could be kept in.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
     for adapter_name, config in adapter_configs(model).items():
         thresholds = [
             parameter
@@ -64,7 +67,7 @@ def _split_groups(
     split = []
     for group in optimizer.param_groups:
         moved = [p for p in group["params"] if id(p) in wanted]
-        if not moved:
+        if not moved or _NON_NEGATIVE in group:
             continue
         group["params"] = [p for p in group["params"] if id(p) not in wanted]
         split.append({**group, "params": moved, "lr": group["lr"] * multiplier, **changes})

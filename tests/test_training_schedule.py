@@ -198,6 +198,33 @@ def test_a_users_optimizer_keeps_its_learning_rate(tmp_path: Path) -> None:
     assert all(group["betas"] == (0.5, 0.6) for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("multiplier", [1.0, 10.0])
+def test_training_goes_on_with_the_groups_that_it_has(multiplier: float, tmp_path: Path) -> None:
+    model = fsrl_model(threshold_lr_multiplier=multiplier)
+    settings = {"learning_rate": 0.01, "weight_decay": 0.3, "max_steps": 2}
+    trainer = trainer_of(model, tmp_path, **settings)
+    trainer.train()
+    expected = sorted([(0.01, 0.3, 1), (0.01, 0.0, 1), (0.01 * multiplier, 0.0, 1)])
+    assert groups(trainer.optimizer) == expected
+    threshold = only_layer(model).fsrl_adapter["default"].threshold
+    for _ in range(2):
+        with torch.no_grad():
+            threshold.fill_(1e-4)
+        trainer.train()
+        assert groups(trainer.optimizer) == expected
+        assert (threshold >= 0).all()
+        assert (threshold == 0).any()
+
+
+def test_a_second_trainer_finds_the_optimizer_as_the_first_left_it(tmp_path: Path) -> None:
+    model = fsrl_model(threshold_lr_multiplier=0.25)
+    optimizer = own_optimizer(model)
+    for _ in range(2):
+        extra = {"optimizers": (optimizer, None)}
+        trainer_of(model, tmp_path, extra=extra, max_steps=1).train()
+        assert groups(optimizer) == [(0.005, 0.3, 1), (0.02, 0.3, 2)]
+
+
 def test_a_users_groups_are_left_alone_without_a_multiplier(tmp_path: Path) -> None:
     model = fsrl_model()
     optimizer = own_optimizer(model)
