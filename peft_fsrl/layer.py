@@ -289,11 +289,6 @@ def merge_refusal() -> str:
     )
 
 
-def _in_backward() -> bool:
-    """Whether a gradient checkpoint around the wrapped module is being recomputed."""
-    return int(torch._C._current_graph_task_id()) != -1
-
-
 def _apply_edits(edits: list[Edit], v: Tensor, sae: FrozenSAE) -> Tensor:
     for edit in edits:
         v = edit(v, sae)
