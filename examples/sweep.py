@@ -18,6 +18,7 @@ checkpoint if it left one.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -90,31 +91,39 @@ class Table:
 
     def _train(self, name: str, command: Sequence[str]) -> float | None:
         """Wall time of a run; None where the sweep was stopped between the run and its row."""
-        if self._figures(name):
-            return None
-        checkpoints = [
-            path.parent for path in (self.folder / name).glob("checkpoint-*/trainer_state.json")
-        ]
-        if checkpoints:
-            last = max(checkpoints, key=lambda path: int(path.name.partition("-")[2]))
-            command = [*command, f"--resume_from_checkpoint={last}"]
         log = self.folder / "logs" / f"{name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
-        with log.open("w") as file:
+        with log.open("a") as file:
+            # Whoever writes to the log holds the lock: also a run whose sweep was killed.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if self._figures(name):
+                return None
+            states = (self.folder / name).glob("checkpoint-*/trainer_state.json")
+            # A state that cannot be read is of a checkpoint that was not written to its end.
+            checkpoints = [path.parent for path in states if read_json(path)]
+            if checkpoints:
+                last = max(checkpoints, key=lambda path: int(path.name.partition("-")[2]))
+                command = [*command, f"--resume_from_checkpoint={last}"]
+            file.truncate(0)
+            started = time.monotonic()
             subprocess.run([*command, "--overwrite_output=true"], stdout=file, stderr=file)
-        return round(time.monotonic() - started, 3)
+            return round(time.monotonic() - started, 3)
 
     def _figures(self, name: str) -> dict[str, float]:
         """What a run wrote as its last act; empty where it did not come to that."""
-        try:
-            return json.loads((self.folder / name / "eval_results.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
+        return read_json(self.folder / name / "eval_results.json")
 
     def failed(self) -> list[SweepPoint]:
         """Runs without figures."""
         return [point for point in self.points.values() if not point.finished]
+
+
+def read_json(path: Path) -> dict[str, float]:
+    """What a file holds; empty where there is none, or half of one."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
 
 
 def organism_sae(layer: int, folder: Path) -> Path:

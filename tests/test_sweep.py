@@ -147,14 +147,40 @@ def test_a_killed_sweep_goes_on(
     killed = Path(calls(tmp_path)[-1]["output_dir"])
     for step in ("checkpoint-9", "checkpoint-10"):
         (killed / step).mkdir(parents=True)
-        (killed / step / "trainer_state.json").touch()
-    (killed / "checkpoint-11").mkdir()
+        (killed / step / "trainer_state.json").write_text('{"global_step": 1}')
+    for step, state in (("checkpoint-11", '{"global_st'), ("checkpoint-12", "")):
+        (killed / step).mkdir()
+        (killed / step / "trainer_state.json").write_text(state)
+    (killed / "checkpoint-13").mkdir()
     (killed / "eval_results.json").write_text('{"eval_loss"')
     assert run(sweep, monkeypatch, argv) == 0
     resumed = calls(tmp_path)[len(first) + 1]
     assert resumed["output_dir"] == str(killed)
     assert resumed["resume_from_checkpoint"] == str(killed / "checkpoint-10")
     assert all(point.finished for point in load_sweep(tmp_path / "out" / "sweep.csv"))
+
+
+@pytest.mark.slow
+def test_a_run_whose_sweep_was_killed_is_waited_for(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [*arguments(tmp_path), "--l1_coeffs", "0.1", "--layers", "2", "--l1_coeff", "0.1"]
+    ended, patient = tmp_path / "ended", tmp_path / "patient.py"
+    patient.write_text(
+        "import os, signal, time\n"
+        "os.kill(os.getppid(), signal.SIGKILL)\n"
+        "time.sleep(2)\n"
+        f"open({str(ended)!r}, 'w')\n" + sweep.SCRIPT.read_text()
+    )
+    code = f"import sys, sweep; sweep.SCRIPT = {str(patient)!r}; sys.exit(sweep.main())"
+    paths = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)])
+    command = [sys.executable, "-c", code, *argv[1:]]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == -9
+    assert not ended.exists(), "the run outlives its sweep"
+    assert run(sweep, monkeypatch, argv) == 0
+    assert len(calls(tmp_path)) == 1, "and is not made a second time beside it"
+    assert ended.exists()
 
 
 def test_the_organism_has_an_sae_of_every_layer(
