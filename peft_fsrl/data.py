@@ -99,9 +99,10 @@ def prepare_preferences(
 ) -> Prepared:
     """Check every row of a preference data set, and make prompts explicit, before any training.
 
-    A row is unusable if an answer is empty, if both answers are the same, or are the same once
-    ``max_length`` has cut them, or if the prompt alone fills ``max_length``: the trainer would then
-    divide by zero, log a loss of 0.0 and turn every parameter into NaN.
+    A row is unusable if it has no prompt, if an answer is empty, if both answers are the same, in
+    their text or in their tokens, or are the same once ``max_length`` has cut them, or if the
+    prompt alone fills ``max_length``: the trainer would then divide by zero, log a loss of 0.0 and
+    turn every parameter into NaN.
 
     Args:
         dataset: rows in any of TRL's preference formats: text or messages, with the prompt in a
@@ -238,7 +239,9 @@ def _examine(row: Mapping[str, Any], settings: _Settings) -> dict[str, Any]:
     def problem(column: str, what: str, advice: str) -> dict[str, Any]:
         return {**note, "_column": column, "_problem": what, "_advice": advice}
 
-    # Before the prompt is extracted, which fails on an empty answer without saying where.
+    # Before the prompt is extracted, which fails on what is empty without saying where.
+    if row.get("prompt", "") in (None, []):
+        return problem("prompt", "no prompt", "Fill it")
     empty = [side for side in _SIDES if _is_empty(row[side])]
     pair = row if empty else _extract(row)
     empty = empty or [side for side in _SIDES if _is_empty(pair[side])]
@@ -253,6 +256,8 @@ def _examine(row: Mapping[str, Any], settings: _Settings) -> dict[str, Any]:
         tokens = cut[full[0]].n_prompt
         what = f"a prompt that fills max_length={max_length}"
         return problem(full[0], what, f"Raise max_length above {tokens}, set shorten_prompts=True")
+    if whole["chosen"] == whole["rejected"]:
+        return problem("rejected", "the same tokens as 'chosen'", "Give it another answer")
     if cut["chosen"] == cut["rejected"]:
         what = f"an answer that max_length={max_length} makes equal to 'chosen'"
         return problem("rejected", what, "Raise max_length")

@@ -162,6 +162,9 @@ BAD = {
     "no message": (TALK, {"rejected": []}, "'rejected': an empty answer"),
     "equal": (GOOD, {"chosen": " w7"}, "'rejected': the same answer as 'chosen'"),
     "equal talk": (TALK, {"chosen": TALK["rejected"]}, "the same answer as 'chosen'"),
+    "equal tokens": (GOOD, {"chosen": "  w7"}, "'rejected': the same tokens as 'chosen'"),
+    "missing prompt": (GOOD, {"prompt": None}, "'prompt': no prompt"),
+    "no messages": (TALK, {"prompt": []}, "'prompt': no prompt"),
     "long prompt": (
         GOOD,
         {"prompt": LONG},
