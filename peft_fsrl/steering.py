@@ -258,10 +258,15 @@ class SteeringMonitor:
     Args:
         model: a model with FSRL adapters.
         consume: called with the record of each forward pass in which an adapter acted.
+
+    Attributes:
+        missed: the wrapped module that steered with gradients on outside of the base model's
+            forward, as where a caller goes to the decoder inside: of that there is no record.
     """
 
     def __init__(self, model: nn.Module, consume: Callable[[ForwardRecord], None]) -> None:
         self._consume = consume
+        self.missed: str | None = None
         self._record: ForwardRecord | None = None
         self._layers = list(fsrl_layers(model).values())
         inner = base_model(model)
@@ -296,6 +301,8 @@ class SteeringMonitor:
     def _observe(self, event: SteeringEvent) -> None:
         if self._record is not None:
             self._record.tokens.append(token_statistics(event))
+        elif event.l1.requires_grad:
+            self.missed = event.layer_name
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         record, self._record = self._record, None

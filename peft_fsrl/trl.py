@@ -58,6 +58,7 @@ class FSRLTrainerMixin(Trainer):
 
     Raises:
         ValueError: the model has no FSRL adapter, or the settings would make the penalty wrong.
+        RuntimeError: at the first step, the trainer goes past the model's own forward.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -98,8 +99,16 @@ class FSRLTrainerMixin(Trainer):
         records: list[ForwardRecord] = []
         # Attached for this call only: other forward passes (generation, a later trainer of the same
         # model) are none of this trainer's business.
-        with without_prefix_graph(self.model), SteeringMonitor(self.model, records.append):
+        monitor = SteeringMonitor(self.model, records.append)
+        with without_prefix_graph(self.model), monitor:
             result = super().compute_loss(model, inputs, **call)
+        if monitor.missed is not None:
+            raise RuntimeError(
+                f"{type(self).__mro__[2].__name__} steered at '{monitor.missed}' without a call of "
+                f"{type(base_model(self.model)).__name__}, where the FSRL penalty is measured: it "
+                "calls a module inside. Switch off what does so (a fused or chunked loss), or set "
+                "l1_coeff=0 and l0_coeff=0 and use the trainer as it is."
+            )
         records = [record for record in records if record.training]
         if not records:
             return result

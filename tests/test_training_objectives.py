@@ -386,6 +386,20 @@ def test_a_trainer_without_compute_loss_is_refused() -> None:
     assert issubclass(with_fsrl(PoliteStep), PoliteStep)
 
 
+class Inside(Trainer):
+    """Like a trainer with a fused loss, which calls the decoder and the head by itself."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, **_: Any) -> Any:
+        decoder = model.get_base_model().model
+        return decoder(input_ids=inputs["input_ids"]).last_hidden_state.square().mean()
+
+
+def test_a_trainer_that_goes_past_the_models_forward_is_stopped(tmp_path: Path) -> None:
+    trainer = build("Trainer", double_model(), tmp_path, 1, wrap=lambda _: with_fsrl(Inside))
+    with pytest.raises(RuntimeError, match=r"^Inside steered at 'model.layers.1' without a call"):
+        trainer.train()
+
+
 def test_joined_sequences_are_refused_by_sequence(tmp_path: Path) -> None:
     joined = {"padding_free": True, "max_length": None}
     with pytest.raises(ValueError, match=r"joined into one row.*penalty_reduction='token'"):
