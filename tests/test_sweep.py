@@ -241,6 +241,23 @@ def test_a_table_comes_back_as_it_was(tmp_path: Path) -> None:
         load_sweep(tmp_path / "other.csv")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("stage,", "stage,mine,", r"Expected the columns .*'mine'.*Move the file away"),
+        ("a run", "a run,b", r"Expected \d+ cells in line 2 of .*Mend or remove"),
+        (",a run", "", r"Expected \d+ cells in line 2 of"),
+        ("0.25", "many", r"In line 2 of .*'many'"),
+    ],
+)
+def test_a_damaged_table_says_where(old: str, new: str, message: str, tmp_path: Path) -> None:
+    table = tmp_path / "sweep.csv"
+    save_sweep(table, [replace(POINT, l1_coeff=0.25, command="a run")])
+    table.write_text(table.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_sweep(table)
+
+
 def test_pictures_show_every_run() -> None:
     points = [
         replace(POINT, l1_coeff=coefficient, seed=seed, loss=coefficient + seed, l0=1 / coefficient)

@@ -36,18 +36,27 @@ def load_sweep(path: str | Path) -> tuple[SweepPoint, ...]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it has other columns, or a cell that is no number where one belongs.
+        ValueError: if it has other columns, a row of another length, or a cell that is no number
+            where one belongs.
     """
     with Path(path).open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != _COLUMNS:
             raise ValueError(
-                f"Expected the columns {_COLUMNS} in {path}, found {reader.fieldnames}."
+                f"Expected the columns {_COLUMNS} in {path}, found {reader.fieldnames}. Move the "
+                "file away: runs that have finished are not made again."
             )
-        return tuple(
-            SweepPoint(**{name: _parse(_KINDS[name], text) for name, text in row.items()})
-            for row in reader
-        )
+        return tuple(_point(row, f"line {reader.line_num} of {path}") for row in reader)
+
+
+def _point(row: dict[str, str], place: str) -> SweepPoint:
+    # csv's marks of a row that is too long or too short.
+    if None in row or None in row.values():
+        raise ValueError(f"Expected {len(_COLUMNS)} cells in {place}. Mend or remove the row.")
+    try:
+        return SweepPoint(**{name: _parse(_KINDS[name], text) for name, text in row.items()})
+    except ValueError as error:
+        raise ValueError(f"In {place}, {error}. Mend or remove the row.") from error
 
 
 def _parse(kind: Any, text: str) -> Any:
