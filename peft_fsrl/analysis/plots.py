@@ -139,9 +139,7 @@ def plot_correspondence(record: Correspondence) -> Figure:
     errors.set_ylabel("share")
     errors.set_xticks(record.stand_ins[0].ranks, [str(r) for r in record.stand_ins[0].ranks])
     errors.minorticks_off()
-    errors.legend(
-        frameon=False, fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0)
-    )
+    errors.legend(frameon=False, fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for values, style, label in (
         (record.spanned, "o-", "in their span"),
         (record.explained, "s--", "explained by the refitted adapter"),
