@@ -70,7 +70,9 @@ def _split_groups(
         if not moved or _NON_NEGATIVE in group:
             continue
         group["params"] = [p for p in group["params"] if id(p) not in wanted]
-        split.append({**group, "params": moved, "lr": group["lr"] * multiplier, **changes})
+        # Where a scheduler has seen the group, it is from `initial_lr` that the next one starts.
+        rates = {key: group[key] * multiplier for key in ("lr", "initial_lr") if key in group}
+        split.append({**group, "params": moved, **rates, **changes})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     for settings in split:
         optimizer.add_param_group(settings)

@@ -225,6 +225,14 @@ def test_a_second_trainer_finds_the_optimizer_as_the_first_left_it(tmp_path: Pat
         assert groups(optimizer) == [(0.005, 0.3, 1), (0.02, 0.3, 2)]
 
 
+def test_an_optimizer_that_has_had_a_scheduler_gets_the_multiplier(tmp_path: Path) -> None:
+    model = fsrl_model(threshold_lr_multiplier=0.25)
+    optimizer = own_optimizer(model)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer_of(model, tmp_path, extra={"optimizers": (optimizer, None)}, max_steps=1).train()
+    assert groups(optimizer) == [(0.005, 0.3, 1), (0.02, 0.3, 2)]
+
+
 def test_a_users_groups_are_left_alone_without_a_multiplier(tmp_path: Path) -> None:
     model = fsrl_model()
     optimizer = own_optimizer(model)
