@@ -77,9 +77,15 @@ class FSRLModel(BaseTuner):
             peft_config._target_paths = frozenset(saes)
         else:
             peft_config._target_paths = None
+        _refuse_nesting(self._match_targets(peft_config, model), model)
         self._saes_to_inject = saes
         for sae in saes.values():
             _guard_cache(sae, model)
+
+    def _match_targets(self, peft_config: FSRLConfig, model: nn.Module) -> list[str]:
+        """Paths of the modules that a config names, as PEFT will find them."""
+        names = [name for name, _ in model.named_modules() if name]
+        return [name for name in names if self._check_target_module_exists(peft_config, name)]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters active; where two meet on one layer, none of the layers is changed.
@@ -234,6 +240,19 @@ def _load_bound_sae(config: FSRLConfig, key: str, reference: Any) -> FrozenSAE:
         )
     config.bind_sae(sae, sae.info.to_dict(), key)
     return sae
+
+
+def _refuse_nesting(targets: list[str], model: nn.Module) -> None:
+    """A module inside a wrapped one has another path: its adapter's tensors would not be found."""
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, FSRLLayer)}
+    for outer in sorted({*targets, *wrapped}):
+        for inner in sorted({*targets, *wrapped}):
+            if inner.startswith(f"{outer}.") and {outer, inner} & set(targets):
+                raise ValueError(
+                    f"'{inner}' lies inside '{outer}', which FSRL also steers: wrapping the one "
+                    "changes the other's path, and what was saved could not be loaded. Steer one "
+                    "of them, or use two models."
+                )
 
 
 def _refuse_narrowing(config: FSRLConfig) -> None:

@@ -139,7 +139,7 @@ def test_unload_of_what_stands_inside_a_wrapped_layer(family: str) -> None:
     inner = {"gpt2": "attn.c_proj", "gpt_neox": "attention.dense", "gptj": "attn.out_proj"}
     projection = inner.get(family, "self_attn.o_proj")
     sae = tiny_sae("topk", metadata={})
-    mlp = FSRLConfig(target_modules=["1.mlp"], sae=sae, init_scale=0.3, task_type="CAUSAL_LM")
+    mlp = FSRLConfig(target_modules=["0.mlp"], sae=sae, init_scale=0.3, task_type="CAUSAL_LM")
     model = fsrl_model(base, config=mlp)
     whole = second_config(modules_to_save=[projection])
     model.add_adapter("second", whole)
