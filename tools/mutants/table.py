@@ -196,8 +196,8 @@ MUTANTS = (
     Mutant(
         "a deleted adapter's SAE is kept",
         "layer.py",
-        'other_param_names = ("fsrl_sae",)',
-        "other_param_names = ()",
+        'other_param_names = ("fsrl_sae", "_watches")',
+        'other_param_names = ("_watches",)',
         ("test_leaks.py::test_a_layer_without_adapters_steers_nothing",),
     ),
     Mutant(
