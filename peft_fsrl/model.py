@@ -93,7 +93,11 @@ class FSRLModel(BaseTuner):
         Raises:
             ValueError: for two adapters on one layer.
         """
-        for module in self.model.modules():
+        modules = list(self.model.modules())
+        for module in modules:
+            if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(adapter_name, str):
+                module.check_set_adapter(adapter_name)
+        for module in modules:
             if isinstance(module, FSRLLayer):
                 module.require_one(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
