@@ -58,26 +58,14 @@ def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         is_new = adapter_name not in self.peft_config
         if not is_new and _is_fsrl(self.peft_config[adapter_name]):
             # Otherwise PEFT reads the config, and with it the folder is checked.
             open_checkpoint(model_id, kwargs.get("subfolder"))
         result = original(self, model_id, adapter_name, *args, **kwargs)
-        if _is_fsrl(self.peft_config[adapter_name]):
-            given = signature.bind(self, model_id, adapter_name, *args, **kwargs)
-            if not given.arguments.get("kwargs", {}).get("ignore_mismatched_sizes", False):
-                try:
-                    _require_all_keys(
-                        result, model_id, self.peft_config[adapter_name], adapter_name
-                    )
-                except ValueError:
-                    if is_new:
-                        self.delete_adapter(adapter_name)
-                    raise
-            _warn_of_nonfinite(self, adapter_name, model_id)
+        partial = kwargs.get("ignore_mismatched_sizes", False)
+        _check_loaded(self, adapter_name, result, model_id, partial=partial, undo=is_new)
         return result
 
     return load_adapter
@@ -89,19 +77,36 @@ def _wrap_transformers_load_adapter(original: Callable[..., Any]) -> Callable[..
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
-        name = given.get("adapter_name") or "default"
         # Older transformers do not say what they loaded.
-        if result is not None and _is_fsrl(self.peft_config[name]):
+        if result is not None:
             source = given.get("peft_model_id") or "the given state dict"
-            try:
-                _require_all_keys(result, source, self.peft_config[name], name)
-            except ValueError:
-                self.delete_adapter(name)
-                raise
-            _warn_of_nonfinite(self, name, source)
+            _check_loaded(self, given.get("adapter_name") or "default", result, source)
         return result
 
     return load_adapter
+
+
+def _check_loaded(
+    model: Any,
+    adapter_name: str,
+    result: Any,
+    source: Any,
+    *,
+    partial: bool = False,
+    undo: bool = True,
+) -> None:
+    """Refuse an FSRL adapter without all of its tensors, and report nan in them."""
+    config = model.peft_config[adapter_name]
+    if not _is_fsrl(config):
+        return
+    if not partial:
+        try:
+            _require_all_keys(result, source, config, adapter_name)
+        except ValueError:
+            if undo:
+                model.delete_adapter(adapter_name)
+            raise
+    _warn_of_nonfinite(model, adapter_name, source)
 
 
 def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,5 +176,5 @@ def _warn_of_nonfinite(model: Any, adapter_name: str, model_id: Any) -> None:
         warnings.warn(
             f"The weights in {model_id} contain nan or inf, in {bad}: the adapter's output will "
             "too. Training diverged before they were saved: load an earlier checkpoint.",
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -76,12 +76,20 @@ ALLOWED = {
     "tokens": set(),
     "data": {"tokens"},
     "coherence": {"analysis.coherence"},
-    "equivalence": {"adapter", "config", "equivalence", "functional", "layer", "sae"}
+    "equivalence": {"_outputs", "adapter", "config", "equivalence", "functional", "layer", "sae"}
     | {"sae_sources", "steering", "targets"},
     "analysis.records": set(),
     "analysis.plots": {"analysis.records"},
     "analysis.report": {"analysis.records"},
-    "analysis.ranking": {"analysis", "config", "objectives", "sae", "sae_sources", "targets"},
+    "analysis.ranking": {
+        "_outputs",
+        "analysis",
+        "config",
+        "objectives",
+        "sae",
+        "sae_sources",
+        "targets",
+    },
     "analysis": {"analysis", "objectives", "steering", "tokens"},
     "organism": {"", "config", "equivalence", "functional", "layer", "model", "organism", "sae"}
     | {"steering"},

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .._outputs import hidden_states_of
 from ..config import FSRLConfig
 from ..objectives import simpo_loss
 from ..sae import FrozenSAE
-from ..sae_sources import freeze_sae, load_sae
+from ..sae_sources import take_sae
 from ..targets import resolve_targets
 from .preferences import batched, preference_margins
 from .records import FeatureEffect, LayerEffect
@@ -60,7 +61,7 @@ def rank_layers(
         ValueError: for no pair, no layer, a layer that does not exist, or an SAE of another width.
     """
     config = FSRLConfig(layer=sorted(saes), sae=dict(saes))
-    frozen = {key: _load(sae) for key, sae in config.resolve_saes().items()}
+    frozen = {key: take_sae(sae) for key, sae in config.resolve_saes().items()}
     targets = resolve_targets(config, frozen, model)
     effects = {path: _Effect(sae) for path, sae in targets.items()}
     n_pairs = 0
@@ -137,12 +138,6 @@ class _Effect:
         )
 
 
-def _load(sae: Any) -> FrozenSAE:
-    if isinstance(sae, FrozenSAE):
-        return sae
-    return load_sae(sae) if isinstance(sae, (str, Mapping)) else freeze_sae(sae)
-
-
 @contextmanager
 def _differentiable(model: Any) -> Iterator[None]:
     """Evaluation mode, gradients of activations alone; everything is put back on leaving."""
@@ -170,7 +165,7 @@ def _outputs(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tenso
     outputs: dict[str, Tensor] = {}
 
     def keep(path: str, output: Any) -> None:
-        outputs[path] = output if isinstance(output, Tensor) else output[0]
+        outputs[path] = hidden_states_of(output)
 
     with ExitStack() as stack:
         for path in paths:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._outputs import hidden_states_of, replace_hidden_states
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
@@ -93,11 +95,8 @@ def on_output(
 
     def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         given = args[0] if args else next(iter(kwargs.values()))
-        hidden = output if isinstance(output, Tensor) else output[0]
-        changed = act(given, hidden)
-        if changed is None:
-            return None
-        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+        changed = act(given, hidden_states_of(output))
+        return None if changed is None else replace_hidden_states(output, changed)
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .._outputs import hidden_states_of, replace_hidden_states
 from ..layer import FSRLLayer
 from ..steering import SteeringEvent, base_model, fsrl_layers, observe
 from .capture import evaluating, model_inputs, on_output, real_tokens
@@ -65,9 +66,7 @@ def insert_projection(model: nn.Module, layer_name: str) -> str:
     def project(module: nn.Module, args: Any, output: Any) -> Any:
         # Looked up at every call: PEFT puts its own layer in the projection's place.
         through = getattr(module, PROJECTION)
-        if isinstance(output, Tensor):
-            return through(output)
-        return (through(output[0]), *output[1:])
+        return replace_hidden_states(output, through(hidden_states_of(output)))
 
     layer.register_forward_hook(project)
     return f"{layer_name}.{PROJECTION}"
