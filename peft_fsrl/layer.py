@@ -202,10 +202,12 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             sae = self.fsrl_sae[adapter_name] = sae.to(x.device, sae.dtype)
         edits = list(self.edits)
         clamps = adapter.non_negative and not sae.signed
+        watched = self.training and adapter.penalised and adapter.weight.requires_grad
+        measured = bool(self.observers) or watched
 
         def steer(
             x: Tensor, weight: Tensor, bias: Tensor, down: Tensor | None, threshold: Tensor | None
-        ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+        ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
             steered = functional.steer(
                 x,
                 functional.steering_pre(sae.process_in(x), weight, bias, down),
@@ -217,6 +219,8 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
                 edit=(lambda v: _apply_edits(edits, v, sae)) if edits else None,
             )
             v, gate = steered.steering_vector, steered.gate
+            if not measured:
+                return steered.output, v, gate, None, None
             open_gates = None if gate is None else gate.sum(dim=-1)
             return steered.output, v, gate, functional.token_l1(v), open_gates
 
@@ -229,12 +233,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             )
         else:
             output, v, gate, l1, open_gates = steer(x, *parameters)
-        if (
-            self.training
-            and adapter.penalised
-            and adapter.weight.requires_grad
-            and l1.requires_grad
-        ):
+        if watched and l1.requires_grad:
             self._watches[adapter_name].follow(output, l1, open_gates)
         for observer in self.observers:
             observer(SteeringEvent(self.layer_name, adapter_name, x, v, gate, sae, l1, open_gates))

@@ -77,7 +77,7 @@ class FSRLModel(BaseTuner):
             peft_config._target_paths = frozenset(saes)
         else:
             peft_config._target_paths = None
-        _refuse_nesting(self._match_targets(peft_config, model), model)
+        _refuse_nesting(set(self._match_targets(peft_config, model)), model)
         self._saes_to_inject = saes
         for sae in saes.values():
             _guard_cache(sae, model)
@@ -141,37 +141,26 @@ class FSRLModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kw: Any) -> nn.Module:
         if not merge:
-            for module in self.model.modules():
-                # PEFT would leave the trained copies of `modules_to_save` in the base model.
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    module.set_adapter([])
-            self._unload_inner()
+            self._unload_trained_copies()
         model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kw)
         guard = model.__dict__.pop(_CACHE_GUARD, None)
         if guard is not None:
             guard.remove()
         return model
 
-    def _unload_inner(self) -> None:
-        """Unwrap what stands inside a wrapped module, where PEFT's `unload` does not look."""
-        inside: dict[str, Any] = {
-            f"{path}.{name}": module
-            for path, layer in self.model.named_modules()
-            if isinstance(layer, FSRLLayer)
-            for name, module in layer.named_modules()
-            if name and isinstance(module, (FSRLLayer, AuxiliaryTrainingWrapper))
-        }
-        # The innermost first.
-        for path in sorted(inside, key=lambda path: -path.count(".")):
-            parent_path, _, name = path.rpartition(".")
-            module = inside[path]
-            if isinstance(module, FSRLLayer):
-                unwrapped = module.detach_hook()
-            else:
-                unwrapped = module.unload_and_optionally_merge_module(
+    def _unload_trained_copies(self) -> None:
+        """Put the base's own modules back where `modules_to_save` stand.
+
+        PEFT would leave the trained copies, and does not look inside wrapped modules.
+        """
+        for path, module in reversed(list(self.model.named_modules())):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.set_adapter([])
+                original = module.unload_and_optionally_merge_module(
                     merge=False, safe_merge=False, adapter_names=None
                 )
-            setattr(self.model.get_submodule(parent_path), name, unwrapped)
+                parent, _, name = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), name, original)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -246,12 +235,13 @@ def _load_bound_sae(config: FSRLConfig, key: str, reference: Any) -> FrozenSAE:
     return sae
 
 
-def _refuse_nesting(targets: list[str], model: nn.Module) -> None:
+def _refuse_nesting(targets: set[str], model: nn.Module) -> None:
     """A module inside a wrapped one has another path: its adapter's tensors would not be found."""
     wrapped = {name for name, module in model.named_modules() if isinstance(module, FSRLLayer)}
-    for outer in sorted({*targets, *wrapped}):
-        for inner in sorted({*targets, *wrapped}):
-            if inner.startswith(f"{outer}.") and {outer, inner} & set(targets):
+    for inner in sorted({*targets, *wrapped}):
+        parts = inner.split(".")
+        for outer in (".".join(parts[:depth]) for depth in range(1, len(parts))):
+            if outer in targets or (outer in wrapped and inner in targets):
                 raise ValueError(
                     f"'{inner}' lies inside '{outer}', which FSRL also steers: wrapping the one "
                     "changes the other's path, and what was saved could not be loaded. Steer one "
