@@ -250,7 +250,8 @@ def _examine(row: Mapping[str, Any], settings: _Settings) -> dict[str, Any]:
     if pair["chosen"] == pair["rejected"]:
         return problem("rejected", "the same answer as 'chosen'", "Give it another answer")
     explicit = _make_explicit(row, settings)
-    whole, cut = (_tokenize_pair(explicit, tokenizer, limit) for limit in (None, max_length))
+    whole = _tokenize_pair(explicit, tokenizer)
+    cut = {side: each.cut(max_length) for side, each in whole.items()}
     full = [side for side in _SIDES if len(cut[side].input_ids) == cut[side].n_prompt]
     if full:
         tokens = cut[full[0]].n_prompt
@@ -283,7 +284,7 @@ def _make_explicit(row: Mapping[str, Any], settings: _Settings) -> dict[str, Any
         return pair
     shorten = _drop_exchange if is_conversational(pair) else _drop_tokens
     while True:
-        both = _tokenize_pair(pair, tokenizer, None).values()
+        both = _tokenize_pair(pair, tokenizer).values()
         excess = max(len(each.input_ids) for each in both) - max_length
         # Against an answer that would not fit anyway, a prompt keeps half of the room.
         excess = min(excess, max(each.n_prompt for each in both) - max_length // 2)
@@ -310,8 +311,6 @@ def _drop_exchange(
     return [*prompt[:kept], *prompt[questions[0] :]] if questions else None
 
 
-def _tokenize_pair(
-    pair: Mapping[str, Any], tokenizer: Any, max_length: int | None
-) -> dict[str, Tokenized]:
+def _tokenize_pair(pair: Mapping[str, Any], tokenizer: Any) -> dict[str, Tokenized]:
     text = maybe_apply_chat_template(dict(pair), tokenizer)
-    return {side: tokenize(text["prompt"], text[side], tokenizer, max_length) for side in _SIDES}
+    return {side: tokenize(text["prompt"], text[side], tokenizer) for side in _SIDES}

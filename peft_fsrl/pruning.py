@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ._fields import is_layer_mapping
+from ._running import evaluating, to_device
 from .layer import FSRLLayer, SteeringEvent
 from .steering import ablate_features, adapter_configs, base_model, fsrl_layers, observe
 from .targets import decoder_layers
@@ -97,15 +98,10 @@ def prune(
         )
     adapter_name = _active_adapter(model, adapter_name)
     layers = {n: m for n, m in fsrl_layers(model).items() if adapter_name in m.fsrl_adapter}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            use = _count(model, adapter_name, _progress(data, "use of features", show_progress))
-            kept = _choose(use, layers, adapter_configs(model)[adapter_name], model, max_frequency)
-            cost = _cost(model, layers, kept, use, _progress(data, "cost", show_progress))
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        use = _count(model, adapter_name, _progress(data, "use of features", show_progress))
+        kept = _choose(use, layers, adapter_configs(model)[adapter_name], model, max_frequency)
+        cost = _cost(model, layers, kept, use, _progress(data, "cost", show_progress))
     before = {n: layer.fsrl_sae[adapter_name].n_features for n, layer in layers.items()}
     parameters_before = _count_parameters(layers, adapter_name)
     for name, layer in layers.items():
@@ -165,7 +161,7 @@ def _count(model: nn.Module, adapter_name: str, batches: Iterable[Mapping[str, A
 
     with observe(model, add):
         for batch in batches:
-            inputs = _to_device(batch, model)
+            inputs = to_device(batch, model)
             use.mask = _token_mask(inputs)
             model(**inputs)
     if use.tokens == 0:
@@ -202,7 +198,7 @@ def _cost(
     """Mean and largest divergence over tokens of the pruned model's distribution, in nats."""
     total, largest = 0.0, 0.0
     for batch in batches:
-        inputs = _to_device(batch, model)
+        inputs = to_device(batch, model)
         whole = getattr(model(**inputs), "logits", None)
         if whole is None or whole.dim() != 3:
             return None
@@ -265,11 +261,6 @@ def _count_parameters(layers: Mapping[str, FSRLLayer], adapter_name: str) -> int
 def _token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     mask = inputs.get("attention_mask")
     return mask > 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _progress(data: Iterable[Mapping[str, Any]], what: str, show: bool) -> Any:

@@ -11,12 +11,16 @@ class Tokenized(NamedTuple):
     input_ids: list[int]
     n_prompt: int
 
+    def cut(self, max_length: int | None) -> Tokenized:
+        """With the end of the answer cut off, never the prompt; None cuts nothing."""
+        if max_length is None:
+            return self
+        return Tokenized(self.input_ids[: max(max_length, self.n_prompt)], self.n_prompt)
+
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     """Ids of a prompt, with BOS in front where the tokenizer has one and the text has not."""
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    return _with_bos(tokenizer(prompt, add_special_tokens=False)["input_ids"], tokenizer)
 
 
 def tokenize(prompt: str, answer: str, tokenizer: Any, max_length: int | None = None) -> Tokenized:
@@ -41,11 +45,13 @@ def tokenize(prompt: str, answer: str, tokenizer: Any, max_length: int | None = 
     ids = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
     # Where the prompt's last token merges with the answer's first, it counts as the answer's.
     n_prompt = len(alone) if alone == ids[: len(alone)] else len(alone) - 1
-    said, ids = ids[n_prompt:], ids[:n_prompt]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:1] != [bos]:
-        ids = [bos, *ids]
+    said, ids = ids[n_prompt:], _with_bos(ids[:n_prompt], tokenizer)
+    eos = tokenizer.eos_token_id
     if eos is not None and said[-1:] != [eos]:
         said = [*said, eos]
-    room = len(said) if max_length is None else max(0, max_length - len(ids))
-    return Tokenized(ids + said[:room], len(ids))
+    return Tokenized(ids + said, len(ids)).cut(max_length)
+
+
+def _with_bos(ids: list[int], tokenizer: Any) -> list[int]:
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]

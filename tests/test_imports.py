@@ -41,6 +41,7 @@ ALLOWED = {
     "functional": set(),
     "_sae_modules": set(),
     "_outputs": set(),
+    "_running": set(),
     "_watch": set(),
     "sae": {"_sae_modules", "functional"},
     "sae_sources": {"sae"},
@@ -50,7 +51,7 @@ ALLOWED = {
     "model": {"config", "layer", "sae", "sae_sources", "targets"},
     "targets": {"config", "sae", "sae_sources"},
     "steering": {"layer", "sae"},
-    "pruning": {"_fields", "layer", "steering", "targets"},
+    "pruning": {"_fields", "_running", "layer", "steering", "targets"},
     "nonfinite": {"steering"},
     "trl": {
         "_metrics",
@@ -76,7 +77,16 @@ ALLOWED = {
     "tokens": set(),
     "data": {"tokens"},
     "coherence": {"analysis.coherence"},
-    "equivalence": {"_outputs", "adapter", "config", "equivalence", "functional", "layer", "sae"}
+    "equivalence": {
+        "_outputs",
+        "_running",
+        "adapter",
+        "config",
+        "equivalence",
+        "functional",
+        "layer",
+        "sae",
+    }
     | {"sae_sources", "steering", "targets"},
     "analysis.records": set(),
     "analysis.plots": {"analysis.records"},
@@ -90,7 +100,7 @@ ALLOWED = {
         "sae_sources",
         "targets",
     },
-    "analysis": {"analysis", "objectives", "steering", "tokens"},
+    "analysis": {"_running", "analysis", "objectives", "steering", "tokens"},
     "organism": {"", "config", "equivalence", "functional", "layer", "model", "organism", "sae"}
     | {"steering"},
 }

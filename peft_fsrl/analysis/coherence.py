@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._running import evaluating
 from ..steering import base_model, scale_steering
 from ..tokens import Tokenized, prompt_ids
-from .preferences import batched, evaluating, mean_log_probability, pad
+from .preferences import batched, mean_log_probability, pad
 from .records import Coherence
 
 REPEATED_N = 4

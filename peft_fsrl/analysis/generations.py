@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._running import evaluating
 from ..steering import scale_steering
 from ..tokens import prompt_ids
-from .preferences import evaluating
 from .records import Generation
 
 

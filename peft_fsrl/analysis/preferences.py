@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .._running import evaluating
 from ..objectives import simpo_loss
 from ..tokens import Tokenized, tokenize
 from .records import PreferenceScores
@@ -129,23 +130,6 @@ def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
             batch = []
     if batch:
         yield batch
-
-
-class evaluating:
-    """Evaluation mode without gradients; the model's mode is restored on leaving."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._no_grad = torch.no_grad()
-
-    def __enter__(self) -> None:
-        self._was_training = self._model.training
-        self._model.eval()
-        self._no_grad.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        self._no_grad.__exit__(*exc)
-        self._model.train(self._was_training)
 
 
 def _refuse_empty_answers(sides: Sequence[Tokenized], rows: Sequence[Mapping[str, Any]]) -> None:

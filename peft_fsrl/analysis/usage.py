@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .._running import evaluating
 from ..steering import SteeringEvent, fsrl_layers, observe
 from ..tokens import tokenize
-from .preferences import batched, evaluating, pad
+from .preferences import batched, pad
 from .records import FeatureUse, Usage
 
 

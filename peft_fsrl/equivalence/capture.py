@@ -10,25 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .._outputs import hidden_states_of, replace_hidden_states
+from .._running import to_device
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 Batches = Iterable[Mapping[str, Any]]
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each model's mode is restored."""
-    modes = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
 
 
 def check_batches(data: Batches) -> Batches:
@@ -53,12 +40,7 @@ def model_inputs(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise TypeError("Expected each batch to be a mapping with `input_ids`.")
-    device = next(model.parameters()).device
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if name != "labels"
-    }
+    return to_device({k: v for k, v in batch.items() if k != "labels"}, model)
 
 
 def real_tokens(batch: Mapping[str, Any]) -> Bool[Tensor, "batch seq"]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._running import evaluating
 from ..steering import base_model, scale_steering
-from .capture import Batches, check_batches, evaluating, model_inputs, scored_tokens
+from .capture import Batches, check_batches, model_inputs, scored_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -11,12 +11,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from .._running import evaluating
 from ..config import FSRLConfig
 from ..layer import FSRLLayer, SteeringEvent
 from ..sae_sources import take_sae
 from ..steering import base_model
 from ..targets import resolve_targets
-from .capture import Batches, check_batches, evaluating, model_inputs, on_output, real_tokens
+from .capture import Batches, check_batches, model_inputs, on_output, real_tokens
 from .converse import LinearAdapter
 from .explanation import Explanation, FeatureShare, Share
 from .reduced_rank import Moments
