@@ -1,0 +1,69 @@
+"""Evidence as plain records: frozen dataclasses that survive a round trip through JSON."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, TypeVar
+
+RecordT = TypeVar("RecordT", bound="Record")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Base of all records."""
+
+    def to_json(self) -> str:
+        """The record as indented JSON."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls: type[RecordT], text: str) -> RecordT:
+        """The record that ``to_json`` wrote.
+
+        Raises:
+            ValueError: if the text is not JSON, or lacks a field of the record, or has another.
+        """
+        return typing.cast(RecordT, _build(cls, json.loads(text)))
+
+
+@dataclass(frozen=True)
+class Interval(Record):
+    """An estimate and its confidence interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower end of the interval.
+        high: its upper end.
+        level: confidence, for example 0.95.
+    """
+
+    value: float
+    low: float
+    high: float
+    level: float = 0.95
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def _build(kind: Any, value: Any) -> Any:
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"Expected the fields of {kind}, got {value!r}.")
+        names = {field.name for field in fields(kind)}
+        if set(value) != names:
+            raise ValueError(f"{kind} has fields {sorted(names)}, the text has {sorted(value)}.")
+        hints = typing.get_type_hints(kind)
+        return typing.cast(Any, kind)(**{n: _build(hints[n], v) for n, v in value.items()})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        [inner] = [argument for argument in arguments if argument is not type(None)]
+        return None if value is None else _build(inner, value)
+    if origin is tuple:
+        return tuple(_build(arguments[0], item) for item in value)
+    return kind(value)
