@@ -25,9 +25,14 @@ SETTINGS = {
 }
 
 
+def run_folder(folder: Path, setting: str, seed: int) -> Path:
+    """Where a run of the study lies."""
+    return folder / f"{setting.replace(' ', '').replace('%', '').replace(',', '-')}-{seed}"
+
+
 def run(setting: str, seed: int, folder: Path) -> Summary:
     """The summary of one run, made now unless it was made before."""
-    output = folder / f"{setting.replace(' ', '').replace('%', '').replace(',', '-')}-{seed}"
+    output = run_folder(folder, setting, seed)
     if not (output / "summary.json").exists():
         options = (*SETTINGS[setting], "--seed", str(seed), "--output_dir", str(output))
         command = [sys.executable, str(SCRIPT), *options, "--overwrite_output", "true"]

@@ -1,0 +1,224 @@
+"""Do the analyses find what was planted in the model organism, and do their intervals hold?
+
+    python examples/organism_study.py      # trains the six adapters, if they are not there
+    python examples/analysis_study.py
+
+Every analysis is made on 400 held-out pairs for each adapter of the study. The figures that have an
+interval are then measured once more on ten times as many fresh pairs, made with the same knobs by
+another seed, which stand for the truth: of intervals at 95 %, about that share should cover it.
+Runs that have finished are kept. Writes the tables that docs/organism.md shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from organism_study import SETTINGS, run_folder
+from peft import PeftModel
+
+from peft_fsrl import organism
+from peft_fsrl.analysis import (
+    Ablation,
+    Composition,
+    FeatureAblations,
+    Interval,
+    PreferenceScores,
+    Record,
+    StaticDynamic,
+    ablate_categories,
+    ablate_single_features,
+    compare_static_dynamic,
+    composition_of,
+    compute_compositions,
+    compute_gain,
+    compute_usage,
+    count_features,
+    score_preferences,
+)
+from peft_fsrl.steering import ablate_features, scale_steering
+
+CATEGORIES = ("style", "honesty")
+REWARDED = dict(zip(SETTINGS, CATEGORIES, strict=True))
+
+
+@dataclass(frozen=True)
+class Check(Record):
+    """A figure from few pairs, and the same from many fresh ones."""
+
+    name: str
+    measured: Interval
+    truth: float
+
+    @property
+    def covered(self) -> bool:
+        """Whether the interval holds the figure from many pairs."""
+        return self.measured.low <= self.truth <= self.measured.high
+
+
+@dataclass(frozen=True)
+class Study(Record):
+    """What the analyses say about one adapter, and what more data say of their figures."""
+
+    compositions: tuple[Composition, ...]
+    ablations: tuple[Ablation, ...]
+    single: FeatureAblations
+    static_dynamic: StaticDynamic
+    checks: tuple[Check, ...]
+
+
+def study(setting: str, seed: int, folder: Path, n_pairs: int, n_truth: int) -> Study:
+    """Analyse one adapter on held-out pairs, and check the intervals on fresh ones."""
+    creature = organism.load()
+    model = PeftModel.from_pretrained(creature.load_model(), run_folder(folder, setting, seed))
+    tokenizer = creature.load_tokenizer()
+    knobs = {"style": 0.55, "honesty": 0.55} | {REWARDED[setting]: 0.9}
+    few = organism.preferences(n_pairs, seed=f"analysis-{seed}", **knobs)
+    many = organism.preferences(n_truth, seed=f"truth-{seed}", **knobs)
+    categories = {name: creature.features(name) for name in CATEGORIES}
+    label = f"{setting}, seed {seed}:"
+
+    def score(rows: object, text: str) -> PreferenceScores:
+        return score_preferences(model, rows, tokenizer, description=f"{label} {text}")
+
+    with scale_steering(model, 0.0):
+        base, base_truth = score(few, "base"), score(many, "base, truth")
+    trained, trained_truth = score(few, "trained"), score(many, "trained, truth")
+    usage = compute_usage(model, few, tokenizer)
+    ablations = ablate_categories(
+        model, few, tokenizer, categories, usage, trained=trained, description=f"{label} without"
+    )
+    compositions = compute_compositions(model, few, tokenizer, categories)
+    checks = [
+        Check("gain", compute_gain(base, trained), base_truth.loss - trained_truth.loss),
+        *composition_checks(
+            compositions, count_features(model, many, tokenizer), categories
+        ),
+    ]
+    for ablation in ablations:
+        with ablate_features(model, ablation.features):
+            without = score(many, f"without {ablation.name}, truth")
+        rises = {
+            "loss": (ablation.rise, without.loss - trained_truth.loss),
+            "accuracy": (ablation.accuracy_rise, without.accuracy - trained_truth.accuracy),
+            "margin": (ablation.margin_rise, without.margin - trained_truth.margin),
+        }
+        checks += [
+            Check(f"{figure} without {ablation.name}", *pair) for figure, pair in rises.items()
+        ]
+    return Study(
+        compositions,
+        ablations,
+        ablate_single_features(model, few, tokenizer, usage, trained=trained, n_features=10),
+        compare_static_dynamic(model, few, tokenizer, usage, base=base, trained=trained),
+        tuple(checks),
+    )
+
+
+def composition_checks(
+    compositions: Sequence[Composition], truth: object, categories: dict[str, list[int]]
+) -> Iterator[Check]:
+    """Shares and enrichments of each segment against those among many more texts."""
+    for composition in compositions:
+        shares = composition_of(truth[composition.segment], categories)
+        for entry in composition.shares:
+            true, place = shares[entry.category], f"{entry.category}, {composition.segment}"
+            yield Check(f"share steered {place}", entry.steered_share, true.steered_share)
+            yield Check(f"share active {place}", entry.active_share, true.active_share)
+            yield Check(f"enrichment {place}", entry.enrichment, true.enrichment)
+
+
+def finished_study(setting: str, seed: int, args: argparse.Namespace) -> Study:
+    """The study of one adapter, made now unless it was made before."""
+    file = run_folder(args.runs, setting, seed) / "analysis_study.json"
+    if not file.exists():
+        record = study(setting, seed, args.runs, args.pairs, args.truth_pairs)
+        unfinished = file.with_suffix(".tmp")
+        unfinished.write_text(record.to_json())
+        unfinished.replace(file)
+    return Study.from_json(file.read_text())
+
+
+def render_table(studies: dict[str, list[Study]], seeds: Sequence[int]) -> str:
+    """One row per figure and setting, one column per seed, as Markdown."""
+
+    def cell(interval: Interval | None, form: str) -> str:
+        if interval is None:
+            return "-"
+        return f"{interval.value:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+
+    header = ["data", "figure", *(f"seed {seed}" for seed in seeds)]
+    rows = []
+    for setting, runs in studies.items():
+
+        def add(figure: str, cells: Sequence[str], setting: str = setting) -> None:
+            rows.append([setting, figure, *cells])
+
+        for place, name in enumerate(CATEGORIES):
+            on_chosen = [
+                next(c for c in run.compositions if c.segment == "prompt_chosen").shares[place]
+                for run in runs
+            ]
+            add(f"enrichment of {name}", [cell(share.enrichment, ".2f") for share in on_chosen])
+            mine = [run.ablations[place] for run in runs]
+            add(f"rise without {name}", [cell(a.rise, "+.3f") for a in mine])
+            add("... over as many random ones", [cell(a.excess_count, "+.3f") for a in mine])
+            add("... over random ones of equal mass", [cell(a.excess_mass, "+.3f") for a in mine])
+        rewarded = set(organism.load().features(REWARDED[setting]))
+        add(
+            f"of the 10 largest single effects, features of {REWARDED[setting]}",
+            [str(len(rewarded & {f.feature for f in run.single.features[:10]})) for run in runs],
+        )
+        add(
+            "rank correlation, estimate and measured",
+            [f"{run.single.rank_correlation:.2f}" for run in runs],
+        )
+        add("features for 90 % of the gain, per token", [enough(r, "dynamic") for r in runs])
+        add("features for 90 % of the gain, fixed", [enough(r, "static") for r in runs])
+        add("intervals that cover", [coverage(run.checks) for run in runs])
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]
+    )
+
+
+def enough(run: Study, policy: str) -> str:
+    """The smallest number of features tried that keeps nine tenths of the gain."""
+    record = run.static_dynamic
+    wanted = record.base_loss - 0.9 * (record.base_loss - record.learned.loss.value)
+    found = [level for level in getattr(record, policy) if level.loss.value <= wanted]
+    return str(min(level.n_features for level in found)) if found else "more than tried"
+
+
+def coverage(checks: Sequence[Check]) -> str:
+    """How many intervals cover what more data say."""
+    return f"{sum(check.covered for check in checks)} of {len(checks)}"
+
+
+def main() -> None:
+    """Make what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/organism_study"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pairs", type=int, default=400)
+    parser.add_argument("--truth_pairs", type=int, default=4000)
+    args = parser.parse_args()
+    studies = {
+        setting: [finished_study(setting, seed, args) for seed in args.seeds]
+        for setting in SETTINGS
+    }
+    table = render_table(studies, args.seeds)
+    every = [check for runs in studies.values() for run in runs for check in run.checks]
+    text = f"{table}\n\nOf all intervals, {coverage(every)} cover.\n"
+    missed = [check for check in every if not check.covered]
+    text += "".join(
+        f"- {c.name}: {c.measured.low:.4g} to {c.measured.high:.4g}, {c.truth:.4g}\n"
+        for c in missed
+    )
+    (args.runs / "analysis.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
