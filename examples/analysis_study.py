@@ -29,15 +29,13 @@ from peft_fsrl.analysis import (
     Record,
     StaticDynamic,
     ablate_categories,
-    ablate_single_features,
-    compare_static_dynamic,
-    composition_of,
-    compute_compositions,
     compute_gain,
     compute_usage,
-    count_features,
     score_preferences,
 )
+from peft_fsrl.analysis.composition import composition_of, compute_compositions, count_features
+from peft_fsrl.analysis.single import ablate_single_features
+from peft_fsrl.analysis.static_dynamic import compare_static_dynamic
 from peft_fsrl.steering import ablate_features, scale_steering
 
 CATEGORIES = ("style", "honesty")
