@@ -89,7 +89,7 @@ ALLOWED = {
     }
     | {"sae_sources", "steering", "targets"},
     "analysis.records": {"analysis.records"},
-    "analysis.plots": {"analysis.records"},
+    "analysis.plots": {"analysis.plots", "analysis.records"},
     "analysis.report": {"analysis.records"},
     "analysis.statistics": {"analysis.records"},
     "analysis.buckets": {"analysis.records", "analysis.statistics"},
@@ -115,7 +115,7 @@ ALLOWED = {
 OPTIONAL = {
     "sae_lens": {"_sae_modules", "organism", "sae", "sae_sources"},
     "trl": {"data", "simpo", "trl"},
-    "matplotlib": {"analysis.plots"},
+    "matplotlib": {"analysis.plots._style"},
     "scipy": {"analysis.statistics"},
     "sklearn": {"analysis.statistics"},
 }
