@@ -91,9 +91,7 @@ def study(setting: str, seed: int, folder: Path, n_pairs: int, n_truth: int) -> 
     compositions = compute_compositions(model, few, tokenizer, categories)
     checks = [
         Check("gain", compute_gain(base, trained), base_truth.loss - trained_truth.loss),
-        *composition_checks(
-            compositions, count_features(model, many, tokenizer), categories
-        ),
+        *composition_checks(compositions, count_features(model, many, tokenizer), categories),
     ]
     for ablation in ablations:
         with ablate_features(model, ablation.features):

@@ -174,3 +174,36 @@ def test_what_is_missing_is_named(
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=r"pip install peft-fsrl\[audit\]"):
         call()
+
+
+def test_a_difference_of_shares_has_a_width_where_nothing_changed() -> None:
+    same = [True] * 30 + [False] * 10
+    interval = statistics.share_difference_interval(same, same)
+    # Bonett and Price by hand: 1 of 42 each way.
+    half = 1.959964 * math.sqrt(2 / 42 / 42)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0, -half, half))
+    first = [True] * 9 + [False] * 31
+    second = [False] * 6 + [True] * 7 + [False] * 27
+    interval = statistics.share_difference_interval(first, second)
+    assert interval.value == pytest.approx(2 / 40)
+    up, down = 7 / 42, 5 / 42
+    half = 1.959964 * math.sqrt((up + down - (up - down) ** 2) / 42)
+    assert (interval.low, interval.high) == pytest.approx((up - down - half, up - down + half))
+    every = statistics.share_difference_interval([True] * 5, [False] * 5)
+    assert every.low < every.value == every.high == 1
+    with pytest.raises(ValueError, match="at least one example"):
+        statistics.share_difference_interval([], [])
+    with pytest.raises(ValueError, match="shorter"):
+        statistics.share_difference_interval([True], [])
+
+
+def test_differences_of_shares_cover_the_truth() -> None:
+    rng = random.Random(5)
+    covered = 0
+    for _ in range(400):
+        # One in fifty is gained, one in two hundred lost.
+        changes = rng.choices([1, -1, 0], [0.02, 0.005, 0.975], k=200)
+        gained, lost = [change > 0 for change in changes], [change < 0 for change in changes]
+        interval = statistics.share_difference_interval(gained, lost)
+        covered += interval.low <= 0.015 <= interval.high
+    assert covered >= 0.93 * 400

@@ -176,7 +176,9 @@ def make_ablation(
         same_mass=tuple(same_mass),
         random_masses=tuple(random_masses),
         rise=rise(scores.losses, trained.losses),
-        accuracy_rise=rise([m > 0 for m in scores.margins], [m > 0 for m in trained.margins]),
+        accuracy_rise=statistics.share_difference_interval(
+            [margin > 0 for margin in scores.margins], [margin > 0 for margin in trained.margins]
+        ),
         margin_rise=rise(scores.margins, trained.margins),
         excess_count=excess(same_count),
         excess_mass=excess(same_mass),

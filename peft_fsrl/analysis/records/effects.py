@@ -22,7 +22,8 @@ class StratumEffect(Record):
 class Ablation(Record):
     """The preference scores left when the steering of a category of features is zeroed.
 
-    Intervals come from a paired bootstrap over preference pairs.
+    Intervals come from a paired bootstrap over preference pairs, that of the accuracy from the
+    numbers of pairs that were gained and lost.
 
     Attributes:
         name: the category.
