@@ -1,7 +1,7 @@
 """Intervals, correlations and fits. The only file that imports SciPy and scikit-learn.
 
-Needs the ``audit`` extra. Shares have closed intervals, right also where no example counts, or every
-one. Every other interval of a mean, a difference or a ratio is a percentile bootstrap over examples
+Needs the ``audit`` extra. Shares have closed intervals, right also where no example counts or all
+do. Every other interval of a mean, a difference or a ratio is a percentile bootstrap over examples
 (``scipy.stats.bootstrap``): linear in the number of examples, never outside of what the figure can
 be, and defined for every sample. BCa corrects for skew, but needs as many leave-one-out samples as
 there are examples, and is undefined where a resample cannot differ.
