@@ -1,0 +1,5 @@
+"""Records as pages: one self-contained HTML file, and a section of a model card."""
+
+from .html import render_audit_html
+
+__all__ = ["render_audit_html"]
