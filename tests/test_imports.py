@@ -88,9 +88,12 @@ ALLOWED = {
         "sae",
     }
     | {"sae_sources", "steering", "targets"},
-    "analysis.records": set(),
+    "analysis.records": {"analysis.records"},
     "analysis.plots": {"analysis.records"},
     "analysis.report": {"analysis.records"},
+    "analysis.statistics": {"analysis.records"},
+    "analysis.buckets": {"analysis.records", "analysis.statistics"},
+    "analysis.segments": {"_running", "analysis.preferences", "layer", "steering", "tokens"},
     "analysis.ranking": {
         "_outputs",
         "analysis",
@@ -109,6 +112,8 @@ OPTIONAL = {
     "sae_lens": {"_sae_modules", "organism", "sae", "sae_sources"},
     "trl": {"data", "simpo", "trl"},
     "matplotlib": {"analysis.plots"},
+    "scipy": {"analysis.statistics"},
+    "sklearn": {"analysis.statistics"},
 }
 # Modules that may import these libraries and the standard library, and nothing else.
 SELF_CONTAINED = {
