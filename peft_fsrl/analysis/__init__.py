@@ -21,6 +21,7 @@ from .records import (
     SweepPoint,
     Usage,
     VariantCoherence,
+    WinRate,
 )
 from .report import (
     render_coherence,
@@ -31,9 +32,11 @@ from .report import (
 from .summary import compute_summary
 from .sweeps import load_sweep, save_sweep
 from .usage import compute_usage
+from .winrate import AnswerPair, compute_win_rate, sample_pairs
 
 __all__ = [
     "Ablation",
+    "AnswerPair",
     "Coherence",
     "Continuation",
     "Correspondence",
@@ -48,18 +51,21 @@ __all__ = [
     "SweepPoint",
     "Usage",
     "VariantCoherence",
+    "WinRate",
     "ablate_categories",
     "compare_coherence",
     "compare_generations",
     "compute_coherence",
     "compute_summary",
     "compute_usage",
+    "compute_win_rate",
     "load_sweep",
     "rank_layers",
     "render_coherence",
     "render_generations",
     "render_steered_tokens",
     "render_summary",
+    "sample_pairs",
     "save_sweep",
     "score_preferences",
 ]
