@@ -194,9 +194,7 @@ def make_audit(
         usages=tuple(Usage(s, 9000, 1.1, 0.65, uses) for s in ("chosen", "prompt", "rejected")),
         n_steered=(n_features,) * 3,
         rank_frequencies=tuple(
-            RankFrequency(
-                s, ranks, tuple(0.6 * 0.97**r for r in ranks), d_sae, 0.6, 0.03, 0.97
-            )
+            RankFrequency(s, ranks, tuple(0.6 * 0.97**r for r in ranks), d_sae, 0.6, 0.03, 0.97)
             for s in ("chosen", "prompt")
         ),
         compositions=tuple(Composition(s, 9000, 400, shares) for s in ("chosen", "prompt")),
@@ -222,7 +220,11 @@ def make_audit(
         generations=tuple(
             Generation(
                 say("What colour is the river?"),
-                (answer("base", False), answer("trained", True), answer(f"without {category}", True)),
+                (
+                    answer("base", False),
+                    answer("trained", True),
+                    answer(f"without {category}", True),
+                ),
             )
             for _ in range(n_generations)
         ),
@@ -230,9 +232,7 @@ def make_audit(
         suppressed=tuple(card(use) for use in uses if use.mean_steering < 0)[:10],
         label_source=say("the organism's ground truth"),
         agreements=(
-            Agreement(
-                category, say("judge"), say("people"), 40, 5, 8, 331, near(0.75), near(0.74)
-            ),
+            Agreement(category, say("judge"), say("people"), 40, 5, 8, 331, near(0.75), near(0.74)),
         ),
         robustness=(Robustness(f"enrichment of {category}", 6.0, near(5.1, 0.8), 1.0, 0.99, 200),),
         curves=TrainingCurves(

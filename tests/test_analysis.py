@@ -18,14 +18,13 @@ from peft_fsrl.analysis import (
     PreferenceScores,
     Summary,
     ablate_categories,
-    compare_generations,
     compute_summary,
     compute_usage,
     render_summary,
     score_preferences,
 )
 from peft_fsrl.analysis.preferences import pad
-from peft_fsrl.steering import ablate_features, observe, scale_steering
+from peft_fsrl.steering import ablate_features, observe
 from peft_fsrl.tokens import Tokenized, tokenize
 
 
@@ -237,17 +236,6 @@ def test_ablation_refuses_sizes_it_cannot_match(
         ablate_categories(
             model, rows, tokenizer, {"style": [1, 2], "honesty": [3]}, usage, n_features=2
         )
-
-
-def test_generations_compare_base_and_trained(model: PeftModel) -> None:
-    tokenizer = helpers.tiny_tokenizer()
-    before = torch.random.get_rng_state()
-    [first] = compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5)
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5) == (first,)
-    with scale_steering(model, 0.0):
-        [unsteered] = compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5)
-    assert unsteered.text("trained") == unsteered.text("base") == first.text("base")
 
 
 def test_summary_round_trip_and_text(model: PeftModel, rows: list[dict[str, str]]) -> None:

@@ -3,6 +3,7 @@
 from .ablation import ablate_categories
 from .buckets import compute_gain, score_by_length
 from .coherence import compute_coherence
+from .coherence import compare_coherence, compute_coherence
 from .generations import compare_generations
 from .preferences import score_preferences
 from .ranking import rank_layers
@@ -53,7 +54,12 @@ from .records import (
     VariantCoherence,
     WinRate,
 )
-from .report import render_summary
+from .report import (
+    render_coherence,
+    render_generations,
+    render_steered_tokens,
+    render_summary,
+)
 from .summary import compute_summary
 from .sweeps import load_sweep, save_sweep
 from .usage import compute_rank_frequency, compute_usage, compute_usages
@@ -69,6 +75,13 @@ __all__ = [
     "Coherence",
     "Composition",
     "Context",
+from .usage import compute_usage
+from .winrate import AnswerPair, compute_win_rate, sample_pairs
+
+__all__ = [
+    "Ablation",
+    "AnswerPair",
+    "Coherence",
     "Continuation",
     "Correspondence",
     "Curve",
@@ -105,6 +118,7 @@ __all__ = [
     "VariantCoherence",
     "WinRate",
     "ablate_categories",
+    "compare_coherence",
     "compare_generations",
     "compute_coherence",
     "compute_gain",
@@ -112,9 +126,14 @@ __all__ = [
     "compute_summary",
     "compute_usage",
     "compute_usages",
+    "compute_win_rate",
     "load_sweep",
     "rank_layers",
+    "render_coherence",
+    "render_generations",
+    "render_steered_tokens",
     "render_summary",
+    "sample_pairs",
     "save_sweep",
     "score_by_length",
     "score_preferences",

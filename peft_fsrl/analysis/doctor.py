@@ -19,6 +19,7 @@ from ..tokens import tokenize
 from .checkup import judge_fits
 from .preferences import batched, pad
 from .records import Checkup, SAEFit
+from .segments import special_ids
 
 # Modules whose input is the residual stream between attention and MLP, where attention comes first.
 _BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
@@ -88,9 +89,11 @@ def compute_checkup(
         check_hidden_size(frozen, compare_model)
         models[compare_name] = compare_model
     totals = {
-        (name, spot): _Totals() for name in models for spot in (place, *others if name == model_name else ())
+        (name, spot): _Totals()
+        for name in models
+        for spot in ([place, *others] if name == model_name else [place])
     }
-    special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
+    special = torch.tensor(special_ids(tokenizer))
     progress = tqdm(desc=description, unit="text", disable=description is None, leave=False)
     with evaluating(*models.values()), progress:
         for rows in batched(dataset, batch_size):
@@ -100,9 +103,8 @@ def compute_checkup(
                 batch = pad(texts, next(each.parameters()).device)
                 with _capturing(each, spots) as found:
                     each(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-                kept = batch.attention_mask.bool() & ~torch.isin(batch.input_ids.cpu(), special).to(
-                    batch.input_ids.device
-                )
+                special = special.to(batch.input_ids.device)
+                kept = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, special)
                 for spot in spots:
                     _add(totals[name, spot], found[spot], batch.attention_mask, kept, frozen)
             progress.update(len(rows))
@@ -204,9 +206,7 @@ class _Totals:
         self.alive = alive if self.alive is None else self.alive | alive
 
 
-def _add(
-    total: _Totals, hidden: Tensor, attention: Tensor, kept: Tensor, sae: FrozenSAE
-) -> None:
+def _add(total: _Totals, hidden: Tensor, attention: Tensor, kept: Tensor, sae: FrozenSAE) -> None:
     sae = sae.to(hidden.device, sae.dtype)
     for row in range(hidden.shape[0]):
         length = int(attention[row].sum())

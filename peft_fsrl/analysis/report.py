@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from .records import Ablation, Generation, PreferenceScores, Summary, Usage
+from .records import (
+    Ablation,
+    Continuation,
+    Generation,
+    PreferenceScores,
+    Summary,
+    Usage,
+    VariantCoherence,
+)
 
 _WIDTH = 98
 
@@ -108,20 +116,59 @@ def _shortfall(ablation: Ablation) -> str:
 
 
 def render_generations(generations: Sequence[Generation]) -> str:
-    """Prompt and continuations, one under another."""
-    blocks = [
-        "\n".join(
-            [
-                _paragraph("prompt   ", generation.prompt),
-                *(
-                    _paragraph(f"{answer.name:<9}", answer.text)
-                    for answer in generation.continuations
-                ),
-            ]
-        )
-        for generation in generations
-    ]
+    """Each prompt, and under it what every variant said, with the number of tokens."""
+    names = [answer.name for generation in generations for answer in generation.continuations]
+    width = max(map(len, ["prompt", *names]))
+    blocks = []
+    for generation in generations:
+        lines = [_paragraph(f"{'prompt':{width}}       ", generation.prompt)]
+        for answer in generation.continuations:
+            lines.append(_paragraph(f"{answer.name:{width}} {answer.n_tokens:4d}  ", answer.text))
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def render_steered_tokens(
+    answer: Continuation, labels: Mapping[int, str] | None = None, n_features: int = 3
+) -> str:
+    """One line per token of an answer: its text and the features that steered it most.
+
+    Args:
+        answer: from ``compare_generations``.
+        labels: what features detect, where known.
+        n_features: how many features to show per token.
+    """
+    rows = []
+    for token in answer.tokens:
+        named = [
+            f"{each.feature}{_in_brackets((labels or {}).get(each.feature))} {each.value:+.3f}"
+            for each in token.steered[:n_features]
+        ]
+        hidden = token.n_steered - len(named)
+        rows.append(
+            [repr(token.text), ", ".join(named) + (f" and {hidden} more" if hidden else "")]
+        )
+    width = max((len(text) for text, _ in rows), default=0)
+    return "\n".join(f"{text:{width}}  {features}".rstrip() for text, features in rows)
+
+
+def render_coherence(variants: Sequence[VariantCoherence]) -> str:
+    """Figures of each variant's sampled answers, one variant a line."""
+    rows = [
+        [
+            each.name,
+            str(each.coherence.n),
+            f"{each.coherence.perplexity:.2f}",
+            f"{each.coherence.repetition:.1%}",
+            f"{each.coherence.distinct_1:.3f}",
+            f"{each.coherence.distinct_2:.3f}",
+            f"{each.coherence.mean_length:.1f}",
+            f"{each.coherence.ended:.1%}",
+        ]
+        for each in variants
+    ]
+    headers = ["", "answers", "perplexity", "repetition", "distinct-1", "distinct-2"]
+    return _table([*headers, "tokens", "ended"], rows)
 
 
 def _paragraph(name: str, text: str) -> str:
@@ -132,6 +179,10 @@ def _paragraph(name: str, text: str) -> str:
         subsequent_indent=" " * len(name),
         break_long_words=False,
     )
+
+
+def _in_brackets(text: str | None) -> str:
+    return f" ({text})" if text else ""
 
 
 def _title(text: str) -> str:

@@ -82,5 +82,8 @@ def compute_summary(
         else ()
     )
     prompts = [dataset[row]["prompt"] for row in range(min(n_generations, len(dataset)))]
-    generations = compare_generations(model, prompts, tokenizer, seed=generation_seed)
+    without = {ablation.name: ablation.features for ablation in ablations}
+    generations = compare_generations(
+        model, prompts, tokenizer, without=without, seed=generation_seed
+    )
     return Summary(base, trained, usage, ablations, generations)

@@ -92,6 +92,8 @@ def describe(card: FeatureCard) -> str | None:
     if label is None:
         return card.use.label
     kinds = ", ".join(label.categories)
-    return f"{label.description} ({kinds})" if label.description and kinds else (
-        label.description or kinds or card.use.label
+    return (
+        f"{label.description} ({kinds})"
+        if label.description and kinds
+        else (label.description or kinds or card.use.label)
     )
