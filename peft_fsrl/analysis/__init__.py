@@ -1,12 +1,25 @@
 """Turn a trained adapter and a preference data set into evidence: records in, records out."""
 
-from .ablation import ablate_categories
-from .buckets import compute_gain, score_by_length
-from .coherence import compute_coherence
-from .coherence import compare_coherence, compute_coherence
-from .generations import compare_generations
-from .preferences import score_preferences
-from .ranking import rank_layers
+from .ablation import (
+    ablate_categories,
+)
+from .buckets import (
+    compute_gain,
+    score_by_length,
+)
+from .coherence import (
+    compare_coherence,
+    compute_coherence,
+)
+from .generations import (
+    compare_generations,
+)
+from .preferences import (
+    score_preferences,
+)
+from .ranking import (
+    rank_layers,
+)
 from .records import (
     Ablation,
     AdapterDifference,
@@ -60,28 +73,36 @@ from .report import (
     render_steered_tokens,
     render_summary,
 )
-from .summary import compute_summary
-from .sweeps import load_sweep, save_sweep
-from .usage import compute_rank_frequency, compute_usage, compute_usages
+from .summary import (
+    compute_summary,
+)
+from .sweeps import (
+    load_sweep,
+    save_sweep,
+)
+from .usage import (
+    compute_rank_frequency,
+    compute_usage,
+    compute_usages,
+)
+from .winrate import (
+    AnswerPair,
+    compute_win_rate,
+    sample_pairs,
+)
 
 __all__ = [
     "Ablation",
     "AdapterDifference",
     "AdapterInfo",
     "Agreement",
+    "AnswerPair",
     "Audit",
     "CategoryShare",
     "Checkup",
     "Coherence",
     "Composition",
     "Context",
-from .usage import compute_usage
-from .winrate import AnswerPair, compute_win_rate, sample_pairs
-
-__all__ = [
-    "Ablation",
-    "AnswerPair",
-    "Coherence",
     "Continuation",
     "Correspondence",
     "Curve",

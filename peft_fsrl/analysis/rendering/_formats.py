@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from ..records import Context, Interval
 
-MISSING = "–"
+MISSING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 
 
