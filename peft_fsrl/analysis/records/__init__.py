@@ -12,7 +12,7 @@ from .audit import (
     Setting,
     Summary,
 )
-from .base import Interval, Record
+from .base import Interval, Record, from_plain, to_plain
 from .effects import (
     Ablation,
     FeatureAblation,
@@ -81,4 +81,6 @@ __all__ = [
     "Usage",
     "VariantCoherence",
     "WinRate",
+    "from_plain",
+    "to_plain",
 ]
