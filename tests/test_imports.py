@@ -109,6 +109,7 @@ OPTIONAL = {
     "sae_lens": {"_sae_modules", "organism", "sae", "sae_sources"},
     "trl": {"data", "simpo", "trl"},
     "matplotlib": {"analysis.plots"},
+    "openai": {"analysis.labels.judge"},
 }
 # Modules that may import these libraries and the standard library, and nothing else.
 SELF_CONTAINED = {
