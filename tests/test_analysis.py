@@ -157,7 +157,8 @@ def test_usage_equals_a_loop_over_answer_tokens(
         ids, n_prompt = tokenize(row["prompt"], row["chosen"], tokenizer)
         with torch.no_grad(), observe(model, lambda event: seen.append(event.steering_vector)):
             model(input_ids=torch.tensor([ids]))
-        vectors += list(seen.pop()[0, n_prompt:])
+        assert ids[-1] == tokenizer.eos_token_id
+        vectors += list(seen.pop()[0, n_prompt:-1])
     n = len(vectors)
     assert usage.n_tokens == n
     for use in usage.features:
@@ -166,7 +167,8 @@ def test_usage_equals_a_loop_over_answer_tokens(
         assert use.mean_steering == pytest.approx(sum(values) / n, abs=1e-6)
         assert use.mean_abs_steering == pytest.approx(sum(map(abs, values)) / n, rel=1e-5)
         assert use.label == ("style" if use.feature == 3 else None)
-        assert use.frequency <= 1
+        assert use.promoted == pytest.approx(sum(value > 0 for value in values) / n)
+        assert use.promoted <= use.frequency <= 1
     assert usage.l0 == pytest.approx(sum(int((v != 0).sum()) for v in vectors) / n)
     masses = [use.mean_abs_steering for use in usage.features]
     assert masses == sorted(masses, reverse=True)
@@ -190,7 +192,7 @@ def test_ablation_scores_the_ablated_model(model: PeftModel, rows: list[dict[str
         with ablate_features(model, ablation.features):
             expected = score_preferences(model, rows, tokenizer)
         assert ablation.scores == expected
-        losses = [score.loss for score in ablation.control]
+        losses = [score.loss for score in ablation.same_count]
         assert ablation.control_loss == pytest.approx(sum(losses) / 3)
     assert ablations[0].scores != score_preferences(model, rows, tokenizer)
     [first, _] = ablate_categories(model, rows, tokenizer, categories, usage, n_features=2)
@@ -212,12 +214,16 @@ def test_the_control_zeroes_steered_features_of_no_category(
     usage = compute_usage(model, rows, tokenizer)
     monkeypatch.setattr(ablation, "ablate_features", record)
     categories = {"style": [2, 5, 7], "honesty": [1, 4]}
-    ablate_categories(model, rows, tokenizer, categories, usage, n_random=4)
-    controls = [draw for draw in zeroed if draw not in {(2, 5, 7), (1, 4)}]
-    assert [len(set(draw)) for draw in controls] == [3] * 4 + [2] * 4
+    trained = score_preferences(model, rows, tokenizer)
+    ablate_categories(model, rows, tokenizer, categories, usage, n_random=4, trained=trained)
     steered = {use.feature for use in usage.features}
+    style, honesty = zeroed.index((2, 5, 7)), zeroed.index((1, 4))
+    controls = [*zeroed[style + 1 : style + 5], *zeroed[honesty + 1 : honesty + 5]]
+    assert [len(set(draw)) for draw in controls] == [3] * 4 + [2] * 4
     assert set().union(*controls) <= steered - {1, 2, 4, 5, 7}
     assert len(set(controls)) > 2
+    others = [draw for draw in zeroed if draw not in {(2, 5, 7), (1, 4)}]
+    assert set().union(*others) <= steered - {1, 2, 4, 5, 7}
 
 
 def test_ablation_refuses_sizes_it_cannot_match(
@@ -241,7 +247,7 @@ def test_generations_compare_base_and_trained(model: PeftModel) -> None:
     assert compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5) == (first,)
     with scale_steering(model, 0.0):
         [unsteered] = compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5)
-    assert unsteered.trained == unsteered.base == first.base
+    assert unsteered.text("trained") == unsteered.text("base") == first.text("base")
 
 
 def test_summary_round_trip_and_text(model: PeftModel, rows: list[dict[str, str]]) -> None:

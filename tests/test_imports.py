@@ -88,9 +88,16 @@ ALLOWED = {
         "sae",
     }
     | {"sae_sources", "steering", "targets"},
-    "analysis.records": set(),
+    "analysis.records": {"analysis.records"},
     "analysis.plots": {"analysis.records"},
     "analysis.report": {"analysis.records"},
+    "analysis.statistics": {"analysis.records"},
+    "analysis.buckets": {"analysis.records", "analysis.statistics"},
+    "analysis.segments": {"_running", "analysis.preferences", "layer", "sae", "steering", "tokens"},
+    "analysis.composition": {"analysis", "sae"},
+    "analysis.curves": {"analysis.records"},
+    "analysis.single": {"_outputs", "_running", "analysis", "functional", "layer", "objectives"}
+    | {"steering"},
     "analysis.ranking": {
         "_outputs",
         "analysis",
@@ -110,6 +117,8 @@ OPTIONAL = {
     "trl": {"data", "simpo", "trl"},
     "matplotlib": {"analysis.plots"},
     "openai": {"analysis.labels.judge"},
+    "scipy": {"analysis.statistics"},
+    "sklearn": {"analysis.statistics"},
 }
 # Modules that may import these libraries and the standard library, and nothing else.
 SELF_CONTAINED = {

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from torch import nn
 
 from ..steering import ablate_features
+from . import statistics
+from .buckets import length_groups, mean_lengths
 from .preferences import score_preferences
-from .records import Ablation, PreferenceScores, Usage
+from .records import Ablation, Interval, PreferenceScores, StratumEffect, Usage
+
+_log = logging.getLogger(__name__)
+# Random orders tried for one draw of equal mass; the nearest sum is taken.
+_TRIES = 8
 
 
 def ablate_categories(
@@ -20,35 +28,43 @@ def ablate_categories(
     categories: Mapping[str, Sequence[int]],
     usage: Usage,
     *,
+    trained: PreferenceScores | None = None,
     n_features: int | None = None,
     n_random: int = 5,
     seed: int = 0,
     beta: float = 10.0,
     gamma: float = 5.0,
     batch_size: int = 16,
+    n_strata: int = 3,
     description: str | None = None,
 ) -> tuple[Ablation, ...]:
-    """Zero the steering of each category in turn, and of as many random features.
+    """Zero the steering of each category in turn, and of random features for comparison.
 
     Random features are drawn from those that the adapter steers and that no category holds, so that
-    the control zeroes something that acts.
+    a control zeroes something that acts: as many of them as the category has, and as many as carry
+    about its steering mass. Where all of them together carry less than the category, the second
+    control is all of them, once, and falls short: ``random_masses`` says by how much.
 
     Args:
         model: a model with an FSRL adapter.
         dataset: rows with the texts ``prompt``, ``chosen`` and ``rejected``; read once per draw.
         tokenizer: the model's tokenizer.
         categories: feature indices by category, best first.
-        usage: the adapter's use of features, from ``compute_usage``.
+        usage: the adapter's use of features on the chosen answers, from ``compute_usage``.
+        trained: scores of the model as it is, if they are known.
         n_features: take only the first so many of every category; None takes all.
-        n_random: draws of each category's control.
-        seed: seed of the draws.
+        n_random: draws of each control.
+        seed: seed of the draws and of the intervals.
         beta: see ``score_preferences``.
         gamma: see ``score_preferences``.
         batch_size: pairs per forward pass.
+        n_strata: at most so many strata of answer length.
         description: shown beside the progress bars; None shows none.
 
     Raises:
-        ValueError: for no category, or one with fewer features than asked for, or none.
+        ValueError: for no category, one with fewer features than asked for, or none, use on other
+            tokens than the chosen answers', or fewer than two pairs.
+        ImportError: without the ``audit`` extra.
     """
     sizes = {name: len(features) for name, features in categories.items()}
     if not sizes or min(sizes.values()) < (1 if n_features is None else max(1, n_features)):
@@ -56,9 +72,11 @@ def ablate_categories(
             f"Expected at least one category, each with {n_features or 'some'} features; got "
             f"{sizes}."
         )
-    held = {feature for features in categories.values() for feature in features}
-    pool = sorted(use.feature for use in usage.features if use.feature not in held)
-    rng = random.Random(seed)
+    if usage.segment != "chosen":
+        raise ValueError(
+            f"Expected the use of features on the chosen answers, got {usage.segment!r}. Make it "
+            'with compute_usage(..., segment="chosen").'
+        )
 
     def score_without(features: Sequence[int], name: str) -> PreferenceScores:
         with ablate_features(model, features):
@@ -72,10 +90,142 @@ def ablate_categories(
                 description=None if description is None else f"{description} {name}",
             )
 
+    if trained is None:
+        trained = score_without((), "nothing")
+    held = {feature for features in categories.values() for feature in features}
+    masses = {use.feature: use.mean_abs_steering for use in usage.features}
+    pool = {feature: mass for feature, mass in sorted(masses.items()) if feature not in held}
+    by_count, by_mass = random.Random(seed), random.Random(seed)
     ablations = []
     for name, features in categories.items():
         chosen = tuple(features[:n_features])
-        draws = [rng.sample(pool, min(len(chosen), len(pool))) for _ in range(n_random) if pool]
-        control = tuple(score_without(draw, "random features") for draw in draws)
-        ablations.append(Ablation(name, chosen, score_without(chosen, name), control))
+        target = sum(masses.get(feature, 0.0) for feature in set(chosen))
+        draws = _draw_by_count(pool, len(chosen), n_random, by_count)
+        matched = draw_by_mass(pool, target, n_random, by_mass)
+        reached = [sum(pool[feature] for feature in draw) for draw in matched]
+        if reached and max(reached) < 0.9 * target:
+            _log.info(
+                "%r carries %.0f %% of the steering mass, all features of no category only "
+                "%.0f %%: its control of equal mass falls short.",
+                name,
+                100 * target / usage.l1,
+                100 * max(reached) / usage.l1,
+            )
+        ablations.append(
+            make_ablation(
+                name,
+                chosen,
+                trained,
+                score_without(chosen, name),
+                [score_without(draw, "random features") for draw in draws],
+                [score_without(d, "features of equal mass") if d else trained for d in matched],
+                mass=_share(target, usage.l1),
+                random_masses=[_share(mass, usage.l1) for mass in reached],
+                n_strata=n_strata,
+                seed=seed,
+            )
+        )
     return tuple(ablations)
+
+
+def make_ablation(
+    name: str,
+    features: Sequence[int],
+    trained: PreferenceScores,
+    scores: PreferenceScores,
+    same_count: Sequence[PreferenceScores],
+    same_mass: Sequence[PreferenceScores],
+    *,
+    mass: float,
+    random_masses: Sequence[float],
+    n_strata: int = 3,
+    seed: int = 0,
+) -> Ablation:
+    """The record of an ablation from the scores that were measured, with its intervals.
+
+    Raises:
+        ValueError: for fewer than two pairs.
+        ImportError: without the ``audit`` extra.
+    """
+
+    def rise(mine: Sequence[float], others: Sequence[float]) -> Interval:
+        return statistics.difference_interval(mine, others, seed=seed)
+
+    def excess(draws: Sequence[PreferenceScores]) -> Interval | None:
+        if not draws:
+            return None
+        means = [fmean(losses) for losses in zip(*(draw.losses for draw in draws), strict=True)]
+        return rise(scores.losses, means)
+
+    lengths = mean_lengths(trained)
+    strata = tuple(
+        StratumEffect(
+            shortest=min(lengths[i] for i in rows),
+            longest=max(lengths[i] for i in rows),
+            n=len(rows),
+            rise=rise([scores.losses[i] for i in rows], [trained.losses[i] for i in rows]),
+        )
+        for rows in length_groups(trained, n_strata)
+    )
+    return Ablation(
+        name=name,
+        features=tuple(features),
+        mass=mass,
+        scores=scores,
+        same_count=tuple(same_count),
+        same_mass=tuple(same_mass),
+        random_masses=tuple(random_masses),
+        rise=rise(scores.losses, trained.losses),
+        accuracy_rise=rise([m > 0 for m in scores.margins], [m > 0 for m in trained.margins]),
+        margin_rise=rise(scores.margins, trained.margins),
+        excess_count=excess(same_count),
+        excess_mass=excess(same_mass),
+        strata=strata,
+    )
+
+
+def draw_by_mass(
+    pool: Mapping[int, float], target: float, n_draws: int, rng: random.Random
+) -> list[list[int]]:
+    """Random sets of features whose masses sum to about ``target``.
+
+    Features are taken in a random order, each where it brings the sum nearer. A draw is the nearest
+    of a few such sets.
+
+    Args:
+        pool: mass of each feature to draw from.
+        target: wished-for sum.
+        n_draws: how many sets; one, of all features, where these carry no more than the target.
+        rng: draws the orders.
+
+    Returns:
+        The sets; none from an empty pool.
+    """
+    if not pool or n_draws < 1:
+        return []
+    if sum(pool.values()) <= target:
+        return [list(pool)]
+    draws = []
+    for _ in range(n_draws):
+        tries = [_fill(pool, target, rng) for _ in range(_TRIES)]
+        draws.append(min(tries, key=lambda pick: abs(sum(pool[f] for f in pick) - target)))
+    return draws
+
+
+def _fill(pool: Mapping[int, float], target: float, rng: random.Random) -> list[int]:
+    picked, missing = [], target
+    for feature in rng.sample(list(pool), len(pool)):
+        if abs(missing - pool[feature]) < abs(missing):
+            picked.append(feature)
+            missing -= pool[feature]
+    return picked
+
+
+def _draw_by_count(
+    pool: Mapping[int, float], n: int, n_draws: int, rng: random.Random
+) -> list[list[int]]:
+    return [rng.sample(list(pool), min(n, len(pool))) for _ in range(n_draws) if pool]
+
+
+def _share(mass: float, total: float) -> float:
+    return mass / total if total else 0.0

@@ -11,7 +11,7 @@ from torch import nn
 from .._running import evaluating
 from ..steering import scale_steering
 from ..tokens import prompt_ids
-from .records import Generation
+from .records import Continuation, Generation
 
 
 def compare_generations(
@@ -36,13 +36,15 @@ def compare_generations(
     for number, prompt in enumerate(prompts):
         options = (model, prompt, tokenizer, max_new_tokens, seed + number)
         with scale_steering(model, 0.0):
-            base = _continue(*options)
-        trained = _continue(*options)
-        results.append(Generation(prompt, base, trained))
+            base = _continue("base", *options)
+        trained = _continue("trained", *options)
+        results.append(Generation(prompt, (base, trained)))
     return tuple(results)
 
 
-def _continue(model: Any, prompt: str, tokenizer: Any, max_new_tokens: int, seed: int) -> str:
+def _continue(
+    name: str, model: Any, prompt: str, tokenizer: Any, max_new_tokens: int, seed: int
+) -> Continuation:
     ids = prompt_ids(prompt, tokenizer)
     device = next(model.parameters()).device
     input_ids = torch.tensor([ids], device=device)
@@ -55,5 +57,6 @@ def _continue(model: Any, prompt: str, tokenizer: Any, max_new_tokens: int, seed
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
         )
-    text: str = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-    return text
+    answer = output[0, len(ids) :]
+    text: str = tokenizer.decode(answer, skip_special_tokens=True)
+    return Continuation(name, text, (), len(answer))

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 def pad(sequences: Sequence[Tokenized], device: torch.device) -> Batch:
     """Right-pad sequences into one batch."""
-    longest = max(len(sequence.input_ids) for sequence in sequences)
+    longest = max((len(sequence.input_ids) for sequence in sequences), default=0)
     input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     attention_mask, answer_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     for row, (ids, n_prompt) in enumerate(sequences):
@@ -71,15 +71,29 @@ def preference_margins(
     Raises:
         ValueError: for an answer without tokens.
     """
+    return margins_of(model, tokenize_pairs(rows, tokenizer), beta)
+
+
+def tokenize_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Tokenized]:
+    """All chosen sides, then all rejected ones.
+
+    Raises:
+        ValueError: for an answer without tokens.
+    """
     sides = [
         tokenize(row["prompt"], row[side], tokenizer)
         for side in ("chosen", "rejected")
         for row in rows
     ]
     _refuse_empty_answers(sides, rows)
+    return sides
+
+
+def margins_of(model: nn.Module, sides: Sequence[Tokenized], beta: float) -> Float[Tensor, "pairs"]:
+    """See ``preference_margins``, of pairs that ``tokenize_pairs`` has tokenised."""
     device = next(model.parameters()).device
     rewards = beta * mean_log_probability(model, pad(sides, device))
-    return rewards[: len(rows)] - rewards[len(rows) :]
+    return rewards[: len(sides) // 2] - rewards[len(sides) // 2 :]
 
 
 def score_preferences(
@@ -108,16 +122,21 @@ def score_preferences(
     """
     losses: list[float] = []
     margins: list[float] = []
+    lengths: tuple[list[int], list[int]] = ([], [])
     progress = tqdm(desc=description, unit="pair", disable=description is None, leave=False)
     with evaluating(model), progress:
         for rows in batched(dataset, batch_size):
-            margin = preference_margins(model, rows, tokenizer, beta)
+            sides = tokenize_pairs(rows, tokenizer)
+            margin = margins_of(model, sides, beta)
             margins += margin.tolist()
             losses += simpo_loss(margin, gamma).tolist()
+            said = [len(side.input_ids) - side.n_prompt for side in sides]
+            lengths[0].extend(said[: len(rows)])
+            lengths[1].extend(said[len(rows) :])
             progress.update(len(rows))
     if not losses:
         raise ValueError("Expected at least one preference pair, found none.")
-    return PreferenceScores(tuple(losses), tuple(margins))
+    return PreferenceScores(tuple(losses), tuple(margins), tuple(lengths[0]), tuple(lengths[1]))
 
 
 def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -68,35 +68,55 @@ def render_usage(usage: Usage, n_features: int) -> str:
 def render_ablations(
     base: PreferenceScores, trained: PreferenceScores, ablations: Sequence[Ablation]
 ) -> str:
-    """Loss and accuracy with each category zeroed, against as many random features."""
+    """Loss and accuracy with each category zeroed, against random features.
+
+    The last two columns are the mean rise without as many random features, and without random
+    features of the same steering mass (in brackets the share of it that they reach, where they do
+    not reach it).
+    """
     gain = base.loss - trained.loss
-    rows = [["nothing", "", f"{trained.loss:.3f}", f"{trained.accuracy:.1%}", "", "", ""]]
+    rows = [["nothing", "", f"{trained.loss:.3f}", f"{trained.accuracy:.1%}", *[""] * 5]]
     for ablation in ablations:
-        rise = ablation.scores.loss - trained.loss
-        control = f"{ablation.control_loss - trained.loss:+.3f}" if ablation.control else "-"
+        rise = ablation.rise
         rows.append(
             [
-                f"features that detect {ablation.name}",
+                f"detect {ablation.name}",
                 str(len(ablation.features)),
                 f"{ablation.scores.loss:.3f}",
                 f"{ablation.scores.accuracy:.1%}",
-                f"{rise:+.3f}",
-                f"{rise / gain:.0%}" if gain > 0 else "-",
-                control,
+                f"{rise.value:+.3f}",
+                f"{rise.low:+.2f} to {rise.high:+.2f}",
+                f"{rise.value / gain:.0%}" if gain > 0 else "-",
+                _mean_rise(ablation.same_count, trained),
+                _mean_rise(ablation.same_mass, trained) + _shortfall(ablation),
             ]
         )
-    headers = ["zeroed", "n", "SimPO loss", "accuracy", "rise", "of gain", "rise, n random"]
-    return _table(headers, rows)
+    headers = ["features that", "n", "loss", "accuracy", "rise", "95 %", "of gain"]
+    return _table([*headers, "n random", "same mass"], rows)
+
+
+def _mean_rise(draws: Sequence[PreferenceScores], trained: PreferenceScores) -> str:
+    if not draws:
+        return "-"
+    return f"{sum(draw.loss for draw in draws) / len(draws) - trained.loss:+.3f}"
+
+
+def _shortfall(ablation: Ablation) -> str:
+    reached = max(ablation.random_masses, default=0.0)
+    short = ablation.same_mass and reached < 0.9 * ablation.mass
+    return f" ({reached / ablation.mass:.0%})" if short else ""
 
 
 def render_generations(generations: Sequence[Generation]) -> str:
-    """Prompt, base continuation and trained continuation, one under another."""
+    """Prompt and continuations, one under another."""
     blocks = [
         "\n".join(
             [
                 _paragraph("prompt   ", generation.prompt),
-                _paragraph("base     ", generation.base),
-                _paragraph("trained  ", generation.trained),
+                *(
+                    _paragraph(f"{answer.name:<9}", answer.text)
+                    for answer in generation.continuations
+                ),
             ]
         )
         for generation in generations

@@ -73,6 +73,7 @@ def compute_summary(
             tokenizer,
             categories,
             usage,
+            trained=trained,
             n_features=n_features,
             description=bar("without"),
             **settings,

@@ -1,0 +1,264 @@
+"""Intervals, correlations and fits. The only file that imports SciPy and scikit-learn.
+
+Needs the ``audit`` extra. Every interval of a mean, a difference or a ratio is a percentile
+bootstrap over examples (``scipy.stats.bootstrap``): linear in the number of examples, never outside
+of what the figure can be, and defined for every sample. BCa corrects for skew, but needs as many
+leave-one-out samples as there are examples, and is undefined where a resample cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from .records import Interval
+
+LEVEL = 0.95
+RESAMPLES = 2000
+# Indices held at once; the rest of the resamples follow in batches.
+_BATCH = 4_000_000
+_MISSING = "This needs {}, which cannot be imported. Run: pip install peft-fsrl[audit]"
+
+
+def mean_interval(values: Sequence[float], *, level: float = LEVEL, seed: int = 0) -> Interval:
+    """Mean over examples.
+
+    Where all values are equal, nothing shows how far others might lie: both ends are the value.
+
+    Args:
+        values: one per example.
+        level: confidence.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: below two values, or if one is not finite.
+        ImportError: without the ``audit`` extra.
+    """
+    return _bootstrap(lambda sample, axis: sample.mean(axis=axis), (values,), level, seed)
+
+
+def difference_interval(
+    first: Sequence[float], second: Sequence[float], *, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """Mean of ``first - second``, both measured on the same examples (a paired bootstrap).
+
+    Raises:
+        ValueError: as ``mean_interval`` does, or for sequences of unlike lengths.
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    return mean_interval(differences, level=level, seed=seed)
+
+
+def ratio_interval(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval:
+    """``sum(numerators) / sum(denominators)``, resampling whole examples (a cluster bootstrap).
+
+    Args:
+        numerators: one per example.
+        denominators: one per example, not negative.
+        level: confidence.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: as ``mean_interval`` does, or if the denominators sum to zero.
+    """
+    if not sum(denominators) > 0:
+        raise ValueError("Expected denominators with a sum above zero: there is nothing to share.")
+    return _bootstrap(_ratio, (numerators, denominators), level, seed)
+
+
+def ratio_of_ratios_interval(
+    numerators: tuple[Sequence[float], Sequence[float]],
+    denominators: tuple[Sequence[float], Sequence[float]],
+    *,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval:
+    """``(sum a / sum b) / (sum c / sum d)`` of counts, resampling whole examples.
+
+    A count that is zero where it divides is taken for one half: something that was not met once
+    among so many may still be there, less than once.
+
+    Args:
+        numerators: ``a`` and ``b``, one count per example each.
+        denominators: ``c`` and ``d``.
+        level: confidence.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: as ``mean_interval`` does.
+    """
+
+    def statistic(a: Any, b: Any, c: Any, d: Any, axis: int) -> Any:
+        return _ratio(a, b, axis) * _ratio(d, c, axis)
+
+    return _bootstrap(statistic, (*numerators, *denominators), level, seed)
+
+
+def proportion_interval(successes: Sequence[bool], *, level: float = LEVEL) -> Interval:
+    """Share of examples, with Wilson's score interval: also where all or none succeeded.
+
+    Raises:
+        ValueError: for no example.
+        ImportError: without the ``audit`` extra.
+    """
+    if not successes:
+        raise ValueError("Expected at least one example for a share, got none.")
+    result = _scipy().binomtest(sum(map(bool, successes)), len(successes))
+    ends = result.proportion_ci(level, method="wilson")
+    return Interval(float(result.statistic), float(ends.low), float(ends.high), level)
+
+
+def matthews_correlation(
+    a: Sequence[bool], b: Sequence[bool], *, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """Matthews correlation coefficient of two labellings; 0 where one of them is constant.
+
+    Raises:
+        ValueError: below two items, or for labellings of unlike lengths.
+        ImportError: without the ``audit`` extra.
+    """
+    return _agreement(_sklearn().matthews_corrcoef, a, b, level, seed)
+
+
+def cohen_kappa(
+    a: Sequence[bool], b: Sequence[bool], *, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """Cohen's kappa of two labellings; 0 where one of them is constant.
+
+    Raises:
+        ValueError: below two items, or for labellings of unlike lengths.
+        ImportError: without the ``audit`` extra.
+    """
+    return _agreement(_sklearn().cohen_kappa_score, a, b, level, seed)
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's rank correlation; None below three points or where one side is constant.
+
+    Raises:
+        ValueError: for sequences of unlike lengths.
+        ImportError: without the ``audit`` extra.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"Expected as many of each, got {len(x)} and {len(y)}.")
+    if len(x) < 3 or _constant(x) or _constant(y):
+        return None
+    return float(_scipy().spearmanr(x, y).statistic)
+
+
+class Line(NamedTuple):
+    """``intercept + slope * x``, and the share of the variance that it explains."""
+
+    slope: float
+    intercept: float
+    r_squared: float
+
+
+def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
+    """A line by least squares; a flat one explains all of what does not vary.
+
+    Raises:
+        ValueError: if ``x`` has fewer than two different values.
+        ImportError: without the ``audit`` extra.
+    """
+    if len(set(x)) < 2:
+        raise ValueError(
+            f"Expected two different places at least to fit a line, got {len(set(x))}."
+        )
+    if _constant(y):
+        return Line(0.0, float(y[0]), 1.0)
+    result = _scipy().linregress(x, y)
+    return Line(float(result.slope), float(result.intercept), float(result.rvalue) ** 2)
+
+
+def slope_through_zero(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Slope of ``y = slope * x`` by least squares; None where no ``x`` differs from zero.
+
+    Raises:
+        ValueError: for sequences of unlike lengths.
+    """
+    weight = sum(a * a for a in x)
+    products = sum(a * b for a, b in zip(x, y, strict=True))
+    return products / weight if weight else None
+
+
+def _bootstrap(
+    statistic: Callable[..., Any],
+    columns: tuple[Sequence[float], ...],
+    level: float,
+    seed: int,
+    vectorized: bool = True,
+) -> Interval:
+    import numpy as np
+
+    data = [np.asarray(column, dtype=np.float64) for column in columns]
+    sizes = {len(column) for column in data}
+    if len(sizes) != 1:
+        raise ValueError(f"Expected one value per example in each, got {sorted(sizes)} of them.")
+    [n] = sizes
+    if n < 2:
+        raise ValueError(f"Expected at least two examples for an interval, got {n}.")
+    if not all(np.isfinite(column).all() for column in data):
+        raise ValueError("Expected finite values, got nan or inf. Look for what made them first.")
+    bootstrap = _scipy().bootstrap
+    value = float(statistic(*data, axis=-1) if vectorized else statistic(*data))
+    if all(_constant(column) for column in data):
+        return Interval(value, value, value, level)
+    ends = bootstrap(
+        data,
+        statistic,
+        paired=True,
+        vectorized=vectorized,
+        n_resamples=RESAMPLES,
+        batch=max(1, _BATCH // n),
+        confidence_level=level,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(value, float(ends.low), float(ends.high), level)
+
+
+def _ratio(numerators: Any, denominators: Any, axis: int) -> Any:
+    import numpy as np
+
+    total = denominators.sum(axis=axis)
+    return numerators.sum(axis=axis) / np.where(total == 0, 0.5, total)
+
+
+def _agreement(
+    score: Callable[[Any, Any], float],
+    a: Sequence[bool],
+    b: Sequence[bool],
+    level: float,
+    seed: int,
+) -> Interval:
+    def statistic(x: Any, y: Any) -> float:
+        return 0.0 if _constant(x) or _constant(y) else float(score(x > 0, y > 0))
+
+    return _bootstrap(statistic, (a, b), level, seed, vectorized=False)
+
+
+def _constant(values: Any) -> bool:
+    return all(value == values[0] for value in values)
+
+
+def _scipy() -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError(_MISSING.format("SciPy")) from error
+    return stats
+
+
+def _sklearn() -> Any:
+    try:
+        from sklearn import metrics
+    except ImportError as error:
+        raise ImportError(_MISSING.format("scikit-learn")) from error
+    return metrics
