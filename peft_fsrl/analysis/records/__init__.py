@@ -22,7 +22,18 @@ from .effects import (
     StratumEffect,
 )
 from .equivalence import Correspondence, StandIn
-from .labels import Agreement, Context, FeatureEvidence, FeatureLabel, Labels, Robustness
+from .labels import (
+    Agreement,
+    Context,
+    Detection,
+    FeatureEvidence,
+    FeatureLabel,
+    HeldOutContexts,
+    Judgement,
+    Labels,
+    Robustness,
+    Spend,
+)
 from .preferences import LengthBucket, PreferenceScores, WinRate
 from .texts import (
     Coherence,
@@ -49,6 +60,7 @@ __all__ = [
     "Continuation",
     "Correspondence",
     "Curve",
+    "Detection",
     "FeatureAblation",
     "FeatureAblations",
     "FeatureCard",
@@ -59,7 +71,9 @@ __all__ = [
     "FeatureUse",
     "Finding",
     "Generation",
+    "HeldOutContexts",
     "Interval",
+    "Judgement",
     "Labels",
     "LayerEffect",
     "LengthBucket",
@@ -69,6 +83,7 @@ __all__ = [
     "Robustness",
     "SAEFit",
     "Setting",
+    "Spend",
     "StandIn",
     "StaticDynamic",
     "SteeredFeature",
