@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .records import from_plain, to_plain
+from ..records import from_plain, to_plain
 
 logger = logging.getLogger(__name__)
 # Of a base model so many numbers per tensor are read: enough to notice another one.
@@ -124,5 +124,3 @@ def _read(path: Path, key: str, kind: Any) -> tuple[Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("%s cannot be read (%s): this part is made again.", path, error)
         return None
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .records import (
+from ..records import (
     Ablation,
     Agreement,
     Coherence,
@@ -61,8 +61,8 @@ def judge_coherence(variants: Sequence[VariantCoherence]) -> Finding:
     return Finding(
         question,
         verdict,
-        f"Perplexity of {trained.n} sampled answers under the base model: {trained.perplexity:.3g}, "
-        f"{ratio:.2g} times that of the base model's own (as before up to "
+        f"Perplexity of {trained.n} sampled answers under the base model: "
+        f"{trained.perplexity:.3g}, {ratio:.2g} times that of the base model's own (as before up to "
         f"{COHERENT_PERPLEXITY:g}, lost above {INCOHERENT_PERPLEXITY:g}). Repeated 4-grams: "
         f"{trained.repetition:.1%} against {base.repetition:.1%}.",
     )
@@ -81,10 +81,7 @@ def judge_categories(
     ordered = sorted(ablations, key=lambda ablation: -ablation.rise.value)
     carrying = [a for a in ordered if a.rise.low > CARRIES * gain and _beats_random(a)]
     touching = [a for a in ordered if a.rise.low > 0 and _beats_random(a)]
-    if carrying:
-        verdict = "yes"
-    else:
-        verdict = "unsure" if touching else "no"
+    verdict = "yes" if carrying else "unsure" if touching else "no"
     shown = ordered[:3]
     return Finding(question, verdict, " ".join(_describe(a, gain) for a in shown))
 
@@ -103,7 +100,9 @@ def judge_labels(
             mean = sum(qualities) / len(qualities)
             text += f" Their own quality scores average {mean:.2f} over {len(qualities):,} labels."
         return Finding(question, "unsure", text)
-    parts = [f"{a.category}: MCC {_interval(a.mcc, '.2f')} against {a.reference}" for a in agreements]
+    parts = [
+        f"{a.category}: MCC {_interval(a.mcc, '.2f')} against {a.reference}" for a in agreements
+    ]
     if robustness:
         kept = min(each.kept for each in robustness)
         verdict = "yes" if kept >= ROBUST else "unsure" if kept >= FRAGILE else "no"

@@ -1,32 +1,25 @@
-"""Every analysis of one adapter, stage by stage, as one record."""
+"""The measurements of an audit: each is made once, and read back when nothing changed."""
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..steering import scale_steering
-from . import findings
-from .ablation import ablate_categories
-from .audit_info import describe_adapter, feature_url
-from .buckets import compute_gain, score_by_length
-from .coherence import compare_coherence
-from .composition import compute_compositions
-from .curves import load_training_curves
-from .generations import compare_generations
-from .parts import Parts, compute_digest, digest_model, digest_rows
-from .preferences import score_preferences
-from .records import (
+from ...steering import scale_steering
+from ..ablation import ablate_categories
+from ..coherence import compare_coherence
+from ..composition import compute_compositions
+from ..generations import compare_generations
+from ..labels import collect_evidence
+from ..preferences import score_preferences
+from ..records import (
     Ablation,
-    Audit,
     Composition,
     FeatureAblations,
     FeatureCard,
@@ -34,107 +27,26 @@ from .records import (
     Generation,
     Labels,
     PreferenceScores,
-    RankFrequency,
-    Setting,
     StaticDynamic,
-    TrainingCurves,
     Usage,
     VariantCoherence,
     to_plain,
 )
-from .segments import only_layer
-from .single import ablate_single_features
-from .static_dynamic import compare_static_dynamic
-from .usage import compute_rank_frequency, compute_usages
+from ..segments import only_layer
+from ..single import ablate_single_features
+from ..static_dynamic import compare_static_dynamic
+from ..usage import compute_usages
+from .info import describe_adapter, feature_url, require_labels_of
+from .parts import Parts, compute_digest, digest_model, digest_rows
+from .settings import AuditSettings
 
-logger = logging.getLogger(__name__)
 SEGMENTS = ("chosen", "prompt", "prompt_chosen", "prompt_rejected")
-_PACKAGES = ("peft-fsrl", "torch", "transformers", "peft", "trl", "sae-lens")
 _NO_LABELS = "The features have no labels: nobody said what they mean."
+_NOT_ASKED = "Not asked for."
 _NO_STEERING = "The adapter steers fewer than two features on the chosen answers."
 
 
-@dataclass(frozen=True)
-class AuditSettings:
-    """How much of everything.
-
-    Attributes:
-        beta: SimPO's reward scale.
-        gamma: SimPO's target margin.
-        n_generations: prompts to continue, token by token.
-        n_coherence: prompts to answer for the figures of coherence.
-        max_new_tokens: length limit of an answer.
-        n_random: draws of each random control of an ablation.
-        n_single: single features to ablate.
-        n_cards: features to show from near, promoted and suppressed.
-        n_listed: features to keep in each table of use.
-        n_draws: draws of the labels' errors.
-        batch_size: pairs per forward pass.
-        seed: of everything that is drawn.
-    """
-
-    beta: float = 10.0
-    gamma: float = 5.0
-    n_generations: int = 4
-    n_coherence: int = 32
-    max_new_tokens: int = 48
-    n_random: int = 5
-    n_single: int = 20
-    n_cards: int = 8
-    n_listed: int = 200
-    n_draws: int = 200
-    batch_size: int = 16
-    seed: int = 0
-
-
-def compute_audit(
-    model: nn.Module,
-    dataset: Sequence[Mapping[str, Any]],
-    tokenizer: Any,
-    *,
-    labels: Labels | None = None,
-    reference_labels: Labels | None = None,
-    out: str | Path | None = None,
-    settings: AuditSettings | None = None,
-    adapter: str = "adapter",
-    dataset_name: str = "data",
-    run_folder: str | Path | None = None,
-    show_progress: bool = True,
-) -> Audit:
-    """Scores, use, composition, ablations, answers and verdicts for one adapter.
-
-    Args:
-        model: a generating model with one FSRL layer.
-        dataset: held-out rows with the texts ``prompt``, ``chosen`` and ``rejected``; read often.
-        tokenizer: the model's tokenizer.
-        labels: what features mean; None leaves out what needs it.
-        reference_labels: a source to check them against.
-        out: folder in which each finished stage is kept, under ``parts``. A later call with the
-            same adapter, base model, data, labels and settings takes it from there. None keeps
-            nothing.
-        settings: how much of everything; None for the defaults.
-        adapter: name or path, shown in the record.
-        dataset_name: shown in the record.
-        run_folder: where the trainer left its state, for the curves of the training.
-        show_progress: show progress bars.
-
-    Raises:
-        ValueError: for more than one FSRL layer, fewer than two rows, or labels of another SAE.
-        ImportError: without the ``audit`` extra.
-    """
-    if len(dataset) < 2:
-        raise ValueError(
-            f"Expected at least two held-out preference pairs, found {len(dataset)} in "
-            f"{dataset_name}."
-        )
-    stages = _Stages(
-        model, dataset, tokenizer, labels, reference_labels, out, settings or AuditSettings(),
-        show_progress,
-    )  # fmt: skip
-    return stages.assemble(adapter, dataset_name, run_folder)
-
-
-class _Stages:
+class Stages:
     """The stages of an audit, each made once."""
 
     def __init__(
@@ -232,12 +144,6 @@ class _Stages:
     def chosen(self) -> Usage:
         return self.usages[0]
 
-    @cached_property
-    def rank_frequencies(self) -> tuple[RankFrequency, ...]:
-        return tuple(
-            compute_rank_frequency(usage) for usage in self.usages if len(usage.features) > 1
-        )
-
     def compositions(self) -> tuple[Composition, ...]:
         if not self.categories:
             return self.skip("compositions", _NO_LABELS)
@@ -276,7 +182,7 @@ class _Stages:
     def single(self) -> FeatureAblations | None:
         n = self.settings.n_single
         if not n or len(self.chosen.features) < 2:
-            self.skip("single", _NO_STEERING if n else "Not asked for.")
+            self.skip("single", _NO_STEERING if n else _NOT_ASKED)
             return None
 
         def ablate() -> FeatureAblations:
@@ -313,9 +219,73 @@ class _Stages:
 
     def prompts(self, n: int) -> list[str]:
         """Different prompts, in the order of the data."""
-        found: dict[str, None] = {}
-        for row in self.dataset:
-            if len(found) == n:
-                break
-            found[row["prompt"]] = None
-        return list(found)
+        found = dict.fromkeys(row["prompt"] for row in self.dataset)
+        return list(found)[:n]
+
+    def coherence(self) -> tuple[VariantCoherence, ...]:
+        n = min(self.settings.n_coherence, len(self.dataset))
+        prompts = [self.dataset[row]["prompt"] for row in range(n)]
+        if not prompts:
+            return self.skip("coherence", _NOT_ASKED)
+
+        def sample() -> tuple[VariantCoherence, ...]:
+            return compare_coherence(
+                self.model,
+                prompts,
+                self.tokenizer,
+                without=self.categories,
+                batch_size=self.settings.batch_size,
+                **self.sampling,
+            )
+
+        kind, key = tuple[VariantCoherence, ...], (self.label_key, len(prompts), self.sampling)
+        return self.parts.make("coherence", kind, sample, *key)
+
+    def generations(self) -> tuple[Generation, ...]:
+        prompts = self.prompts(self.settings.n_generations)
+        if not prompts:
+            return self.skip("generations", _NOT_ASKED)
+
+        def sample() -> tuple[Generation, ...]:
+            return compare_generations(
+                self.model, prompts, self.tokenizer, without=self.categories, **self.sampling
+            )
+
+        key = (self.label_key, len(prompts), self.sampling)
+        return self.parts.make("generations", tuple[Generation, ...], sample, *key)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.settings.max_new_tokens, "seed": self.settings.seed}
+
+    def cards(self) -> tuple[tuple[FeatureCard, ...], tuple[FeatureCard, ...]]:
+        """The features most promoted, and those most suppressed."""
+        uses, n = self.chosen.features, self.settings.n_cards
+        ordered = sorted(uses, key=lambda use: -use.mean_steering)
+        promoted = [use for use in ordered if use.mean_steering > 0][:n]
+        suppressed = [use for use in reversed(ordered) if use.mean_steering < 0][:n]
+        wanted = [use.feature for use in (*promoted, *suppressed)]
+        if not wanted:
+            self.skip("promoted", _NOT_ASKED if uses else _NO_STEERING)
+            return (), ()
+
+        def look() -> tuple[FeatureEvidence, ...]:
+            # Nothing is held out here: nobody tests descriptions on the rest.
+            options = {"held_out": 0.0, "batch_size": self.settings.batch_size}
+            return self.run(collect_evidence, "contexts", wanted, n_contexts=3, **options)
+
+        found = self.parts.make("evidence", tuple[FeatureEvidence, ...], look, wanted)
+        evidence = {each.feature: each for each in found}
+        labels = {each.feature: each for each in (self.labels.features if self.labels else ())}
+
+        def card(use: Any) -> FeatureCard:
+            feature = use.feature
+            url = feature_url(self.info.neuronpedia_id, feature)
+            return FeatureCard(use, labels.get(feature), evidence.get(feature), url)
+
+        return tuple(map(card, promoted)), tuple(map(card, suppressed))
+
+    def skip(self, part: str, why: str) -> tuple[Any, ...]:
+        """Note why a part is missing."""
+        self.notes[part] = why
+        return ()
