@@ -156,7 +156,8 @@ def _cosines(
 
 
 def _rows(layer: FSRLLayer, name: str, features: Sequence[int]) -> Tensor:
-    adapter, index = layer.fsrl_adapter[name], layer.fsrl_sae[name].feature_index.tolist()
+    adapter: Any = layer.fsrl_adapter[name]
+    index = layer.fsrl_sae[name].feature_index.tolist()
     place = {feature: row for row, feature in enumerate(index)}
     rows = torch.tensor([place[feature] for feature in features], device=adapter.weight.device)
     weight = adapter.weight.detach()[rows].double()

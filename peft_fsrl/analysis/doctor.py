@@ -167,7 +167,7 @@ def _capturing(model: nn.Module, places: list[Place]) -> Iterator[dict[Place, Te
 
     def keep(place: Place) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = args[0] if args else next(iter(kwargs.values()), None)
+            given: Any = args[0] if args else next(iter(kwargs.values()), None)
             found[place] = given if place.takes_input else hidden_states_of(output)
 
         return hook

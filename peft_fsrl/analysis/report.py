@@ -11,6 +11,7 @@ from .records import (
     Generation,
     PreferenceScores,
     Summary,
+    SweepPoint,
     Usage,
     VariantCoherence,
 )
@@ -101,6 +102,29 @@ def render_ablations(
         )
     headers = ["features that", "n", "loss", "accuracy", "rise", "95 %", "of gain"]
     return _table([*headers, "n random", "same mass"], rows)
+
+
+def render_variants(
+    variants: Mapping[str, Sequence[SweepPoint]], limits: Sequence[float] = (1, 2, 4, 8, 16)
+) -> str:
+    """Lowest held-out loss of each variant with no more than so many features per token.
+
+    Args:
+        variants: runs by the name of their variant, for example from ``by_penalty``.
+        limits: numbers of features per token.
+    """
+    rows = []
+    for limit in limits:
+        cells = []
+        for points in variants.values():
+            found = [
+                (point.loss, point.l0)
+                for point in points
+                if point.loss is not None and point.l0 is not None and point.l0 <= limit
+            ]
+            cells.append("{:.3f} (l0 {:.2f})".format(*min(found)) if found else "-")
+        rows.append([f"{limit:g}", *cells])
+    return _table(["l0 at most", *variants], rows)
 
 
 def _mean_rise(draws: Sequence[PreferenceScores], trained: PreferenceScores) -> str:

@@ -62,8 +62,8 @@ def judge_coherence(variants: Sequence[VariantCoherence]) -> Finding:
         question,
         verdict,
         f"Perplexity of {trained.n} sampled answers under the base model: "
-        f"{trained.perplexity:.3g}, {ratio:.2g} times that of the base model's own (as before up to "
-        f"{COHERENT_PERPLEXITY:g}, lost above {INCOHERENT_PERPLEXITY:g}). Repeated 4-grams: "
+        f"{trained.perplexity:.3g}, {ratio:.2g} times that of the base model's own (as before up "
+        f"to {COHERENT_PERPLEXITY:g}, lost above {INCOHERENT_PERPLEXITY:g}). Repeated 4-grams: "
         f"{trained.repetition:.1%} against {base.repetition:.1%}.",
     )
 

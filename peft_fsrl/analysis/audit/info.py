@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -34,8 +35,8 @@ def describe_adapter(model: nn.Module, layer: FSRLLayer) -> AdapterInfo:
         settings["features"] = f"{sae.n_features:,} of {sae.info.d_sae:,}"
     return AdapterInfo(
         adapter=name,
-        base_model=getattr(base_model(model), "name_or_path", None) or None,
-        sae=_describe_reference(config.sae) or layer.layer_name,
+        base_model=_short_name(getattr(base_model(model), "name_or_path", None) or None),
+        sae=_describe_reference(config.sae) or sae.info.fingerprint[:16],
         neuronpedia_id=sae.info.neuronpedia_id,
         hook_name=sae.info.hook_name,
         fingerprint=sae.info.fingerprint,
@@ -88,5 +89,12 @@ def require_labels_of(labels: Labels | None, fingerprint: str, d_sae: int) -> No
 def _describe_reference(reference: Any) -> str | None:
     if isinstance(reference, Mapping):
         names = [str(reference[key]) for key in ("release", "sae_id", "path") if key in reference]
-        return "/".join(names) or None
-    return str(reference) if reference else None
+        reference = "/".join(names)
+    return _short_name(str(reference)) if reference else None
+
+
+def _short_name(name: str | None) -> str | None:
+    """A name from the Hub as it is; of a folder only its end, for the rest says where it lay."""
+    if name is None or not Path(name).is_absolute():
+        return name
+    return "/".join(Path(name).parts[-2:])
