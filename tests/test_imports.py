@@ -104,6 +104,9 @@ ALLOWED = {
         "targets",
     },
     "analysis": {"_running", "analysis", "objectives", "steering", "tokens"},
+    "cli.eval": {"analysis", "config", "data", "organism", "steering"},
+    "cli.harness": {"analysis.harness"},
+    "cli": set(),
     "organism": {"", "config", "equivalence", "functional", "layer", "model", "organism", "sae"}
     | {"steering"},
 }
@@ -111,6 +114,7 @@ ALLOWED = {
 OPTIONAL = {
     "sae_lens": {"_sae_modules", "organism", "sae", "sae_sources"},
     "trl": {"data", "simpo", "trl"},
+    "lm_eval": {"analysis.harness"},
     "matplotlib": {"analysis.plots"},
     "scipy": {"analysis.statistics"},
     "sklearn": {"analysis.statistics"},

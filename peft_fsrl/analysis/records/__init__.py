@@ -13,6 +13,7 @@ from .audit import (
     Summary,
 )
 from .base import Interval, Record
+from .benchmarks import Evaluation, PreferenceComparison, TaskFigure, TaskScores
 from .effects import (
     Ablation,
     FeatureAblation,
@@ -49,6 +50,7 @@ __all__ = [
     "Continuation",
     "Correspondence",
     "Curve",
+    "Evaluation",
     "FeatureAblation",
     "FeatureAblations",
     "FeatureCard",
@@ -63,6 +65,7 @@ __all__ = [
     "Labels",
     "LayerEffect",
     "LengthBucket",
+    "PreferenceComparison",
     "PreferenceScores",
     "RankFrequency",
     "Record",
@@ -77,6 +80,8 @@ __all__ = [
     "StratumEffect",
     "Summary",
     "SweepPoint",
+    "TaskFigure",
+    "TaskScores",
     "TrainingCurves",
     "Usage",
     "VariantCoherence",
