@@ -93,7 +93,11 @@ ALLOWED = {
     "analysis.report": {"analysis.records"},
     "analysis.statistics": {"analysis.records"},
     "analysis.buckets": {"analysis.records", "analysis.statistics"},
-    "analysis.segments": {"_running", "analysis.preferences", "layer", "steering", "tokens"},
+    "analysis.segments": {"_running", "analysis.preferences", "layer", "sae", "steering", "tokens"},
+    "analysis.composition": {"analysis", "sae"},
+    "analysis.curves": {"analysis.records"},
+    "analysis.single": {"_outputs", "_running", "analysis", "functional", "layer", "objectives"}
+    | {"steering"},
     "analysis.ranking": {
         "_outputs",
         "analysis",
@@ -116,6 +120,7 @@ OPTIONAL = {
     "trl": {"data", "simpo", "trl"},
     "lm_eval": {"analysis.harness"},
     "matplotlib": {"analysis.plots"},
+    "openai": {"analysis.labels.judge"},
     "scipy": {"analysis.statistics"},
     "sklearn": {"analysis.statistics"},
 }

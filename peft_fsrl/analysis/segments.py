@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,12 +12,13 @@ from tqdm.auto import tqdm
 
 from .._running import evaluating
 from ..layer import FSRLLayer
+from ..sae import FrozenSAE
 from ..steering import SteeringEvent, fsrl_layers, observe
 from ..tokens import tokenize
 from .preferences import Batch, batched, pad
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float
 
 SEGMENTS = ("prompt", "chosen", "rejected", "prompt_chosen", "prompt_rejected")
 # Encoding needs a few times (tokens, d_sae) numbers at once: this many tokens, whatever the batch.
@@ -24,19 +26,19 @@ _CHUNK = 256
 
 
 class TokenChunk(NamedTuple):
-    """Some tokens that count, of one forward pass.
+    """Some tokens that count, all of one text.
 
     Attributes:
         v: steering vectors, shape ``(tokens, n_features)``.
-        active: which features the SAE itself finds, shape ``(tokens, n_features)``.
+        active: gives which features the SAE itself finds, shape ``(tokens, n_features)``.
         members: which of the segments each token belongs to, shape ``(segments, tokens)``.
-        rows: number of the row of the data set that each comes from, shape ``(tokens,)``.
+        row: number of the row of the data set that the text comes from.
     """
 
     v: Float[Tensor, "tokens n_features"]
-    active: Bool[Tensor, "tokens n_features"]
+    active: Callable[[], Bool[Tensor, "tokens n_features"]]
     members: Bool[Tensor, "segments tokens"]
-    rows: Int[Tensor, "tokens"]
+    row: int
 
 
 def special_ids(tokenizer: Any) -> list[int]:
@@ -61,6 +63,22 @@ def only_layer(model: nn.Module) -> FSRLLayer:
         raise ValueError(f"Expected one FSRL layer, found {sorted(layers)}.")
     [layer] = layers.values()
     return layer
+
+
+def active_sae(model: nn.Module) -> FrozenSAE:
+    """The SAE that the active adapter of the one steering layer writes through.
+
+    Raises:
+        ValueError: for several layers, or if no adapter of this layer is active.
+    """
+    layer = only_layer(model)
+    found = [layer.fsrl_sae[name] for name in layer.active_adapters if name in layer.fsrl_sae]
+    if not found:
+        raise ValueError(
+            f"None of the adapters {sorted(layer.fsrl_sae)} is active on {layer.layer_name!r}. "
+            "Activate one with `set_adapter`."
+        )
+    return found[0]
 
 
 def stream_tokens(
@@ -155,10 +173,13 @@ def _chunks(
     n = len(wanted) // n_sides
     for number, sequence in enumerate(wanted):
         places = sequence.nonzero().flatten()
-        # An encoder that looks back needs the sequence from its start.
-        whole = sae.encode(event.hidden_states[number : number + 1])[0] if sae.contextual else None
-        row = torch.tensor(first_row + number % n, device=places.device)
-        for part in places.split(_CHUNK):
-            f = sae.encode(event.hidden_states[number, part]) if whole is None else whole[part]
+        for part in places.split(_CHUNK) if len(places) else ():
             v = event.steering_vector[number, part]
-            yield TokenChunk(v, f != 0, members[:, number, part], row.expand(len(part)))
+            active = partial(_active, sae, event.hidden_states[number], part)
+            yield TokenChunk(v, active, members[:, number, part], first_row + number % n)
+
+
+def _active(sae: FrozenSAE, x: Tensor, places: Tensor) -> Tensor:
+    # An encoder that looks back needs the text from its start.
+    f = sae.encode(x[None])[0][places] if sae.contextual else sae.encode(x[places])
+    return f != 0

@@ -177,6 +177,17 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
     return Line(float(result.slope), float(result.intercept), float(result.rvalue) ** 2)
 
 
+def slope_through_zero(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Slope of ``y = slope * x`` by least squares; None where no ``x`` differs from zero.
+
+    Raises:
+        ValueError: for sequences of unlike lengths.
+    """
+    weight = sum(a * a for a in x)
+    products = sum(a * b for a, b in zip(x, y, strict=True))
+    return products / weight if weight else None
+
+
 def _bootstrap(
     statistic: Callable[..., Any],
     columns: tuple[Sequence[float], ...],

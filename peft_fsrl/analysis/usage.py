@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import statistics
 from .records import FeatureUse, RankFrequency, Usage
-from .segments import TokenChunk, only_layer, stream_tokens
+from .segments import TokenChunk, active_sae, stream_tokens
 
 
 def compute_usage(
@@ -79,9 +79,7 @@ def compute_usages(
         batch_size=batch_size,
         description=description,
     )
-    layer = only_layer(model)
-    [adapter] = [name for name in layer.active_adapters if name in layer.fsrl_sae]
-    index = layer.fsrl_sae[adapter].feature_index.tolist()
+    index = active_sae(model).feature_index.tolist()
     return totals.to_usages(segments, index, labels or {})
 
 
@@ -129,7 +127,7 @@ class _Totals:
 
     def add(self, chunk: TokenChunk) -> None:
         members, v = chunk.members.double(), chunk.v.double()
-        quantities = (v != 0, v, v.abs(), v > 0, chunk.active)
+        quantities = (v != 0, v, v.abs(), v > 0, chunk.active())
         sums = torch.stack([members @ quantity.double() for quantity in quantities])
         self._sums = sums if self._sums is None else self._sums + sums
         n_tokens = members.sum(dim=1)

@@ -23,7 +23,18 @@ from .effects import (
     StratumEffect,
 )
 from .equivalence import Correspondence, StandIn
-from .labels import Agreement, Context, FeatureEvidence, FeatureLabel, Labels, Robustness
+from .labels import (
+    Agreement,
+    Context,
+    Detection,
+    FeatureEvidence,
+    FeatureLabel,
+    HeldOutContexts,
+    Judgement,
+    Labels,
+    Robustness,
+    Spend,
+)
 from .preferences import LengthBucket, PreferenceScores, WinRate
 from .texts import (
     Coherence,
@@ -50,6 +61,7 @@ __all__ = [
     "Continuation",
     "Correspondence",
     "Curve",
+    "Detection",
     "Evaluation",
     "FeatureAblation",
     "FeatureAblations",
@@ -61,7 +73,9 @@ __all__ = [
     "FeatureUse",
     "Finding",
     "Generation",
+    "HeldOutContexts",
     "Interval",
+    "Judgement",
     "Labels",
     "LayerEffect",
     "LengthBucket",
@@ -72,6 +86,7 @@ __all__ = [
     "Robustness",
     "SAEFit",
     "Setting",
+    "Spend",
     "StandIn",
     "StaticDynamic",
     "SteeredFeature",

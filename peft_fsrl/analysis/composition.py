@@ -1,0 +1,304 @@
+"""What kinds of features an adapter steers, against what kinds the SAE finds in the same texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..sae import FrozenSAE
+from . import statistics
+from .records import CategoryShare, Composition, Interval
+from .segments import TokenChunk, active_sae, stream_tokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+OTHER = "other"
+_SEGMENTS = ("prompt", "prompt_chosen", "prompt_rejected")
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureCounts:
+    """On how many tokens of a segment each feature is steered, and active.
+
+    Attributes:
+        segment: the tokens that count; see ``Usage``.
+        n_tokens: how many there are.
+        n_examples: texts that they come from.
+        steered: tokens on which the adapter steers each feature of the SAE, shape ``(d_sae,)``.
+        active: tokens on which the SAE finds it, shape ``(d_sae,)``.
+    """
+
+    segment: str
+    n_tokens: int
+    n_examples: int
+    steered: Int[Tensor, "d_sae"]
+    active: Int[Tensor, "d_sae"]
+
+
+class Share(NamedTuple):
+    """A category's share among the steered and among the active pairs of token and feature.
+
+    ``enrichment`` is the first over the second. A share of nothing is 0, and where no pair of the
+    category is active, half a pair is taken for none.
+    """
+
+    steered_share: float
+    active_share: float
+    enrichment: float
+
+
+def compute_compositions(
+    model: nn.Module,
+    dataset: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    categories: Mapping[str, Sequence[int]],
+    *,
+    segments: Sequence[str] = _SEGMENTS,
+    batch_size: int = 16,
+    seed: int = 0,
+    description: str | None = None,
+) -> tuple[Composition, ...]:
+    """Shares of categories among steered and active features, bootstrapped over examples.
+
+    Pairs of token and feature count. A feature may be in two categories and then counts in both, so
+    shares need not sum to one; ``"other"`` has the features in none. Where nothing is steered on a
+    segment, its shares are 0 in an interval from 0 to 1. Kept are a few counts per example. Of an
+    adapter that stores only some features, only these count as active.
+
+    Args:
+        model: a model with one FSRL layer.
+        dataset: rows with the text ``prompt`` and the answers that the segments name.
+        tokenizer: the model's tokenizer.
+        categories: feature indices by category.
+        segments: see ``Usage``.
+        batch_size: rows per forward pass.
+        seed: of the bootstrap.
+        description: shown beside the progress bar; None shows no bar.
+
+    Returns:
+        One record per segment, in their order.
+
+    Raises:
+        ValueError: for a category named ``"other"``, fewer than two examples, a segment
+            without a token that counts, and as ``stream_tokens`` does.
+        IndexError: for a feature that the SAE does not have.
+        ImportError: without the ``audit`` extra.
+    """
+    _refuse_other(categories)
+    sae = active_sae(model)
+    counter = _ExampleCounter(_membership(sae, categories))
+    n_examples = stream_tokens(
+        model,
+        dataset,
+        tokenizer,
+        segments,
+        counter.add,
+        batch_size=batch_size,
+        description=description,
+    )
+    counter.extend(n_examples)
+    sizes = _sizes(categories, sae.info.d_sae)
+    return tuple(
+        counter.to_composition(number, segment, sizes, seed)
+        for number, segment in enumerate(segments)
+    )
+
+
+def count_features(
+    model: nn.Module,
+    dataset: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    segments: Sequence[str] = _SEGMENTS,
+    batch_size: int = 16,
+    description: str | None = None,
+) -> dict[str, FeatureCounts]:
+    """Counts per feature, from which ``composition_of`` makes shares for any labels.
+
+    Args:
+        model: a model with one FSRL layer.
+        dataset: rows with the text ``prompt`` and the answers that the segments name.
+        tokenizer: the model's tokenizer.
+        segments: see ``Usage``.
+        batch_size: rows per forward pass.
+        description: shown beside the progress bar; None shows no bar.
+
+    Returns:
+        By segment.
+
+    Raises:
+        ValueError: as ``stream_tokens`` does.
+    """
+    sae = active_sae(model)
+    shape = (len(segments), sae.n_features)
+    totals = {name: torch.zeros(shape, dtype=torch.float64) for name in ("steered", "active")}
+    n_tokens = torch.zeros(len(segments), dtype=torch.long)
+
+    def add(chunk: TokenChunk) -> None:
+        members = chunk.members.double()
+        totals["steered"] += (members @ (chunk.v != 0).double()).cpu()
+        totals["active"] += (members @ chunk.active().double()).cpu()
+        n_tokens.add_(chunk.members.sum(dim=1).cpu())
+
+    n_examples = stream_tokens(
+        model, dataset, tokenizer, segments, add, batch_size=batch_size, description=description
+    )
+
+    def whole(counts: Tensor) -> Tensor:
+        return torch.zeros(sae.info.d_sae, dtype=torch.long).index_add(
+            0, sae.feature_index, counts.long()
+        )
+
+    return {
+        segment: FeatureCounts(
+            segment,
+            int(n_tokens[number]),
+            n_examples,
+            whole(totals["steered"][number]),
+            whole(totals["active"][number]),
+        )
+        for number, segment in enumerate(segments)
+    }
+
+
+def composition_of(
+    counts: FeatureCounts, categories: Mapping[str, Sequence[int]]
+) -> dict[str, Share]:
+    """The shares that ``compute_compositions`` finds, without intervals and without the model.
+
+    Args:
+        counts: from ``count_features``.
+        categories: feature indices by category; each of these features counts once per category.
+
+    Returns:
+        By category, ``"other"`` last.
+
+    Raises:
+        ValueError: for a category named ``"other"``.
+        IndexError: for a feature that the SAE does not have.
+    """
+    _refuse_other(categories)
+    total = torch.stack([counts.steered, counts.active])
+    n_steered, n_active = total.sum(dim=1).tolist()
+    in_none = torch.ones(total.shape[1], dtype=torch.bool)
+    found = {}
+    for name, features in categories.items():
+        index = torch.tensor(sorted(set(features)), dtype=torch.long)
+        if len(index) and not 0 <= int(index[0]) <= int(index[-1]) < total.shape[1]:
+            raise IndexError(
+                f"Category {name!r} has features {int(index[0])} to {int(index[-1])}, but the SAE "
+                f"has 0 to {total.shape[1] - 1}."
+            )
+        in_none[index] = False
+        found[name] = total[:, index].sum(dim=1).tolist()
+    found[OTHER] = total[:, in_none].sum(dim=1).tolist()
+    shares = {}
+    for name, (steered, active) in found.items():
+        above, below = steered / max(n_steered, 0.5), active / max(n_active, 0.5)
+        enrichment = above * max(n_active, 0.5) / max(active, 0.5)
+        shares[name] = Share(above, below, enrichment)
+    return shares
+
+
+class _ExampleCounter:
+    """Steered and active pairs of every example, by segment and category."""
+
+    def __init__(self, membership: Tensor) -> None:
+        self._membership = membership
+        self._rows: list[Tensor] = []
+        self._n_tokens: Tensor | None = None
+        self._shape = torch.Size()
+
+    def extend(self, n_examples: int) -> None:
+        """Make room; an example of which no token counts has zeros."""
+        missing = n_examples - len(self._rows)
+        self._rows += [torch.zeros(self._shape, dtype=torch.float64) for _ in range(missing)]
+
+    def add(self, chunk: TokenChunk) -> None:
+        membership = self._membership = self._membership.to(chunk.v.device)
+        members = chunk.members.double()
+        steered = members @ ((chunk.v != 0).double() @ membership)
+        active = members @ (chunk.active().double() @ membership)
+        counts = torch.stack([steered, active], dim=1).cpu()
+        self._shape = counts.shape
+        self.extend(chunk.row + 1)
+        self._rows[chunk.row] += counts
+        n_tokens = chunk.members.sum(dim=1).cpu()
+        self._n_tokens = n_tokens if self._n_tokens is None else self._n_tokens + n_tokens
+
+    def to_composition(
+        self, number: int, segment: str, sizes: Mapping[str, int], seed: int
+    ) -> Composition:
+        if self._n_tokens is None or not self._n_tokens[number]:
+            raise ValueError(f"The segment {segment!r} has no token that counts.")
+        # The last column has all features; the shape is (2, categories + 1, examples).
+        steered, active = torch.stack([row[number] for row in self._rows], dim=-1)
+        shares = tuple(
+            _category_share(name, size, steered[[place, -1]], active[[place, -1]], seed)
+            for place, (name, size) in enumerate(sizes.items())
+        )
+        return Composition(segment, int(self._n_tokens[number]), len(self._rows), shares)
+
+
+def _category_share(
+    name: str,
+    n_features: int,
+    steered: Float[Tensor, "2 examples"],
+    active: Float[Tensor, "2 examples"],
+    seed: int,
+) -> CategoryShare:
+    (of_category, of_all), (found, found_all) = steered.tolist(), active.tolist()
+    active_share = _share(found, found_all, seed)
+    if sum(of_all):
+        enrichment = statistics.ratio_of_ratios_interval(
+            (of_category, of_all), (found, found_all), seed=seed
+        )
+    else:
+        enrichment = Interval(0.0, 0.0, 1 / max(active_share.value, 0.5 / max(sum(found_all), 0.5)))
+    return CategoryShare(
+        category=name,
+        n_features=n_features,
+        steered=round(sum(of_category)),
+        n_steered=round(sum(of_all)),
+        active=round(sum(found)),
+        n_active=round(sum(found_all)),
+        steered_share=_share(of_category, of_all, seed),
+        active_share=active_share,
+        enrichment=enrichment,
+    )
+
+
+def _share(part: Sequence[float], whole: Sequence[float], seed: int) -> Interval:
+    if not sum(whole):
+        return Interval(0.0, 0.0, 1.0)
+    return statistics.ratio_interval(part, whole, seed=seed)
+
+
+def _membership(
+    sae: FrozenSAE, categories: Mapping[str, Sequence[int]]
+) -> Float[Tensor, "n_features columns"]:
+    """A column per category, one for the features in none, and one for all."""
+    columns = torch.zeros(sae.n_features, len(categories) + 2, dtype=torch.float64)
+    for number, features in enumerate(categories.values()):
+        columns[sae.positions(features), number] = 1.0
+    columns[:, -2] = (columns.sum(dim=1) == 0).double()
+    columns[:, -1] = 1.0
+    return columns
+
+
+def _sizes(categories: Mapping[str, Sequence[int]], d_sae: int) -> dict[str, int]:
+    held = {feature for features in categories.values() for feature in features}
+    sizes = {name: len(set(features)) for name, features in categories.items()}
+    return {**sizes, OTHER: d_sae - len(held)}
+
+
+def _refuse_other(categories: Mapping[str, Sequence[int]]) -> None:
+    if OTHER in categories:
+        raise ValueError(
+            f"The name {OTHER!r} is kept for the features in no category. Rename the category."
+        )
