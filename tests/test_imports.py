@@ -108,6 +108,9 @@ ALLOWED = {
         "targets",
     },
     "analysis": {"_running", "analysis", "objectives", "steering", "tokens"},
+    "cli.eval": {"analysis", "config", "data", "organism", "steering"},
+    "cli.harness": {"analysis.harness"},
+    "cli": set(),
     "organism": {"", "config", "equivalence", "functional", "layer", "model", "organism", "sae"}
     | {"steering"},
 }
@@ -115,7 +118,7 @@ ALLOWED = {
 OPTIONAL = {
     "sae_lens": {"_sae_modules", "organism", "sae", "sae_sources"},
     "trl": {"data", "simpo", "trl"},
-    "matplotlib": {"analysis.plots"},
+    "lm_eval": {"analysis.harness"},
     "openai": {"analysis.labels.judge"},
     "matplotlib": {"analysis.plots._style"},
     "scipy": {"analysis.statistics"},

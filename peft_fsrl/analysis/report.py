@@ -9,11 +9,16 @@ from .records import (
     Ablation,
     Continuation,
     Generation,
+    Interval,
+    LengthBucket,
     PreferenceScores,
     Summary,
     SweepPoint,
+    TaskFigure,
+    TaskScores,
     Usage,
     VariantCoherence,
+    WinRate,
 )
 
 _WIDTH = 98
@@ -193,6 +198,60 @@ def render_coherence(variants: Sequence[VariantCoherence]) -> str:
     ]
     headers = ["", "answers", "perplexity", "repetition", "distinct-1", "distinct-2"]
     return _table([*headers, "tokens", "ended"], rows)
+
+
+def render_tasks(tasks: Sequence[TaskScores]) -> str:
+    """The harness's figures of base and trained model side by side, with its standard errors."""
+    found: dict[tuple[str, str], dict[str, TaskFigure]] = {}
+    for scores in tasks:
+        for figure in scores.figures:
+            found.setdefault((figure.task, figure.metric), {})[scores.model] = figure
+    rows = []
+    for (task, metric), models in found.items():
+        figures = [models.get(name) for name in ("base", "trained")]
+        known = [figure for figure in figures if figure is not None]
+        counts = {str(figure.n) for figure in known if figure.n is not None}
+        arrow = {True: " (up)", False: " (down)", None: ""}[known[0].higher_is_better]
+        change = f"{known[1].value - known[0].value:+.4f}" if len(known) == 2 else "-"
+        columns = [_with_error(figure) for figure in figures]
+        rows.append([f"{task}: {metric}{arrow}", "/".join(sorted(counts)), *columns, change])
+    return _table(["task: metric", "n", "base", "trained", "change"], rows)
+
+
+def render_buckets(buckets: Sequence[LengthBucket]) -> str:
+    """Accuracy and margin by answer length, of the base model and the trained one."""
+    rows = [
+        [
+            f"{each.shortest:g} to {each.longest:g}",
+            str(each.n),
+            _share(each.base_accuracy),
+            _share(each.accuracy),
+            f"{each.base_margin.value:+.2f}",
+            f"{each.margin.value:+.2f} [{each.margin.low:+.2f}, {each.margin.high:+.2f}]",
+        ]
+        for each in buckets
+    ]
+    headers = ["tokens", "pairs", "base accuracy", "accuracy", "base margin", "margin"]
+    return _table(headers, rows)
+
+
+def render_win_rate(found: WinRate) -> str:
+    """A win rate and what it rests on, in one sentence."""
+    return (
+        f"{found.judge} prefers {found.model} to {found.opponent} in {_share(found.win_rate)} of "
+        f"{found.n} prompts ({found.wins} wins, {found.ties} ties, {found.losses} losses; the same "
+        f"verdict in both orders in {found.consistency:.0%}; {found.unreadable} answers unreadable)"
+    )
+
+
+def _with_error(figure: TaskFigure | None) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure.value:.4f}" + ("" if figure.stderr is None else f" ± {figure.stderr:.4f}")
+
+
+def _share(interval: Interval) -> str:
+    return f"{interval.value:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
 
 
 def _paragraph(name: str, text: str) -> str:

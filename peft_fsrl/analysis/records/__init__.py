@@ -13,6 +13,7 @@ from .audit import (
     Summary,
 )
 from .base import Interval, Record, from_plain, to_plain
+from .benchmarks import Evaluation, PreferenceComparison, TaskFigure, TaskScores
 from .effects import (
     Ablation,
     FeatureAblation,
@@ -61,6 +62,7 @@ __all__ = [
     "Correspondence",
     "Curve",
     "Detection",
+    "Evaluation",
     "FeatureAblation",
     "FeatureAblations",
     "FeatureCard",
@@ -77,6 +79,7 @@ __all__ = [
     "Labels",
     "LayerEffect",
     "LengthBucket",
+    "PreferenceComparison",
     "PreferenceScores",
     "RankFrequency",
     "Record",
@@ -92,6 +95,8 @@ __all__ = [
     "StratumEffect",
     "Summary",
     "SweepPoint",
+    "TaskFigure",
+    "TaskScores",
     "TrainingCurves",
     "Usage",
     "VariantCoherence",
