@@ -49,6 +49,7 @@ def compute_checkup(
     compare_model: nn.Module | None = None,
     model_name: str = "model",
     compare_name: str = "compared model",
+    sae_name: str | None = None,
     dataset_name: str = "data",
     batch_size: int = 8,
     max_length: int | None = None,
@@ -72,6 +73,7 @@ def compute_checkup(
             model of an instruct model.
         model_name: shown in the record.
         compare_name: shown in the record.
+        sae_name: shown in the record; None for what the SAE says of itself.
         dataset_name: shown in the record.
         batch_size: texts per forward pass.
         max_length: cuts the end of longer answers.
@@ -112,9 +114,8 @@ def compute_checkup(
         _fit(spot, name, spot == place and name == model_name, total)
         for (name, spot), total in totals.items()
     )
-    reference = frozen.info.hook_name or frozen.info.fingerprint[:16]
-    name = sae if isinstance(sae, str) else reference
-    return Checkup(name, dataset_name, fits, judge_fits(fits))
+    reference = sae_name or frozen.info.hook_name or frozen.info.fingerprint[:16]
+    return Checkup(reference, dataset_name, fits, judge_fits(fits))
 
 
 def _places(model: nn.Module, sae: FrozenSAE, layer: int | None) -> tuple[Place, list[Place]]:

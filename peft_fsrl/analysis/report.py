@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
+from .layout import paragraph as _paragraph
+from .layout import table as _table
+from .layout import title as _title
 from .records import (
     Ablation,
     Continuation,
@@ -20,8 +22,6 @@ from .records import (
     VariantCoherence,
     WinRate,
 )
-
-_WIDTH = 98
 
 
 def render_summary(summary: Summary, n_features: int = 10) -> str:
@@ -254,31 +254,5 @@ def _share(interval: Interval) -> str:
     return f"{interval.value:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
 
 
-def _paragraph(name: str, text: str) -> str:
-    return textwrap.fill(
-        text.strip() or "(nothing)",
-        width=_WIDTH,
-        initial_indent=name,
-        subsequent_indent=" " * len(name),
-        break_long_words=False,
-    )
-
-
 def _in_brackets(text: str | None) -> str:
     return f" ({text})" if text else ""
-
-
-def _title(text: str) -> str:
-    return f"\n{text}\n{'-' * len(text)}"
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
-    lines = []
-    for row in [headers, *rows]:
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]).rstrip())
-    return "\n".join(lines)
