@@ -81,7 +81,7 @@ def compute_checkup(
 
     Raises:
         ValueError: for an SAE of another width, a layer that does not exist, no way to tell where
-            the SAE belongs, or data without an ordinary token.
+            the SAE belongs, two models of one name, or data without an ordinary token.
     """
     frozen = take_sae(sae)
     place, others = _places(model, frozen, layer)
@@ -89,6 +89,8 @@ def compute_checkup(
     check_hidden_size(frozen, model)
     if compare_model is not None:
         check_hidden_size(frozen, compare_model)
+        if compare_name == model_name:
+            raise ValueError(f"Expected two models to compare, got {model_name!r} twice.")
         models[compare_name] = compare_model
     totals = {
         (name, spot): _Totals()

@@ -146,14 +146,14 @@ def load_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str,
 
 def load_label_file(path: str | None) -> Labels | None:
     """Labels from a file; ``organism`` for the truth about the built-in organism."""
-    from ..analysis.labels import load_labels, organism_labels
-
     if path is None:
         return None
-    if path == ORGANISM:
-        from .. import organism
+    from ..analysis.labels import load_labels, organism_labels
 
-        return organism_labels(organism.load())
+    if path == ORGANISM:
+        from ..organism import load
+
+        return organism_labels(load())
     return load_labels(path)
 
 
@@ -171,11 +171,11 @@ def _load_dataset(args: argparse.Namespace) -> tuple[Any, str]:
     from datasets.exceptions import DatasetGenerationError
 
     if args.dataset == ORGANISM:
-        from .. import organism
+        from ..organism import preferences
 
         knobs = {"style": args.style, "honesty": args.honesty}
         # The seed with which examples/simpo.py holds out its pairs.
-        pairs = organism.preferences(args.n_pairs or 400, seed=f"test-{args.seed}", **knobs)
+        pairs = preferences(args.n_pairs or 400, seed=f"test-{args.seed}", **knobs)
         described = ", ".join(f"{name} {value:g}" for name, value in knobs.items())
         return pairs, f"the model organism ({described})"
     path = Path(args.dataset)
@@ -204,6 +204,6 @@ def _path(name: str) -> str:
     """Where a model is; the organism ships with the package."""
     if name != ORGANISM:
         return name
-    from .. import organism
+    from ..organism import load
 
-    return str(organism.load().model_path)
+    return str(load().model_path)

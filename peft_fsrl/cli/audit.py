@@ -83,8 +83,9 @@ def run(args: argparse.Namespace) -> int:
     write_whole(args.out / "audit.html", page)
     if args.update_card:
         add_audit(folder, audit)
-    sys.stdout.write(render_audit(audit))
-    sys.stdout.write(
+    sys.stdout.write(f"{render_audit(audit)}
+The page is {args.out / 'audit.html'}
+")
         f"\nThe page is {args.out / 'audit.html'}, the data {args.out / 'audit.json'}\n"
     )
     return 0

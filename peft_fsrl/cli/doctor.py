@@ -62,6 +62,6 @@ def run(args: argparse.Namespace) -> int:
 def _sae(name: str) -> str:
     if name != ORGANISM:
         return name
-    from .. import organism
+    from ..organism import load
 
-    return str(organism.load().sae_path)
+    return str(load().sae_path)
