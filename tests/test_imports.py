@@ -89,7 +89,7 @@ ALLOWED = {
     }
     | {"sae_sources", "steering", "targets"},
     "analysis.records": {"analysis.records"},
-    "analysis.plots": {"analysis.records"},
+    "analysis.plots": {"analysis.plots", "analysis.records"},
     "analysis.report": {"analysis.records"},
     "analysis.statistics": {"analysis.records"},
     "analysis.buckets": {"analysis.records", "analysis.statistics"},
@@ -117,6 +117,7 @@ OPTIONAL = {
     "trl": {"data", "simpo", "trl"},
     "matplotlib": {"analysis.plots"},
     "openai": {"analysis.labels.judge"},
+    "matplotlib": {"analysis.plots._style"},
     "scipy": {"analysis.statistics"},
     "sklearn": {"analysis.statistics"},
 }

@@ -3,6 +3,8 @@
 from .ablation import ablate_categories
 from .buckets import compute_gain, score_by_length
 from .coherence import compute_coherence
+from .composition import FeatureCounts, composition_of, compute_compositions, count_features
+from .curves import load_training_curves
 from .generations import compare_generations
 from .preferences import score_preferences
 from .ranking import rank_layers
@@ -53,9 +55,11 @@ from .records import (
     VariantCoherence,
     WinRate,
 )
-from .report import render_summary
+from .report import render_summary, render_variants
+from .single import ablate_single_features
+from .static_dynamic import compare_static_dynamic
 from .summary import compute_summary
-from .sweeps import load_sweep, save_sweep
+from .sweeps import by_penalty, load_sweep, save_sweep
 from .usage import compute_rank_frequency, compute_usage, compute_usages
 
 __all__ = [
@@ -75,6 +79,7 @@ __all__ = [
     "FeatureAblation",
     "FeatureAblations",
     "FeatureCard",
+    "FeatureCounts",
     "FeatureDifference",
     "FeatureEffect",
     "FeatureEvidence",
@@ -105,16 +110,24 @@ __all__ = [
     "VariantCoherence",
     "WinRate",
     "ablate_categories",
+    "ablate_single_features",
+    "by_penalty",
     "compare_generations",
+    "compare_static_dynamic",
+    "composition_of",
     "compute_coherence",
+    "compute_compositions",
     "compute_gain",
     "compute_rank_frequency",
     "compute_summary",
     "compute_usage",
     "compute_usages",
+    "count_features",
     "load_sweep",
+    "load_training_curves",
     "rank_layers",
     "render_summary",
+    "render_variants",
     "save_sweep",
     "score_by_length",
     "score_preferences",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from .records import Ablation, Generation, PreferenceScores, Summary, Usage
+from .records import Ablation, Generation, PreferenceScores, Summary, SweepPoint, Usage
 
 _WIDTH = 98
 
@@ -80,7 +80,7 @@ def render_ablations(
         rise = ablation.rise
         rows.append(
             [
-                f"detect {ablation.name}",
+                textwrap.shorten(ablation.name, 24, placeholder=" ..."),
                 str(len(ablation.features)),
                 f"{ablation.scores.loss:.3f}",
                 f"{ablation.scores.accuracy:.1%}",
@@ -91,8 +91,31 @@ def render_ablations(
                 _mean_rise(ablation.same_mass, trained) + _shortfall(ablation),
             ]
         )
-    headers = ["features that", "n", "loss", "accuracy", "rise", "95 %", "of gain"]
+    headers = ["features zeroed", "n", "loss", "accuracy", "rise", "95 %", "of gain"]
     return _table([*headers, "n random", "same mass"], rows)
+
+
+def render_variants(
+    variants: Mapping[str, Sequence[SweepPoint]], limits: Sequence[float] = (1, 2, 4, 8, 16)
+) -> str:
+    """Lowest held-out loss of each variant with no more than so many features per token.
+
+    Args:
+        variants: runs by the name of their variant, for example from ``by_penalty``.
+        limits: numbers of features per token.
+    """
+    rows = []
+    for limit in limits:
+        cells = []
+        for points in variants.values():
+            found = [
+                (point.loss, point.l0)
+                for point in points
+                if point.loss is not None and point.l0 is not None and point.l0 <= limit
+            ]
+            cells.append("{:.3f} (l0 {:.2f})".format(*min(found)) if found else "-")
+        rows.append([f"{limit:g}", *cells])
+    return _table(["l0 at most", *variants], rows)
 
 
 def _mean_rise(draws: Sequence[PreferenceScores], trained: PreferenceScores) -> str:
