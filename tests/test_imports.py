@@ -115,9 +115,8 @@ ALLOWED = {
 OPTIONAL = {
     "sae_lens": {"_sae_modules", "organism", "sae", "sae_sources"},
     "trl": {"data", "simpo", "trl"},
-    "matplotlib": {"analysis.plots"},
-    "openai": {"analysis.labels.judge"},
     "matplotlib": {"analysis.plots._style"},
+    "openai": {"analysis.labels.judge"},
     "scipy": {"analysis.statistics"},
     "sklearn": {"analysis.statistics"},
 }

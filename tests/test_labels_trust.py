@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import cohen_kappa_score, matthews_corrcoef
 
+from peft_fsrl.analysis import statistics
 from peft_fsrl.analysis.composition import FeatureCounts, composition_of
 from peft_fsrl.analysis.labels import (
     compare_judges,
@@ -68,6 +70,20 @@ def test_confusion_mcc_and_kappa_by_hand() -> None:
     [narrow] = compare_labels(judged, people, level=0.5)
     assert found.mcc.low < narrow.mcc.low < narrow.mcc.high < found.mcc.high
     assert error_rates(found) == ErrorRates("style", 6, 2, 1, 11, exact=False)
+
+
+def test_what_is_resampled_is_what_scikit_learn_computes() -> None:
+    for table in itertools.product(range(4), repeat=4):
+        a = np.repeat([1.0, 1.0, 0.0, 0.0], table)
+        b = np.repeat([1.0, 0.0, 1.0, 0.0], table)
+        if len(a) < 2:
+            continue
+        mcc, kappa = statistics._mcc(a, b, axis=-1), statistics._kappa(a, b, axis=-1)
+        if len(set(a)) == 1 or len(set(b)) == 1:
+            assert mcc == kappa == 0
+        else:
+            assert mcc == pytest.approx(matthews_corrcoef(a, b), abs=1e-12)
+            assert kappa == pytest.approx(cohen_kappa_score(a, b), abs=1e-12)
 
 
 def test_judges_against_one_another() -> None:
@@ -202,7 +218,7 @@ def test_intervals_cover_the_truth(tied_to_truth: bool) -> None:
     use follows the truth, it takes strata of use, and plain redrawing must fail, or the test would
     say nothing.
     """
-    n, worlds = 1500, 60
+    n, worlds = 1000, 60
     covered = {"plain": 0, "strata": 0}
     for world in range(worlds):
         rng = np.random.default_rng(world)
@@ -219,7 +235,7 @@ def test_intervals_cover_the_truth(tied_to_truth: bool) -> None:
         judged = labels_of({"style": verdict.tolist()})
         for name, strata in (("plain", None), ("strata", strata_by_use(counts, 1))):
             [found] = propagate_composition(
-                judged, [rates], [counts], strata=strata, n_draws=200, seed=world
+                judged, [rates], [counts], strata=strata, n_draws=100, seed=world
             )
             interval = found.propagated
             covered[name] += interval.low <= true.enrichment <= interval.high
