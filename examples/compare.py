@@ -41,7 +41,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from peft_fsrl import FSRLConfig, load_sae, organism
-from peft_fsrl._outputs import hidden_states_of, replace_hidden_states
 from peft_fsrl.analysis import compute_usage
 from peft_fsrl.analysis.coherence import measure_answers
 from peft_fsrl.analysis.divergence import compute_divergence
@@ -343,7 +342,7 @@ def added(model: nn.Module, layer: int, vector: Tensor) -> Iterator[None]:
     """Add one vector, shape ``(d_in,)``, to the output of a layer at every token."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        return replace_hidden_states(output, hidden_states_of(output) + vector)
+        return output + vector if isinstance(output, Tensor) else (output[0] + vector, *output[1:])
 
     handle = model.get_submodule(decoder_layers(model)[layer]).register_forward_hook(hook)
     try:
