@@ -11,6 +11,15 @@ from .coherence import (
     compare_coherence,
     compute_coherence,
 )
+from .composition import (
+    FeatureCounts,
+    composition_of,
+    compute_compositions,
+    count_features,
+)
+from .curves import (
+    load_training_curves,
+)
 from .generations import (
     compare_generations,
 )
@@ -72,11 +81,19 @@ from .report import (
     render_generations,
     render_steered_tokens,
     render_summary,
+    render_variants,
+)
+from .single import (
+    ablate_single_features,
+)
+from .static_dynamic import (
+    compare_static_dynamic,
 )
 from .summary import (
     compute_summary,
 )
 from .sweeps import (
+    by_penalty,
     load_sweep,
     save_sweep,
 )
@@ -109,6 +126,7 @@ __all__ = [
     "FeatureAblation",
     "FeatureAblations",
     "FeatureCard",
+    "FeatureCounts",
     "FeatureDifference",
     "FeatureEffect",
     "FeatureEvidence",
@@ -139,21 +157,29 @@ __all__ = [
     "VariantCoherence",
     "WinRate",
     "ablate_categories",
+    "ablate_single_features",
+    "by_penalty",
     "compare_coherence",
     "compare_generations",
+    "compare_static_dynamic",
+    "composition_of",
     "compute_coherence",
+    "compute_compositions",
     "compute_gain",
     "compute_rank_frequency",
     "compute_summary",
     "compute_usage",
     "compute_usages",
     "compute_win_rate",
+    "count_features",
     "load_sweep",
+    "load_training_curves",
     "rank_layers",
     "render_coherence",
     "render_generations",
     "render_steered_tokens",
     "render_summary",
+    "render_variants",
     "sample_pairs",
     "save_sweep",
     "score_by_length",

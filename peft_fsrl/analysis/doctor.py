@@ -49,6 +49,7 @@ def compute_checkup(
     compare_model: nn.Module | None = None,
     model_name: str = "model",
     compare_name: str = "compared model",
+    sae_name: str | None = None,
     dataset_name: str = "data",
     batch_size: int = 8,
     max_length: int | None = None,
@@ -72,6 +73,7 @@ def compute_checkup(
             model of an instruct model.
         model_name: shown in the record.
         compare_name: shown in the record.
+        sae_name: shown in the record; None for what the SAE says of itself.
         dataset_name: shown in the record.
         batch_size: texts per forward pass.
         max_length: cuts the end of longer answers.
@@ -79,7 +81,7 @@ def compute_checkup(
 
     Raises:
         ValueError: for an SAE of another width, a layer that does not exist, no way to tell where
-            the SAE belongs, or data without an ordinary token.
+            the SAE belongs, two models of one name, or data without an ordinary token.
     """
     frozen = take_sae(sae)
     place, others = _places(model, frozen, layer)
@@ -87,6 +89,8 @@ def compute_checkup(
     check_hidden_size(frozen, model)
     if compare_model is not None:
         check_hidden_size(frozen, compare_model)
+        if compare_name == model_name:
+            raise ValueError(f"Expected two models to compare, got {model_name!r} twice.")
         models[compare_name] = compare_model
     totals = {
         (name, spot): _Totals()
@@ -112,9 +116,8 @@ def compute_checkup(
         _fit(spot, name, spot == place and name == model_name, total)
         for (name, spot), total in totals.items()
     )
-    reference = frozen.info.hook_name or frozen.info.fingerprint[:16]
-    name = sae if isinstance(sae, str) else reference
-    return Checkup(name, dataset_name, fits, judge_fits(fits))
+    reference = sae_name or frozen.info.hook_name or frozen.info.fingerprint[:16]
+    return Checkup(reference, dataset_name, fits, judge_fits(fits))
 
 
 def _places(model: nn.Module, sae: FrozenSAE, layer: int | None) -> tuple[Place, list[Place]]:
@@ -167,7 +170,7 @@ def _capturing(model: nn.Module, places: list[Place]) -> Iterator[dict[Place, Te
 
     def keep(place: Place) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = args[0] if args else next(iter(kwargs.values()), None)
+            given: Any = args[0] if args else next(iter(kwargs.values()), None)
             found[place] = given if place.takes_input else hidden_states_of(output)
 
         return hook

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
+from .layout import paragraph as _paragraph
+from .layout import table as _table
+from .layout import title as _title
 from .records import (
     Ablation,
     Continuation,
@@ -13,14 +15,13 @@ from .records import (
     LengthBucket,
     PreferenceScores,
     Summary,
+    SweepPoint,
     TaskFigure,
     TaskScores,
     Usage,
     VariantCoherence,
     WinRate,
 )
-
-_WIDTH = 98
 
 
 def render_summary(summary: Summary, n_features: int = 10) -> str:
@@ -106,6 +107,29 @@ def render_ablations(
         )
     headers = ["features that", "n", "loss", "accuracy", "rise", "95 %", "of gain"]
     return _table([*headers, "n random", "same mass"], rows)
+
+
+def render_variants(
+    variants: Mapping[str, Sequence[SweepPoint]], limits: Sequence[float] = (1, 2, 4, 8, 16)
+) -> str:
+    """Lowest held-out loss of each variant with no more than so many features per token.
+
+    Args:
+        variants: runs by the name of their variant, for example from ``by_penalty``.
+        limits: numbers of features per token.
+    """
+    rows = []
+    for limit in limits:
+        cells = []
+        for points in variants.values():
+            found = [
+                (point.loss, point.l0)
+                for point in points
+                if point.loss is not None and point.l0 is not None and point.l0 <= limit
+            ]
+            cells.append("{:.3f} (l0 {:.2f})".format(*min(found)) if found else "-")
+        rows.append([f"{limit:g}", *cells])
+    return _table(["l0 at most", *variants], rows)
 
 
 def _mean_rise(draws: Sequence[PreferenceScores], trained: PreferenceScores) -> str:
@@ -230,31 +254,5 @@ def _share(interval: Interval) -> str:
     return f"{interval.value:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
 
 
-def _paragraph(name: str, text: str) -> str:
-    return textwrap.fill(
-        text.strip() or "(nothing)",
-        width=_WIDTH,
-        initial_indent=name,
-        subsequent_indent=" " * len(name),
-        break_long_words=False,
-    )
-
-
 def _in_brackets(text: str | None) -> str:
     return f" ({text})" if text else ""
-
-
-def _title(text: str) -> str:
-    return f"\n{text}\n{'-' * len(text)}"
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
-    lines = []
-    for row in [headers, *rows]:
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]).rstrip())
-    return "\n".join(lines)

@@ -95,13 +95,12 @@ def compare_static_dynamic(
     by_mass = [use.feature for use in usage.features]
     frequencies = [use.frequency for use in usage.features]
     n_steered = len(by_mass)
-    dynamic, static = [], []
-    for share in shares:
-        n = math.ceil(share * d_sae)
-        kept = score(top_k_steering(model, n), f"{share:.1%} per token")
-        dynamic.append(_level(share, n, _mean_limited(counts, n), kept, seed))
-        fixed = score(only_features(model, by_mass[:n]), f"{share:.1%} fixed")
-        static.append(_level(share, n, sum(frequencies[:n]), fixed, seed))
+    sizes = {share: math.ceil(share * d_sae) for share in shares}
+    # Small shares of a small SAE may all be the same one feature.
+    kept = {n: score(top_k_steering(model, n), f"{n} per token") for n in set(sizes.values())}
+    fixed = {n: score(only_features(model, by_mass[:n]), f"{n} fixed") for n in kept}
+    dynamic = [_level(s, n, _mean_limited(counts, n), kept[n], seed) for s, n in sizes.items()]
+    static = [_level(s, n, sum(frequencies[:n]), fixed[n], seed) for s, n in sizes.items()]
     return StaticDynamic(
         d_sae=d_sae,
         base_loss=base.loss,

@@ -49,6 +49,20 @@ def load_sweep(path: str | Path) -> tuple[SweepPoint, ...]:
         return tuple(_point(row, f"line {reader.line_num} of {path}") for row in reader)
 
 
+def by_penalty(points: Iterable[SweepPoint]) -> dict[str, tuple[SweepPoint, ...]]:
+    """Runs by what made them sparse, as ``plot_variants`` and ``render_variants`` take them.
+
+    ``"L0 penalty"`` has those with an ``l0_coeff``, which only ``jump_relu`` takes, and
+    ``"L1 penalty"`` the others. A name without runs is left out.
+    """
+    points = tuple(points)
+    groups = {
+        "L1 penalty": tuple(point for point in points if not point.l0_coeff),
+        "L0 penalty": tuple(point for point in points if point.l0_coeff),
+    }
+    return {name: group for name, group in groups.items() if group}
+
+
 def _point(row: dict[str, str], place: str) -> SweepPoint:
     # csv's marks of a row that is too long or too short.
     if None in row or None in row.values():

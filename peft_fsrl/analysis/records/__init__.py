@@ -12,7 +12,7 @@ from .audit import (
     Setting,
     Summary,
 )
-from .base import Interval, Record
+from .base import Interval, Record, from_plain, to_plain
 from .benchmarks import Evaluation, PreferenceComparison, TaskFigure, TaskScores
 from .effects import (
     Ablation,
@@ -101,4 +101,6 @@ __all__ = [
     "Usage",
     "VariantCoherence",
     "WinRate",
+    "from_plain",
+    "to_plain",
 ]

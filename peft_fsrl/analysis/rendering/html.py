@@ -5,16 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..records import Audit, FeatureCard
 from . import _formats
+from ._environment import TEMPLATES, make_environment
 from ._svg import adopt_svg
-
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render_audit_html(audit: Audit, figures: Mapping[str, str] | None = None) -> str:
@@ -28,25 +24,15 @@ def render_audit_html(audit: Audit, figures: Mapping[str, str] | None = None) ->
         figures: SVG documents by the name of the part of the audit that they show; see
             ``peft_fsrl.analysis.plots.draw_audit``. A part without one has its table alone.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        finalize=_formats.clean,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in ("fixed", "signed", "short", "percent", "between", "thousands", "shades"):
-        environment.filters[name] = getattr(_formats, name)
-    environment.filters["safe_url"] = _formats.safe_url
-    script = (_TEMPLATES / "script.js").read_text("utf-8")
+    environment = make_environment(autoescape=True, finalize=_formats.clean)
+    script = (TEMPLATES / "script.js").read_text("utf-8")
     adopted = {
         name: adopt_svg(svg, f"figure-{number}", _TITLES[name])
         for number, (name, svg) in enumerate((figures or {}).items())
     }
     return environment.get_template("audit.html").render(
         audit=audit,
-        style=(_TEMPLATES / "style.css").read_text("utf-8"),
+        style=(TEMPLATES / "style.css").read_text("utf-8"),
         script=script,
         script_hash=_script_hash(script),
         figures=adopted,
