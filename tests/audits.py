@@ -194,7 +194,7 @@ def make_audit(
         usages=tuple(Usage(s, 9000, 1.1, 0.65, uses) for s in ("chosen", "prompt", "rejected")),
         n_steered=(n_features,) * 3,
         rank_frequencies=tuple(
-            RankFrequency(s, ranks, tuple(0.6 * 0.97**r for r in ranks), d_sae, 0.6, 0.03, 0.97)
+            RankFrequency(s, ranks, tuple(0.6 * r**-0.8 for r in ranks), d_sae, 0.6, 0.03, 0.97)
             for s in ("chosen", "prompt")
         ),
         compositions=tuple(Composition(s, 9000, 400, shares) for s in ("chosen", "prompt")),

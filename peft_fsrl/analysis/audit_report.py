@@ -74,10 +74,12 @@ def render_difference(difference: AdapterDifference, n_features: int = 30) -> st
         f"A  {difference.first}: {difference.first_l0:.2f} features per token",
         f"B  {difference.second}: {difference.second_l0:.2f} features per token",
         "",
-        f"Over {difference.n_tokens:,} answer tokens of {difference.dataset}. Both steer "
-        f"{difference.overlap:.0%} of the features",
-        "that either does; rank correlation of their mean v "
-        + ("unknown." if known is None else f"{known:+.2f}."),
+        paragraph(
+            "",
+            f"Over {difference.n_tokens:,} answer tokens of {difference.dataset}. Both steer "
+            f"{difference.overlap:.0%} of the features that either does; rank correlation of their "
+            "mean v " + ("unknown." if known is None else f"{known:+.2f}."),
+        ),
         "",
         table(
             ["feature", "detects", "mean v, A", "B", "difference", "tokens, A", "B", "cosine"],

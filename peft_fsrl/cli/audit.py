@@ -83,9 +83,6 @@ def run(args: argparse.Namespace) -> int:
     write_whole(args.out / "audit.html", page)
     if args.update_card:
         add_audit(folder, audit)
-    sys.stdout.write(f"{render_audit(audit)}
-The page is {args.out / 'audit.html'}
-")
-        f"\nThe page is {args.out / 'audit.html'}, the data {args.out / 'audit.json'}\n"
-    )
+    page_path = args.out / "audit.html"
+    sys.stdout.write(f"{render_audit(audit)}\nThe page is {page_path}\n")
     return 0

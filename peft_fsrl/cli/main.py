@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         if not options.debug:
             warnings.showwarning = _show_warning
+            # What libraries will do some day is nothing to the user of a command.
+            for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", category)
         try:
             return int(options.run(options))
         except KeyboardInterrupt:
