@@ -22,6 +22,7 @@ from peft_fsrl.analysis.harness import Harness, read_figures
 from peft_fsrl.analysis.records import Evaluation, TaskFigure, TaskScores
 from peft_fsrl.analysis.report import render_tasks
 from peft_fsrl.cli import eval as command
+from peft_fsrl.cli.main import main
 from peft_fsrl.data import pair_texts
 from peft_fsrl.steering import scale_steering
 
@@ -153,7 +154,7 @@ def rows(place: Path) -> list[dict[str, Any]]:
 def arguments(place: Path, output: Path, *more: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return parser.parse_args([str(place / "adapter"), "--output", str(output), *more])
+    return parser.parse_args([str(place / "adapter"), "--out", str(output), *more])
 
 
 def local(place: Path, tasks: str = "tiny_choice,tiny_generation") -> list[str]:
@@ -222,16 +223,13 @@ def test_the_harness_loads_adapters_itself(place: Path, rows: list[dict[str, Any
 
 @pytest.mark.slow
 def test_the_harness_own_program(place: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    code = (
-        "import sys; from peft_fsrl.analysis.harness import run_program; run_program(sys.argv[1:])"
-    )
     options = [
         *("run", "--model", "hf", "--device", "cpu", "--tasks", "tiny_choice"),
         *("--model_args", f"pretrained={place / 'model'},peft={place / 'adapter'}"),
         *("--include_path", str(place / "tasks"), "--output_path", str(tmp_path / "out.json")),
     ]
     done = subprocess.run(
-        [sys.executable, "-c", code, *options],
+        [sys.executable, "-m", "peft_fsrl", "lm-eval", *options],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -320,7 +318,8 @@ def test_the_key_follows_weights_and_settings_and_not_places(place: Path, tmp_pa
     again = helpers.fsrl_model(decided(), sae=str(place / "sae"))
     again.peft_config["default"].base_model_name_or_path = "elsewhere"
     assert command.hash_adapter(first) == command.hash_adapter(again)
-    loaded, _, name = command.load_adapter(str(place / "adapter"), None, device="cpu")
+    args = arguments(place, tmp_path, "--device", "cpu")
+    loaded, _, name = command.load_adapter(str(place / "adapter"), args)
     assert name == str(place / "model")
     assert command.hash_adapter(loaded) == command.hash_adapter(first)
     with torch.no_grad():
@@ -333,7 +332,7 @@ def test_the_key_follows_weights_and_settings_and_not_places(place: Path, tmp_pa
 def test_held_out_pairs_by_length(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--dataset", str(place / "pairs.json"), "--pairs", "10", "--length-buckets", "2"]
+    more = ["--dataset", str(place / "pairs.json"), "--n-pairs", "10", "--length-buckets", "2"]
     command.run(arguments(place, tmp_path, *more, "--beta", "2", "--gamma", "1"))
     found = Evaluation.from_json((tmp_path / "evaluation.json").read_text())
     model, rows = helpers.fsrl_model(decided()), helpers.tiny_preferences(12).select(range(10))
@@ -391,6 +390,19 @@ def test_options_that_make_no_sense(
         command.run(arguments(place, tmp_path, *more))
 
 
+def test_the_harness_gets_its_options_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval import __main__ as program
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(program, "cli_evaluate", lambda: seen.append(list(sys.argv)))
+    given = ["run", "--model", "hf", "-h", "--verbose", "--tasks", "a,b", "--", "--debug"]
+    before = list(sys.argv)
+    assert main(["lm-eval", *given]) == 0
+    assert main(["lm-eval"]) == 0
+    assert seen == [["lm_eval", *given], ["lm_eval"]]
+    assert sys.argv == before
+
+
 def test_tasks_that_cannot_be_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import TaskManager
 
@@ -410,18 +422,6 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"pip install peft-fsrl\[eval\]"):
         Harness(["mmlu"])
-
-
-def test_an_adapter_that_names_no_base(place: Path, tmp_path: Path) -> None:
-    model = helpers.fsrl_model(sae=str(place / "sae"))
-    model.peft_config["default"].base_model_name_or_path = None
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="names no base model: give --base-model"):
-        command.load_adapter(str(tmp_path / "adapter"), None, device="cpu")
-    loaded, _, _ = command.load_adapter(
-        str(tmp_path / "adapter"), str(place / "model"), device="cpu"
-    )
-    assert isinstance(loaded, PeftModel)
 
 
 def test_a_table_with_a_task_that_has_run_on_one_model_alone() -> None:

@@ -18,12 +18,14 @@ ORGANISM = "organism"
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, n_pairs: int) -> None:
+def add_data_arguments(
+    parser: argparse.ArgumentParser, n_pairs: int, required: bool = True
+) -> None:
     """Options for the data set of a command."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
-        required=True,
+        required=required,
         help="held-out preference pairs: a name on the Hub, a folder, a .json, .jsonl, .csv or "
         f".parquet file, or {ORGANISM!r} for the built-in model organism's",
     )

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,29 +17,26 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from ..analysis import compute_win_rate, sample_pairs, score_by_length, score_preferences
+from ..analysis.audit.parts import write_whole
 from ..analysis.harness import Harness, harness_version
 from ..analysis.records import Evaluation, PreferenceComparison, TaskScores, WinRate
 from ..analysis.report import render_buckets, render_tasks, render_win_rate
+from ..analysis.statistics import require_extra
 from ..analysis.winrate import Asker
-from ..config import FSRLConfig
-from ..data import pair_texts, prepare_preferences
 from ..steering import scale_steering
+from ._inputs import add_data_arguments, add_model_arguments, load_adapter, load_rows
 
 logger = logging.getLogger(__name__)
-
-HELP = "compare an adapter with its base model: lm-evaluation-harness, held-out pairs, a judge"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl eval``."""
     add = parser.add_argument
     add("adapter", help="folder or Hub repository of a trained adapter")
+    add("--out", "--output", type=Path, default=Path("evaluation"), help="folder for the results")
     add("--base-model", help="base model; by default the one that the adapter names")
-    add("--output", type=Path, default=Path("evaluation"), help="folder for the results")
     add("--overwrite", action="store_true", help="replace results of other settings there")
-    add("--batch-size", type=int, default=8)
-    add("--dtype", default="auto", help="of the model, such as bfloat16; default: its own")
-    add("--device", help="such as cuda:0; default: an accelerator if there is one")
+    add_model_arguments(parser)
 
     harness = parser.add_argument_group("lm-evaluation-harness (extra `eval`)")
     harness.add_argument("--tasks", help="names, with commas between: mmlu,gsm8k,truthfulqa_mc2")
@@ -49,13 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_argument("--num-fewshot", type=int, help="default: each task's own")
     harness.add_argument("--apply-chat-template", action="store_true")
 
-    pairs = parser.add_argument_group("held-out preference pairs")
-    pairs.add_argument("--dataset", help="folder, file or Hub repository; `organism` for its own")
-    pairs.add_argument("--dataset-split", default="test")
-    pairs.add_argument("--pairs", type=int, default=400, help="only the first so many")
-    pairs.add_argument("--max-length", type=int, default=512, help="leave out longer prompts")
+    add_data_arguments(parser, n_pairs=400, required=False)
+    pairs = parser.add_argument_group("held-out preference pairs (extra `audit`)")
     pairs.add_argument("--beta", type=float, default=10.0, help="SimPO's reward scale")
-    pairs.add_argument("--gamma", type=float, default=5.0, help="SimPO's target margin")
+    pairs.add_argument("--gamma", type=float, default=5.0, help="and target margin")
     pairs.add_argument("--length-buckets", type=int, default=4)
 
     judge = parser.add_argument_group("win rate on the prompts of those pairs (extra `judge`)")
@@ -70,44 +63,20 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     tasks = [name.strip() for name in args.tasks.split(",")] if args.tasks else []
     harness = Harness(tasks, args.include_path) if tasks else None
-    model, tokenizer, base_name = load_adapter(
-        args.adapter, args.base_model, dtype=args.dtype, device=args.device
-    )
-    args.output.mkdir(parents=True, exist_ok=True)
-    scores = [] if harness is None else run_tasks(harness, model, tokenizer, base_name, args)
+    model, tokenizer, base_name = load_adapter(args.adapter, args)
     preferences, win_rate = None, None
     if args.dataset:
-        rows = load_pairs(args, tokenizer)
-        preferences = compare_preferences(model, tokenizer, rows, args)
+        rows, name = load_rows(args, tokenizer)
+        preferences = compare_preferences(model, tokenizer, rows, name, args)
         if args.judge_url:
             win_rate = ask_judge(model, tokenizer, [row["prompt"] for row in rows], args)
+    scores = [] if harness is None else run_tasks(harness, model, tokenizer, base_name, args)
     found = Evaluation(args.adapter, base_name, tuple(scores), preferences, win_rate)
-    write_text(args.output / "evaluation.json", found.to_json())
+    write_whole(args.out / "evaluation.json", found.to_json())
     text = render(found)
-    write_text(args.output / "evaluation.txt", text)
+    write_whole(args.out / "evaluation.txt", text)
     sys.stdout.write(text)
     return 0
-
-
-def load_adapter(
-    adapter: str, base_name: str | None, *, dtype: str = "auto", device: str | None = None
-) -> tuple[PeftModel, Any, str]:
-    """A steered model, its tokenizer and the name of its base model.
-
-    Raises:
-        ValueError: if nobody says what the base model is.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    base_name = base_name or FSRLConfig.from_pretrained(adapter).base_model_name_or_path
-    if not base_name:
-        raise ValueError(f"The adapter in {adapter} names no base model: give --base-model.")
-    if device is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if found is None else str(found)
-    base = AutoModelForCausalLM.from_pretrained(base_name, dtype=dtype).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(base_name)
-    return PeftModel.from_pretrained(base, adapter).eval(), tokenizer, str(base_name)
 
 
 def run_tasks(
@@ -122,7 +91,7 @@ def run_tasks(
     shared = {"base_model": base_name, "dtype": args.dtype, "harness": harness_version()} | settings
     keys = {"base": shared, "trained": shared | {"adapter": hash_adapter(model)}}
     places = {
-        (task, name): args.output / "tasks" / f"{task.replace('/', '_')}.{name}.json"
+        (task, name): args.out / "tasks" / f"{task.replace('/', '_')}.{name}.json"
         for task in harness.tasks
         for name in keys
     }
@@ -140,7 +109,7 @@ def run_tasks(
                     model, tokenizer, task, batch_size=args.batch_size, **settings
                 )
             found = TaskScores(task, name, json.dumps(keys[name], sort_keys=True), figures)
-            write_text(path, found.to_json())
+            write_whole(path, found.to_json())
         scores.append(found)
     return scores
 
@@ -157,27 +126,12 @@ def hash_adapter(model: PeftModel) -> str:
     return digest.hexdigest()
 
 
-def load_pairs(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, str]]:
-    """Held-out pairs as texts, without those that nothing can be learned from."""
-    if args.dataset == "organism":
-        from ..organism import preferences
-
-        dataset = preferences(args.pairs, seed="eval")
-    else:
-        from datasets import load_dataset
-
-        if Path(args.dataset).is_file():
-            kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(args.dataset).suffix, "json")
-            dataset = load_dataset(kind, data_files=args.dataset, split="train")
-        else:
-            dataset = load_dataset(args.dataset, split=args.dataset_split)
-        dataset = dataset.select(range(min(args.pairs, len(dataset))))
-    prepared = prepare_preferences(dataset, tokenizer, max_length=args.max_length, unusable="drop")
-    return pair_texts(prepared.dataset, tokenizer)
-
-
 def compare_preferences(
-    model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, str]], args: argparse.Namespace
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[dict[str, str]],
+    name: str,
+    args: argparse.Namespace,
 ) -> PreferenceComparison:
     """Accuracy and margin of base and trained model on the same pairs, by length."""
     settings: dict[str, Any] = {
@@ -189,19 +143,20 @@ def compare_preferences(
         base = score_preferences(model, rows, tokenizer, description="base model", **settings)
     trained = score_preferences(model, rows, tokenizer, description="trained model", **settings)
     buckets = score_by_length(base, trained, n_buckets=args.length_buckets)
-    return PreferenceComparison(args.dataset, base, trained, buckets)
+    return PreferenceComparison(name, base, trained, buckets)
 
 
 def ask_judge(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], args: argparse.Namespace
 ) -> WinRate:
     """Win rate of the trained model over its base; the judge's answers are kept in the output."""
-    judge = make_judge(args.judge_url, args.judge_model, args.output / "judge.jsonl")
+    judge = make_judge(args.judge_url, args.judge_model, args.out / "judge.jsonl")
     pairs = sample_pairs(
         model,
         prompts[: args.judge_prompts],
         tokenizer,
         max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
         batch_size=args.batch_size,
     )
     return compute_win_rate(pairs, judge, judge_name=args.judge_model, description="judging")
@@ -233,14 +188,6 @@ def render(found: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text, "utf-8")
-    os.replace(new, path)
-
-
 def _check(args: argparse.Namespace) -> None:
     if not (args.tasks or args.dataset):
         raise ValueError("Nothing to evaluate: give --tasks, --dataset, or both.")
@@ -248,6 +195,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("A judge needs both --judge-url and --judge-model.")
     if args.judge_url and not args.dataset:
         raise ValueError("A judge needs prompts: give --dataset.")
+    if args.dataset:
+        require_extra()
 
 
 def _finished(path: Path, key: str, overwrite: bool) -> TaskScores | None:
@@ -263,5 +212,5 @@ def _finished(path: Path, key: str, overwrite: bool) -> TaskScores | None:
         return None
     raise ValueError(
         f"{path} holds a result of other settings: {found.key}, now {key}. Choose another "
-        "--output, or give --overwrite."
+        "--out, or give --overwrite."
     )

@@ -18,7 +18,10 @@ COMMANDS = {
     "doctor": "whether an SAE fits a model and its data, before any training",
     "diff": "two adapters on the same SAE, feature by feature",
     "eval": "an adapter beside its base model, on tests that other people wrote",
+    "lm-eval": "lm-evaluation-harness's own program, with peft= an adapter: lm-eval run ...",
 }
+# Its options are another program's.
+_FOREIGN = "lm-eval"
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, IndexError)
 
 
@@ -67,11 +70,17 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     asked = next((word for word in given if not word.startswith("-")), None)
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
+        foreign: Any = {"prefix_chars": "\0", "add_help": False} if name == _FOREIGN else {}
+        command = commands.add_parser(
+            name, help=text, description=f"{text[:1].upper()}{text[1:]}.", **foreign
+        )
         if name == asked:
-            module: Any = import_module(f".{name}", __package__)
+            module: Any = import_module(f".{name.replace('-', '_')}", __package__)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
+        if foreign:
+            command.set_defaults(debug=False, verbose=False)
+            continue
         command.add_argument("--debug", action="store_true", help="show where an error was raised")
         command.add_argument("--verbose", action="store_true", help="say more while it runs")
     return parser

@@ -6,11 +6,9 @@ import argparse
 
 from ..analysis.harness import run_program
 
-HELP = "run lm-evaluation-harness's own program: peft-fsrl lm-eval run --model hf ..."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything goes to ``lm_eval``; the parser must have no prefix for options of its own."""
+    """All that follows the command, options included: the parser must know no option itself."""
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of lm_eval")
 
 
