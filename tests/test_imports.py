@@ -147,7 +147,6 @@ OPTIONAL = {
     "lm_eval": {"analysis.harness"},
     "openai": {"analysis.labels.judge"},
     "matplotlib": {"analysis.plots._style"},
-    "openai": {"analysis.labels.judge"},
     "scipy": {"analysis.statistics"},
     "sklearn": {"analysis.statistics"},
 }
