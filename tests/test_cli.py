@@ -28,7 +28,10 @@ def make_adapter(folder: Path, seed: int = 0, sae: Any = None) -> Path:
     """An adapter that steers some features of the organism, untrained."""
     built = organism.load()
     config = FSRLConfig(
-        layer=built.layer, sae=str(built.sae_path) if sae is None else sae, init_scale=0.02, task_type="CAUSAL_LM"
+        layer=built.layer,
+        sae=str(built.sae_path) if sae is None else sae,
+        init_scale=0.02,
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
     model = get_peft_model(built.load_model(), config)

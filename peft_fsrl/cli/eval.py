@@ -64,13 +64,12 @@ def run(args: argparse.Namespace) -> int:
     tasks = [name.strip() for name in args.tasks.split(",")] if args.tasks else []
     harness = Harness(tasks, args.include_path) if tasks else None
     model, tokenizer, base_name = load_adapter(args.adapter, args)
-    preferences, win_rate = None, None
-    if args.dataset:
-        rows, name = load_rows(args, tokenizer)
-        preferences = compare_preferences(model, tokenizer, rows, name, args)
-        if args.judge_url:
-            win_rate = ask_judge(model, tokenizer, [row["prompt"] for row in rows], args)
+    # Read before anything takes hours.
+    rows, name = load_rows(args, tokenizer) if args.dataset else ([], "")
     scores = [] if harness is None else run_tasks(harness, model, tokenizer, base_name, args)
+    preferences = compare_preferences(model, tokenizer, rows, name, args) if rows else None
+    prompts = [row["prompt"] for row in rows]
+    win_rate = ask_judge(model, tokenizer, prompts, args) if args.judge_url else None
     found = Evaluation(args.adapter, base_name, tuple(scores), preferences, win_rate)
     write_whole(args.out / "evaluation.json", found.to_json())
     text = render(found)
