@@ -581,6 +581,7 @@ MUTANTS = (
         "        while 0 < end < scores.n and",
         "        while False and",
         ("test_analysis_effects.py::test_pairs_of_similar_length",),
+    ),
     # Labels
     Mutant(
         "special tokens count as contexts",
@@ -630,6 +631,7 @@ MUTANTS = (
         "np.clip((share - false_alarm) / spread, 0, 1)",
         "np.clip(share, 0, 1)",
         ("test_labels_trust.py::test_plain_redrawing_errs_towards_no_difference",),
+    ),
     # What models say, and what others say of it
     Mutant(
         "a token comes with the features of the first position that was read",
