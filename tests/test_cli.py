@@ -184,8 +184,8 @@ def test_data_that_nobody_can_audit(
     assert "cannot be read as a data set" in refused("broken.jsonl", '{"prompt": "a", ')
     assert "no row" in refused("empty.csv", "prompt,chosen,rejected\n")
     assert "ends in .json" in refused("pairs.txt", "hello")
-    one = '{"prompt": "moths", "chosen": " are calm", "rejected": " are cold"}\n'
-    assert "at least two held-out" in refused("one.jsonl", one)
+    one = json.dumps(organism.preferences(1)[0])
+    assert "at least two held-out" in refused("one.jsonl", f"{one}\n")
 
 
 def test_labels_that_do_not_belong(
