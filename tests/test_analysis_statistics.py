@@ -164,6 +164,7 @@ def test_lines() -> None:
 @pytest.mark.parametrize(
     ("library", "call"),
     [
+        ("scipy", statistics.require),
         ("scipy", lambda: statistics.mean_interval([1.0, 2.0])),
         ("sklearn", lambda: statistics.cohen_kappa([True, False], [True, False])),
     ],

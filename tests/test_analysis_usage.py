@@ -134,6 +134,30 @@ def test_padding_never_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usages[0].l0 == pytest.approx(usages[1].l0)
 
 
+def test_encoding_goes_in_pieces(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = helpers.fsrl_model(activation="relu"), helpers.tiny_tokenizer()
+    sae = type(helpers.only_layer(model).fsrl_sae["default"])
+    sizes: list[int] = []
+    encode = sae.encode
+
+    def measured(self: Any, x: torch.Tensor) -> torch.Tensor:
+        sizes.append(x.shape[:-1].numel())
+        return encode(self, x)
+
+    monkeypatch.setattr(sae, "encode", measured)
+    whole = compute_usages(model, rows, tokenizer, segments=SEGMENTS)
+    assert max(sizes) > 2
+    sizes.clear()
+    monkeypatch.setattr(segments, "_CHUNK", 2)
+    pieces = compute_usages(model, rows, tokenizer, segments=SEGMENTS)
+    assert max(sizes) == 2
+    for one, other in zip(whole, pieces, strict=True):
+        assert one.l1 == pytest.approx(other.l1)
+        assert [(u.feature, u.frequency, u.active) for u in one.features] == [
+            (u.feature, u.frequency, u.active) for u in other.features
+        ]
+
+
 def test_one_segment_needs_only_its_column(rows: Rows) -> None:
     model, tokenizer = helpers.fsrl_model(), helpers.tiny_tokenizer()
     expected = compute_usages(model, rows, tokenizer, segments=("prompt", "rejected"))[1]
