@@ -207,6 +207,12 @@ def test_errors(settings: dict[str, Any], error: type[Exception], message: str) 
         collect_evidence(fsrl_model(), **arguments)
 
 
+def test_a_disabled_adapter_sees_nothing() -> None:
+    model = fsrl_model()
+    with model.disable_adapter(), pytest.raises(ValueError, match="No adapter was at work"):
+        collect_evidence(model, ROWS, tiny_tokenizer(), [1])
+
+
 def test_two_layers_are_too_many() -> None:
     model = fsrl_model(layer=[0, 1], sae={0: tiny_sae(metadata={}), 1: tiny_sae(seed=1)})
     with pytest.raises(ValueError, match="Expected one FSRL layer, found"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -14,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import huggingface_hub
 import pytest
+from helpers import D_SAE, fsrl_model, tiny_sae
 
 from peft_fsrl.analysis.labels import (
     FileLabels,
@@ -22,6 +24,7 @@ from peft_fsrl.analysis.labels import (
     NeuronpediaLabels,
     OrganismLabels,
     download_neuronpedia,
+    for_model,
     load_labels,
     load_neuronpedia,
     organism_labels,
@@ -31,6 +34,7 @@ from peft_fsrl.analysis.labels import (
 )
 from peft_fsrl.analysis.records import FeatureLabel, Labels
 from peft_fsrl.organism import load
+from peft_fsrl.steering import fsrl_layers
 
 LABELS = Labels(
     "people",
@@ -179,6 +183,21 @@ def test_labels_of_another_sae(tmp_path: Path) -> None:
         load_labels(path, d_sae=200)
     with pytest.raises(ValueError, match="people has a label for feature -1"):
         require_fit(Labels("people", (), None, None, (FeatureLabel(-1, None, (), None),)))
+
+
+def test_labels_for_a_model() -> None:
+    model = fsrl_model()
+    [layer] = fsrl_layers(model).values()
+    fingerprint = layer.fsrl_sae["default"].info.fingerprint
+    mine = Labels("people", ("c",), None, None, (FeatureLabel(D_SAE - 1, None, ("c",), None),))
+    bound = for_model(mine, model)
+    assert (bound.d_sae, bound.fingerprint) == (D_SAE, fingerprint)
+    assert bound.features == mine.features
+    assert for_model(bound, model) == bound
+    with pytest.raises(ValueError, match=f"for feature {D_SAE}, expected 0 to {D_SAE - 1}"):
+        for_model(dataclasses.replace(mine, features=(FeatureLabel(D_SAE, None, (), None),)), model)
+    with pytest.raises(ValueError, match="the same index means another feature"):
+        for_model(bound, fsrl_model(sae=tiny_sae(seed=1)))
 
 
 def test_a_save_that_fails_leaves_what_was_there(

@@ -194,6 +194,9 @@ def test_judging_descriptions_alone() -> None:
     with serve(lambda p: f"ANSWER: {'yes' if p == 'Description: lists' else 'no'}") as s:
         labels = judge_features(described, [Category("c", "d")], Judge(s.url, "m"))
         assert labels.members("c") == [8]
+        assert labels.features[0].description == "lists"
+        source = JudgeLabels(Judge(s.url, "m"), described, [Category("c", "d")])
+        assert source.labels([8]) == labels
         judge_features([evidence(8, "a")], None, Judge(s.url, "m"), descriptions=described)
     assert s.prompts[-1].startswith("Description: lists\n\nContexts")
 

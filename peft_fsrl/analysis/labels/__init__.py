@@ -20,14 +20,16 @@ from .propagation import (
     propagate_composition,
     strata_by_use,
 )
-from .quality import agreement_quality, detection_quality, with_descriptions, with_quality
+from .quality import agreement_quality, detection_quality, with_quality
 from .source import (
     FixedLabels,
     LabelSource,
     OrganismLabels,
+    for_model,
     organism_labels,
     require_fit,
     select,
+    with_descriptions,
 )
 from .trust import compare_judges, compare_labels, error_rates, error_rates_for_mcc
 
@@ -54,6 +56,7 @@ __all__ = [
     "draw_labels",
     "error_rates",
     "error_rates_for_mcc",
+    "for_model",
     "is_held_out",
     "judge_categories",
     "judge_features",

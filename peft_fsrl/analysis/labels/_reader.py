@@ -55,7 +55,7 @@ class Reader:
         self._answer = answer
         self._max_length = max_length
         self._special = set(tokenizer.all_special_ids)
-        self._hidden_states = torch.empty(0)
+        self._hidden_states: Tensor | None = None
 
     def n_counted(self, ids: Sequence[int]) -> int:
         """How many tokens are not special."""
@@ -67,7 +67,7 @@ class Reader:
         """Ids and activations of each text, on the CPU, zero on special tokens.
 
         Raises:
-            ValueError: for no text.
+            ValueError: for no text, or an adapter that is disabled.
         """
         device = next(self._model.parameters()).device
         progress = tqdm(desc=description, unit="text", disable=description is None, leave=False)
@@ -82,9 +82,15 @@ class Reader:
                 texts = [self._tokenize(row) for row in part]
                 batch = pad(texts, device)
                 self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+                hidden_states, self._hidden_states = self._hidden_states, None
+                if hidden_states is None:
+                    raise ValueError(
+                        "No adapter was at work, so nothing was seen. Enable the adapter: its "
+                        "steering is switched off here anyway."
+                    )
                 for row, (ids, _) in enumerate(texts):
                     # One at a time: the activations of a whole batch may not fit.
-                    acts = self._sae.encode(self._hidden_states[row : row + 1, : len(ids)])
+                    acts = self._sae.encode(hidden_states[row : row + 1, : len(ids)])
                     yield ids, acts[0].cpu().float() * self._counts(ids)[:, None]
                 seen += len(part)
                 progress.update(len(part))

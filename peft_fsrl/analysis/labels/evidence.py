@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -161,7 +162,8 @@ class _Kept:
     def __init__(self, n_features: int, size: int, window: int) -> None:
         self._size = size
         self._window = window
-        self._heaps: list[list[tuple[float, int, list[int], list[float]]]] = [
+        # Arrays: with tens of thousands of features, lists of numbers would take gigabytes.
+        self._heaps: list[list[tuple[float, int, array[int], array[float]]]] = [
             [] for _ in range(n_features)
         ]
         self._smallest = torch.zeros(n_features)
@@ -175,8 +177,8 @@ class _Kept:
             entry = (
                 float(keys[feature]),
                 next(self._ticket),
-                ids[inside],
-                acts[inside, feature].tolist(),
+                array("q", ids[inside]),
+                array("f", acts[inside, feature].tolist()),
             )
             heap = self._heaps[feature]
             if len(heap) < self._size:
@@ -190,7 +192,8 @@ class _Kept:
         """Largest key first."""
         entries = sorted(self._heaps[feature], reverse=True)
         return tuple(
-            Context(tuple(pieces(ids, tokenizer)), tuple(acts)) for _, _, ids, acts in entries
+            Context(tuple(pieces(ids.tolist(), tokenizer)), tuple(acts))
+            for _, _, ids, acts in entries
         )
 
 

@@ -19,6 +19,7 @@ from ._prompts import (
     render_evidence,
 )
 from .judge import Judge
+from .source import with_descriptions
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +52,11 @@ class JudgeLabels:
         """See ``LabelSource``; a feature of which nothing is known is missing."""
         known = _by_feature(self.material)
         wanted = known if features is None else [f for f in features if f in known]
-        return _judge(
-            {feature: known[feature] for feature in wanted},
-            self.categories,
-            self.judge,
-            self.samples,
-            None,
-        )
+        chosen = {feature: known[feature] for feature in wanted}
+        judged = _judge(chosen, self.categories, self.judge, self.samples, None)
+        if isinstance(self.material, Labels):
+            return with_descriptions(judged, self.material)
+        return judged
 
 
 def judge_features(
@@ -82,8 +81,8 @@ def judge_features(
 
     Returns:
         Labels of the features whose answers could all be read; the others are in ``undecided``,
-        and logged. With several samples, ``quality`` is the mean share of them that agree with the
-        verdict; with one it is None.
+        and logged. Descriptions are kept. With several samples, ``quality`` is the mean share of
+        them that agree with the verdict; with one it is None.
 
     Raises:
         ValueError: for no feature, a feature of which nothing is known, no category or sample, or
@@ -91,7 +90,11 @@ def judge_features(
         JudgeError: if the endpoint fails.
     """
     known = _by_feature(material, descriptions)
-    return _judge(known, categories, judge, samples, description)
+    judged = _judge(known, categories, judge, samples, description)
+    for source in (material, descriptions):
+        if isinstance(source, Labels):
+            judged = with_descriptions(judged, source)
+    return judged
 
 
 def judge_categories(

@@ -89,18 +89,6 @@ def with_quality(labels: Labels, detections: Iterable[Detection]) -> Labels:
     )
 
 
-def with_descriptions(labels: Labels, descriptions: Labels) -> Labels:
-    """The labels with the descriptions of another source, where it has one."""
-    known = {label.feature: label.description for label in descriptions.features}
-    return dataclasses.replace(
-        labels,
-        features=tuple(
-            dataclasses.replace(label, description=known.get(label.feature) or label.description)
-            for label in labels.features
-        ),
-    )
-
-
 def agreement_quality(labellings: Sequence[Labels]) -> Labels:
     """One labelling from several: the majority's categories, and how many agree as the quality.
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from torch import nn
+
+from ...steering import fsrl_layers
 from ..records import FeatureLabel, Labels
 
 
@@ -78,6 +81,32 @@ def select(labels: Labels, features: Iterable[int] | None) -> Labels:
         features=tuple(label for label in labels.features if label.feature in wanted),
         undecided=tuple(feature for feature in labels.undecided if feature in wanted),
     )
+
+
+def with_descriptions(labels: Labels, descriptions: Labels) -> Labels:
+    """The labels with the descriptions of another source, where it has one."""
+    known = {label.feature: label.description for label in descriptions.features}
+    return dataclasses.replace(
+        labels,
+        features=tuple(
+            dataclasses.replace(label, description=known.get(label.feature) or label.description)
+            for label in labels.features
+        ),
+    )
+
+
+def for_model(labels: Labels, model: nn.Module) -> Labels:
+    """The labels, checked against the SAE of a model with an adapter and marked as being about it.
+
+    Raises:
+        ValueError: if they are about another SAE, or the model has several.
+    """
+    saes = {sae.info for layer in fsrl_layers(model).values() for sae in layer.fsrl_sae.values()}
+    if len(saes) != 1:
+        raise ValueError(f"Expected a model with one SAE, found {len(saes)}.")
+    [info] = saes
+    require_fit(labels, d_sae=info.d_sae, fingerprint=info.fingerprint)
+    return dataclasses.replace(labels, d_sae=info.d_sae, fingerprint=info.fingerprint)
 
 
 def require_fit(
