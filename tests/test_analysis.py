@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import helpers
@@ -17,14 +15,13 @@ from peft_fsrl.analysis import (
     Ablation,
     PreferenceScores,
     Summary,
-    ablate_categories,
+    compare_generations,
     compute_summary,
-    compute_usage,
     render_summary,
     score_preferences,
 )
 from peft_fsrl.analysis.preferences import pad
-from peft_fsrl.steering import ablate_features, observe
+from peft_fsrl.steering import scale_steering
 from peft_fsrl.tokens import Tokenized, tokenize
 
 
@@ -145,97 +142,15 @@ def test_pad() -> None:
     assert batch.answer_mask.tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
 
 
-def test_usage_equals_a_loop_over_answer_tokens(
-    model: PeftModel, rows: list[dict[str, str]]
-) -> None:
+def test_generations_compare_base_and_trained(model: PeftModel) -> None:
     tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer, labels={3: "style"}, batch_size=2)
-    vectors: list[torch.Tensor] = []
-    seen: list[torch.Tensor] = []
-    for row in rows:
-        ids, n_prompt = tokenize(row["prompt"], row["chosen"], tokenizer)
-        with torch.no_grad(), observe(model, lambda event: seen.append(event.steering_vector)):
-            model(input_ids=torch.tensor([ids]))
-        assert ids[-1] == tokenizer.eos_token_id
-        vectors += list(seen.pop()[0, n_prompt:-1])
-    n = len(vectors)
-    assert usage.n_tokens == n
-    for use in usage.features:
-        values = [float(v[use.feature]) for v in vectors]
-        assert use.frequency == pytest.approx(sum(value != 0 for value in values) / n)
-        assert use.mean_steering == pytest.approx(sum(values) / n, abs=1e-6)
-        assert use.mean_abs_steering == pytest.approx(sum(map(abs, values)) / n, rel=1e-5)
-        assert use.label == ("style" if use.feature == 3 else None)
-        assert use.promoted == pytest.approx(sum(value > 0 for value in values) / n)
-        assert use.promoted <= use.frequency <= 1
-    assert usage.l0 == pytest.approx(sum(int((v != 0).sum()) for v in vectors) / n)
-    masses = [use.mean_abs_steering for use in usage.features]
-    assert masses == sorted(masses, reverse=True)
-    steered = {i for v in vectors for i in v.nonzero().flatten().tolist()}
-    assert {use.feature for use in usage.features} == steered
-
-
-def test_usage_of_no_text(model: PeftModel) -> None:
-    with pytest.raises(ValueError, match="at least one text"):
-        compute_usage(model, [], helpers.tiny_tokenizer())
-
-
-def test_ablation_scores_the_ablated_model(model: PeftModel, rows: list[dict[str, str]]) -> None:
-    tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer)
-    categories = {"style": [2, 5, 7], "honesty": [1, 4]}
-    ablations = ablate_categories(model, rows, tokenizer, categories, usage, n_random=3, seed=1)
-    assert [ablation.name for ablation in ablations] == ["style", "honesty"]
-    assert [ablation.features for ablation in ablations] == [(2, 5, 7), (1, 4)]
-    for ablation in ablations:
-        with ablate_features(model, ablation.features):
-            expected = score_preferences(model, rows, tokenizer)
-        assert ablation.scores == expected
-        losses = [score.loss for score in ablation.same_count]
-        assert ablation.control_loss == pytest.approx(sum(losses) / 3)
-    assert ablations[0].scores != score_preferences(model, rows, tokenizer)
-    [first, _] = ablate_categories(model, rows, tokenizer, categories, usage, n_features=2)
-    assert first.features == (2, 5)
-
-
-def test_the_control_zeroes_steered_features_of_no_category(
-    model: PeftModel, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from peft_fsrl.analysis import ablation
-
-    zeroed = []
-
-    def record(model: PeftModel, features: Sequence[int]) -> AbstractContextManager[None]:
-        zeroed.append(tuple(features))
-        return ablate_features(model, features)
-
-    tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer)
-    monkeypatch.setattr(ablation, "ablate_features", record)
-    categories = {"style": [2, 5, 7], "honesty": [1, 4]}
-    trained = score_preferences(model, rows, tokenizer)
-    ablate_categories(model, rows, tokenizer, categories, usage, n_random=4, trained=trained)
-    steered = {use.feature for use in usage.features}
-    style, honesty = zeroed.index((2, 5, 7)), zeroed.index((1, 4))
-    controls = [*zeroed[style + 1 : style + 5], *zeroed[honesty + 1 : honesty + 5]]
-    assert [len(set(draw)) for draw in controls] == [3] * 4 + [2] * 4
-    assert set().union(*controls) <= steered - {1, 2, 4, 5, 7}
-    assert len(set(controls)) > 2
-    others = [draw for draw in zeroed if draw not in {(2, 5, 7), (1, 4)}]
-    assert set().union(*others) <= steered - {1, 2, 4, 5, 7}
-
-
-def test_ablation_refuses_sizes_it_cannot_match(
-    model: PeftModel, rows: list[dict[str, str]]
-) -> None:
-    tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer)
-    with pytest.raises(ValueError, match="at least one category"):
-        ablate_categories(model, rows, tokenizer, {}, usage)
-    with pytest.raises(ValueError, match=r"each with 2 features.*'honesty': 1"):
-        ablate_categories(
-            model, rows, tokenizer, {"style": [1, 2], "honesty": [3]}, usage, n_features=2
-        )
+    before = torch.random.get_rng_state()
+    [first] = compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5) == (first,)
+    with scale_steering(model, 0.0):
+        [unsteered] = compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5)
+    assert unsteered.text("trained") == unsteered.text("base") == first.text("base")
 
 
 def test_summary_round_trip_and_text(model: PeftModel, rows: list[dict[str, str]]) -> None:

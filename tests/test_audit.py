@@ -16,7 +16,7 @@ from audits import HOSTILE, make_audit
 from peft import PeftModel
 
 from peft_fsrl.analysis import compute_usage, score_preferences
-from peft_fsrl.analysis.audit import AuditSettings, _stages, compute_audit
+from peft_fsrl.analysis.audit import AuditSettings, _stages, compute_audit, trust
 from peft_fsrl.analysis.audit.card import add_audit
 from peft_fsrl.analysis.audit.findings import (
     judge_categories,
@@ -198,7 +198,7 @@ def test_a_damaged_part_is_made_again(
     part.write_text(damage.replace("same", key))
     assert without_date(audit_of(model, tmp_path)) == without_date(first)
     assert json.loads(part.read_text())["key"] == key
-    assert ("cannot be read" in caplog.text) == (damage != '{"key": 1}' or True)
+    assert ("cannot be read" in caplog.text) == (damage != '{"key": 1}')
 
 
 def test_a_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,17 +240,54 @@ def test_without_labels(model: PeftModel) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"d_sae": 99}, "expected 24 features, found 99"),
-        ({"fingerprint": "0" * 64}, "expected fingerprint"),
+        ({"d_sae": 99}, "99 features, but this one has 24"),
+        ({"fingerprint": "0" * 64}, "SAE with fingerprint 000000000000"),
         (
             {"d_sae": None, "features": (FeatureLabel(24, None, ("style",), None),)},
-            "features 0 to 23, and there is a label for feature 24",
+            "label for feature 24, expected 0 to 23",
         ),
     ],
 )
 def test_labels_of_another_sae(model: PeftModel, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         audit_of(model, labels=replace(LABELS, **change))
+
+
+def test_a_reference_says_how_far_to_trust(
+    model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # People call the features 0 to 4 style where the labels have 0 to 5, and know no tone.
+    reference = replace(
+        LABELS,
+        source="others",
+        categories=("style",),
+        features=tuple(FeatureLabel(f, None, ("style",) if f < 5 else (), None) for f in range(9)),
+    )
+    audit = audit_of(model, tmp_path, reference_labels=reference)
+    [agreement] = audit.agreements
+    assert (agreement.both, agreement.only_judged, agreement.only_reference) == (5, 1, 0)
+    figures = [each.figure for each in audit.robustness]
+    assert figures == ["enrichment of style, chosen", "rise of the loss without style"]
+    [enrichment, rise] = audit.robustness
+    [share] = [s for s in audit.compositions[0].shares if s.category == "style"]
+    assert enrichment.measured == pytest.approx(share.enrichment.value)
+    assert rise.measured == pytest.approx(audit.ablations[0].rise.value, abs=1e-5)
+    assert enrichment.n_draws == QUICK.n_draws
+    assert "MCC" in audit.findings[3].answer
+
+    monkeypatch.setattr(trust, "propagate_ablation", None)
+    again = audit_of(model, tmp_path, reference_labels=reference)
+    assert without_date(again) == without_date(audit), "read back"
+    strangers = replace(reference, categories=("colour",), features=())
+    with pytest.raises(ValueError, match="categories that both know"):
+        audit_of(model, reference_labels=strangers)
+
+
+def test_some_categories(model: PeftModel) -> None:
+    audit = audit_of(model, settings=replace(QUICK, categories=("tone",)))
+    assert [ablation.name for ablation in audit.ablations] == ["tone"]
+    with pytest.raises(ValueError, match=r"the labels know, .*got \['colour'\]"):
+        audit_of(model, settings=replace(QUICK, categories=("colour",)))
 
 
 def test_too_little_to_audit(model: PeftModel) -> None:

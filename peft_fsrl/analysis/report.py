@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from .layout import paragraph as _paragraph
@@ -94,7 +95,7 @@ def render_ablations(
         rise = ablation.rise
         rows.append(
             [
-                f"detect {ablation.name}",
+                textwrap.shorten(ablation.name, 24, placeholder=" ..."),
                 str(len(ablation.features)),
                 f"{ablation.scores.loss:.3f}",
                 f"{ablation.scores.accuracy:.1%}",
@@ -105,7 +106,7 @@ def render_ablations(
                 _mean_rise(ablation.same_mass, trained) + _shortfall(ablation),
             ]
         )
-    headers = ["features that", "n", "loss", "accuracy", "rise", "95 %", "of gain"]
+    headers = ["features zeroed", "n", "loss", "accuracy", "rise", "95 %", "of gain"]
     return _table([*headers, "n random", "same mass"], rows)
 
 

@@ -10,7 +10,7 @@ from ..analysis.audit import AuditSettings, compute_audit
 from ..analysis.audit.card import add_audit
 from ..analysis.audit.parts import write_whole
 from ..analysis.audit_report import render_audit
-from ..analysis.plots import draw_audit
+from ..analysis.plots import draw_audit, require_plots
 from ..analysis.rendering import render_audit_html
 from ..analysis.statistics import require_extra
 from ._inputs import (
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base-model", help="base model; by default the one that the adapter names")
     add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
     add("--reference-labels", help="a second source, to check the labels against")
+    add("--categories", help="those of the labels to look at, with commas between; default: all")
     add("--update-card", action="store_true", help="put a summary into the adapter's README.md")
     add_data_arguments(parser, n_pairs=400)
     add_model_arguments(parser)
@@ -57,15 +58,17 @@ def run(args: argparse.Namespace) -> int:
     """Audit, write, print; stages that an earlier run has finished are not made again."""
     # Before anything takes time.
     require_extra()
+    require_plots()
     folder = Path(args.adapter)
     if args.update_card and not folder.is_dir():
         raise ValueError(f"--update-card needs a local folder, got {args.adapter!r}.")
     labels, reference = map(load_label_file, (args.labels, args.reference_labels))
     model, tokenizer, _ = load_adapter(args.adapter, args)
     rows, dataset_name = load_rows(args, tokenizer)
-    settings = AuditSettings(
-        **{name: getattr(args, name) for name in vars(_DEFAULTS) if hasattr(args, name)}
-    )
+    given = {name: getattr(args, name) for name in vars(_DEFAULTS) if name != "n_listed"}
+    if args.categories is not None:
+        given["categories"] = tuple(name.strip() for name in args.categories.split(","))
+    settings = AuditSettings(**given)
     audit = compute_audit(
         model,
         rows,

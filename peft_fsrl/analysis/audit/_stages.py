@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -16,10 +15,11 @@ from ..ablation import ablate_categories
 from ..coherence import compare_coherence
 from ..composition import compute_compositions
 from ..generations import compare_generations
-from ..labels import collect_evidence
+from ..labels import collect_evidence, compare_labels, require_fit
 from ..preferences import score_preferences
 from ..records import (
     Ablation,
+    Agreement,
     Composition,
     FeatureAblations,
     FeatureCard,
@@ -36,7 +36,7 @@ from ..segments import only_layer
 from ..single import ablate_single_features
 from ..static_dynamic import compare_static_dynamic
 from ..usage import compute_usages
-from .info import describe_adapter, feature_url, require_labels_of
+from .info import describe_adapter, feature_url, version_of
 from .parts import Parts, compute_digest, digest_model, digest_rows
 from .settings import AuditSettings
 
@@ -65,12 +65,14 @@ class Stages:
         self.show_progress = show_progress
         self.layer = only_layer(model)
         self.info = describe_adapter(model, self.layer)
+        sae: dict[str, Any] = {"fingerprint": self.info.fingerprint, "d_sae": self.info.d_sae}
         for each in (labels, reference):
-            require_labels_of(each, self.info.fingerprint, self.info.d_sae)
+            if each is not None:
+                require_fit(each, **sae)
         weights, base = digest_model(model, ".fsrl_adapter.")
         self.info = replace(self.info, weights=weights)
         inputs = {
-            "version": importlib.metadata.version("peft-fsrl"),
+            "version": version_of("peft-fsrl"),
             "adapter": [weights, to_plain(self.info)],
             "base": base,
             "dataset": digest_rows(dataset, ("prompt", "chosen", "rejected")),
@@ -79,7 +81,13 @@ class Stages:
         }
         self.parts = Parts(None if out is None else Path(out) / "parts", inputs)
         self.notes: dict[str, str] = {}
-        self.label_key = compute_digest(to_plain(labels))
+        self.label_key = compute_digest([to_plain(labels), list(self.categories)])
+        self.reference_key = compute_digest(to_plain(reference))
+        # Seconds, and it may find that the two sources have nothing in common.
+        self.agreements: tuple[Agreement, ...] = ()
+        if labels is not None and reference is not None:
+            shared = [name for name in self.categories if name in reference.categories]
+            self.agreements = compare_labels(labels, reference, shared, seed=settings.seed)
 
     def bar(self, text: str) -> str | None:
         return text if self.show_progress else None
@@ -97,8 +105,15 @@ class Stages:
 
     @cached_property
     def categories(self) -> dict[str, list[int]]:
-        names = self.labels.categories if self.labels else ()
-        found = {name: self.labels.members(name) for name in names if self.labels}
+        if self.labels is None:
+            return {}
+        names, wanted = self.labels.categories, self.settings.categories
+        unknown = sorted(set(wanted or ()) - set(names))
+        if unknown:
+            raise ValueError(
+                f"Expected categories that the labels know, {list(names)}; got {unknown}."
+            )
+        found = {name: self.labels.members(name) for name in wanted or names}
         return {name: members for name, members in found.items() if members}
 
     @cached_property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,9 @@ from ..records import Audit, Labels, Setting, TrainingCurves, Usage
 from ..usage import compute_rank_frequency
 from ._stages import Stages
 from .findings import judge_categories, judge_coherence, judge_gain, judge_labels
+from .info import version_of
 from .settings import AuditSettings
-from .trust import compute_trust
+from .trust import compute_robustness
 
 _PACKAGES = ("peft-fsrl", "torch", "transformers", "peft", "trl", "sae-lens")
 
@@ -72,7 +72,7 @@ def compute_audit(
     ablations, compositions = stages.ablations, stages.compositions()
     coherence = stages.coherence()
     promoted, suppressed = stages.cards()
-    trust = compute_trust(stages)
+    robustness = compute_robustness(stages)
     return Audit(
         info=replace(stages.info, adapter=adapter),
         dataset=dataset_name,
@@ -83,7 +83,7 @@ def compute_audit(
             judge_gain(base, trained, gain),
             judge_coherence(coherence),
             judge_categories(base, trained, ablations),
-            judge_labels(labels, trust.agreements, trust.robustness),
+            judge_labels(labels, stages.agreements, robustness, ablations),
         ),
         base=base,
         trained=trained,
@@ -103,8 +103,8 @@ def compute_audit(
         promoted=promoted,
         suppressed=suppressed,
         label_source=labels.source if labels else None,
-        agreements=trust.agreements,
-        robustness=trust.robustness,
+        agreements=stages.agreements,
+        robustness=robustness,
         curves=_curves(run_folder, stages),
         notes=tuple(Setting(name, why) for name, why in stages.notes.items()),
     )
@@ -128,4 +128,4 @@ def _curves(run_folder: str | Path | None, stages: Stages) -> TrainingCurves | N
 
 
 def _versions() -> list[str]:
-    return [f"{package} {importlib.metadata.version(package)}" for package in _PACKAGES]
+    return [f"{package} {version_of(package)}" for package in _PACKAGES]

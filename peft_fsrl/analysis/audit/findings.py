@@ -87,9 +87,20 @@ def judge_categories(
 
 
 def judge_labels(
-    labels: Labels | None, agreements: Sequence[Agreement], robustness: Sequence[Robustness]
+    labels: Labels | None,
+    agreements: Sequence[Agreement],
+    robustness: Sequence[Robustness],
+    ablations: Sequence[Ablation] = (),
 ) -> Finding:
-    """By what redrawn labels leave of the conclusions, or else by agreement with a reference."""
+    """By what redrawn labels leave of the conclusions, or else by agreement with a reference.
+
+    Args:
+        labels: if there are any.
+        agreements: with a reference.
+        robustness: figures under redrawn labels.
+        ablations: what the conclusions are about: the category whose loss costs most counts, and
+            figures of others do not.
+    """
     question = "Can the labels be trusted?"
     if labels is None:
         return Finding(question, "unsure", "There are none.")
@@ -104,18 +115,30 @@ def judge_labels(
         f"{a.category}: MCC {_interval(a.mcc, '.2f')} against {a.reference}" for a in agreements
     ]
     if robustness:
+        robustness = _concluded(robustness, ablations)
         kept = min(each.kept for each in robustness)
         verdict = "yes" if kept >= ROBUST else "unsure" if kept >= FRAGILE else "no"
         weakest = min(robustness, key=lambda each: each.kept)
         parts.append(
-            f"with labels redrawn by these error rates, every conclusion holds in at least "
-            f"{kept:.0%} of {weakest.n_draws} draws ({weakest.figure} the least)"
+            f"with labels redrawn by these error rates, the conclusions about what carries the "
+            f"gain hold in {kept:.0%} of {weakest.n_draws} draws at least (the least: "
+            f"{weakest.figure})"
         )
     else:
         lowest = min(agreement.mcc.value for agreement in agreements)
         verdict = "yes" if lowest >= TRUSTED_MCC else "unsure" if lowest >= DISTRUSTED_MCC else "no"
     text = "; ".join(parts)
     return Finding(question, verdict, f"{text[:1].upper()}{text[1:]}.")
+
+
+def _concluded(
+    robustness: Sequence[Robustness], ablations: Sequence[Ablation]
+) -> Sequence[Robustness]:
+    """The figures about zeroing the category that costs most; all where there is none."""
+    top = max(ablations, key=lambda ablation: ablation.rise.value, default=None)
+    about = f"without {top.name}" if top else ""
+    found = [each for each in robustness if top and about in each.figure]
+    return found or robustness
 
 
 def _ratio(trained: Coherence, base: Coherence) -> float:

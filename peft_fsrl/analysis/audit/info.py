@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from ...layer import FSRLLayer
 from ...steering import adapter_configs, base_model
-from ..records import AdapterInfo, Labels, Setting
+from ..records import AdapterInfo, Setting
 
 _SETTINGS = (
     "layer",
@@ -52,38 +53,19 @@ def describe_adapter(model: nn.Module, layer: FSRLLayer) -> AdapterInfo:
     )
 
 
+def version_of(package: str) -> str:
+    """The version of an installed package, ``"unknown"`` in a source tree that nobody installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def feature_url(neuronpedia_id: str | None, feature: int) -> str | None:
     """A feature's page on Neuronpedia, where the SAE has an id there."""
     if not neuronpedia_id:
         return None
     return f"https://www.neuronpedia.org/{quote(neuronpedia_id)}/{feature}"
-
-
-def require_labels_of(labels: Labels | None, fingerprint: str, d_sae: int) -> None:
-    """Refuse labels that speak of another SAE's features.
-
-    Raises:
-        ValueError: for another fingerprint or number of features, or a feature out of range.
-    """
-    if labels is None:
-        return
-    remedy = "Feature 5 means something else there. Give labels of the SAE that was steered."
-    if labels.fingerprint not in (None, fingerprint):
-        raise ValueError(
-            f"The labels of {labels.source} are about another SAE: expected fingerprint "
-            f"{fingerprint[:16]}..., found {str(labels.fingerprint)[:16]}.... {remedy}"
-        )
-    if labels.d_sae not in (None, d_sae):
-        raise ValueError(
-            f"The labels of {labels.source} are about another SAE: expected {d_sae} features, "
-            f"found {labels.d_sae}. {remedy}"
-        )
-    outside = [label.feature for label in labels.features if not 0 <= label.feature < d_sae]
-    if outside:
-        raise ValueError(
-            f"The labels of {labels.source} are about another SAE: it has features 0 to "
-            f"{d_sae - 1}, and there is a label for feature {outside[0]}. {remedy}"
-        )
 
 
 def _describe_reference(reference: Any) -> str | None:

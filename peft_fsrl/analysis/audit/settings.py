@@ -10,6 +10,7 @@ class AuditSettings:
     """How much of everything.
 
     Attributes:
+        categories: those of the labels to look at; None for all.
         beta: SimPO's reward scale.
         gamma: SimPO's target margin.
         n_generations: prompts to continue, token by token.
@@ -24,6 +25,7 @@ class AuditSettings:
         seed: of everything that is drawn.
     """
 
+    categories: tuple[str, ...] | None = None
     beta: float = 10.0
     gamma: float = 5.0
     n_generations: int = 4

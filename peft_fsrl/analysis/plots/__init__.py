@@ -1,5 +1,6 @@
 """Records as figures. Reads records and nothing else; needs the ``plots`` extra (matplotlib)."""
 
+from ._style import require_plots
 from .ablations import plot_ablations
 from .audit import draw_audit
 from .correspondence import plot_correspondence
@@ -17,4 +18,5 @@ __all__ = [
     "plot_sweep",
     "plot_training_curves",
     "plot_variants",
+    "require_plots",
 ]

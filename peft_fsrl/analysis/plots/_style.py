@@ -16,13 +16,26 @@ def subplots(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
     Raises:
         ImportError: without the ``plots`` extra.
     """
+    return _pyplot().subplots(*args, **kwargs)
+
+
+def _pyplot() -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(
             "Figures need matplotlib, which cannot be imported. Run: pip install peft-fsrl[plots]"
         ) from error
-    return pyplot.subplots(*args, **kwargs)
+    return pyplot
+
+
+def require_plots() -> None:
+    """Find out at once whether figures can be drawn.
+
+    Raises:
+        ImportError: without the ``plots`` extra.
+    """
+    _pyplot()
 
 
 def tidy(panels: Iterable[Any]) -> None:

@@ -81,5 +81,7 @@ def from_plain(kind: Any, value: Any) -> Any:
         [inner] = [argument for argument in arguments if argument is not type(None)]
         return None if value is None else from_plain(inner, value)
     if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"Expected a list of {arguments[0]}, got {value!r}.")
         return tuple(from_plain(arguments[0], item) for item in value)
     return kind(value)

@@ -199,6 +199,28 @@ class Agreement(Record):
 
 
 @dataclass(frozen=True)
+class ErrorRates(Record):
+    """How a judge errs about one category: a two-by-two table against the truth.
+
+    Attributes:
+        category: the category.
+        both: features that the judge puts in it and that belong to it; a count or a share.
+        only_judged: that it puts there wrongly.
+        only_true: that it wrongly leaves out.
+        neither: that it rightly leaves out.
+        exact: the shares are taken for known; otherwise the numbers are counts of a sample, as
+            uncertain as that.
+    """
+
+    category: str
+    both: float
+    only_judged: float
+    only_true: float
+    neither: float
+    exact: bool
+
+
+@dataclass(frozen=True)
 class Robustness(Record):
     """A figure under the labels as they are, and under labels redrawn with the judge's error rates.
 
