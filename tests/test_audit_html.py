@@ -307,6 +307,17 @@ def test_links_lead_to_https_only() -> None:
     assert "javascript:" not in page
 
 
+@needs_browser
+def test_the_example_in_the_documentation(open_page: Callable[..., Any]) -> None:
+    path = Path(__file__).parent.parent / "docs" / "examples" / "organism_audit.html"
+    text = path.read_text("utf-8")
+    assert len(text) < 1_000_000
+    page = open_page(text)
+    assert page.locator(".finding").count() == 4
+    page.locator("details[open] .token").first.hover()
+    assert page.locator("#tip").is_visible()
+
+
 def wide_audit() -> Audit:
     """What an adapter on an SAE of 65,536 features leaves, with the defaults of the command."""
     return make_audit(d_sae=65_536, n_pairs=2000, n_features=200, n_generations=4)

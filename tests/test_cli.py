@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,28 @@ def test_an_interrupted_audit_keeps_what_it_has(
     kept = {path.stem for path in (out / "parts").iterdir()}
     assert {"scores_base", "scores_trained", "usages", "coherence", "single"} <= kept
     assert not (out / "audit.json").exists()
+
+
+@pytest.mark.slow
+def test_an_audit_that_is_killed_goes_on(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["audit", str(adapter), "--out", str(out), *DATA, *QUICK]
+    code = f"""
+import os, signal
+from peft_fsrl.analysis.audit import _stages
+from peft_fsrl.cli.main import main
+_stages.compare_static_dynamic = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+main({command!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    parts = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+    assert {"scores_base", "usages", "single"} <= {path.stem for path in parts}
+    assert not list(out.glob("audit.*"))
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts, "nothing was made twice"
+    assert Audit.from_json((out / "audit.json").read_text()).static_dynamic is not None
 
 
 def test_debug_shows_where(adapter: Path, tmp_path: Path) -> None:

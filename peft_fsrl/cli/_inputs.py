@@ -121,8 +121,6 @@ def load_rows(args: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, 
     from ..data import check_columns, pair_texts, prepare_preferences
 
     dataset, name = _load_dataset(args)
-    if not len(dataset):
-        raise ValueError(f"Expected preference pairs in {args.dataset}, found no row at all.")
     check_columns(dataset.column_names)
     prepared = prepare_preferences(
         _first(dataset, args.n_pairs), tokenizer, max_length=args.max_length, unusable="drop"
@@ -169,6 +167,13 @@ def text_of_features(labels: Labels | None) -> dict[int, str]:
 
 
 def _load_dataset(args: argparse.Namespace) -> tuple[Any, str]:
+    dataset, name = _find_dataset(args)
+    if not len(dataset):
+        raise ValueError(f"Expected preference pairs in {args.dataset}, found no row at all.")
+    return dataset, name
+
+
+def _find_dataset(args: argparse.Namespace) -> tuple[Any, str]:
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
 
@@ -195,7 +200,12 @@ def _load_dataset(args: argparse.Namespace) -> tuple[Any, str]:
         return load_dataset(args.dataset, split=args.split), f"{args.dataset} ({args.split})"
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        raise ValueError(f"{args.dataset} cannot be read as a data set: {cause}") from error
+        raise ValueError(f"{args.dataset} cannot be read as a data set: {cause}.") from error
+    except ValueError as error:
+        # What `datasets` says of a file without a row.
+        if "corresponds to no data" in str(error):
+            return (), path.name
+        raise
 
 
 def _first(dataset: Any, n: int) -> Any:
