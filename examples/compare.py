@@ -11,10 +11,10 @@ model, and data in any of TRL's preference formats:
     python examples/compare.py --model google/gemma-2-2b-it --layer 12 \
         --sae gemma-scope-2b-pt-res/layer_12/width_65k/average_l0_72 --dataset ... --dtype bfloat16
 
-Every trained method has its own learning rate: the best of a grid, by the objective on validation
-pairs after short runs; where the best stands at the edge of the grid, the grid grows. What the two
-vectors are scaled by is the best of a grid on training pairs. Rows are written as they come:
-started again, the comparison goes on where it was stopped.
+Every trained method has its own learning rate. Of a grid, tried by the objective on validation
+pairs after short runs, it is the smallest within a standard error of the best; where that stands
+at the edge, the grid grows. The scale of the two vectors is chosen in the same way on training
+pairs. Rows are written as they come: started again, the comparison goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -163,10 +163,10 @@ class Bench:
                 found.append(chosen - rejected)
         return torch.cat(found)
 
-    def loss(self, margins: Tensor, objective: str) -> float:
-        """The objective, mean over pairs."""
+    def losses(self, margins: Tensor, objective: str) -> Tensor:
+        """The objective of each pair, shape ``(pairs,)``."""
         # DPO is SimPO's loss without a target margin, on another reward.
-        return simpo_loss(margins, GAMMA if objective == "simpo" else 0.0).mean().item()
+        return simpo_loss(margins, GAMMA if objective == "simpo" else 0.0)
 
     def measure(self, model: nn.Module, objective: str, **known: Any) -> Row:
         """All figures of a model as it is now."""
@@ -178,7 +178,7 @@ class Bench:
         coherence = measure_answers(self.base, answers)
         return Row(
             objective=objective,
-            loss=self.loss(margins, objective),
+            loss=self.losses(margins, objective).mean().item(),
             accuracy=((margins > 0).float() + (margins == 0).float() / 2).mean().item(),
             margin=margins.mean().item(),
             kl=compute_divergence(model, self.base, self.test, self.tokenizer),
@@ -233,26 +233,41 @@ class Bench:
 
 
 def search(
-    grid: Sequence[float], try_one: Callable[[float], float], growth: int = GROWTH
-) -> dict[float, float]:
-    """Objective by value; the grid grows while its best stands at an edge. Lowest is best."""
-    tried: dict[float, float] = {}
+    grid: Sequence[float], try_one: Callable[[float], Tensor], growth: int = GROWTH
+) -> dict[float, Tensor]:
+    """Losses of each pair by learning rate or scale; grows while what is chosen is at an edge."""
+    tried: dict[float, Tensor] = {}
     waiting = list(grid)
     while waiting:
         for value in waiting:
-            found = try_one(value)
-            tried[value] = found if math.isfinite(found) else math.inf
-        waiting = []
-        best = min(tried, key=lambda value: tried[value])
-        if growth and best in (min(tried), max(tried)):
+            tried[value] = try_one(value).double()
+        chosen, waiting = choose(tried), []
+        if growth and chosen in (min(tried), max(tried)):
             growth -= 1
-            waiting = [best * FACTOR if best == max(tried) else best / FACTOR]
+            waiting = [chosen * FACTOR if chosen == max(tried) else chosen / FACTOR]
     return tried
 
 
-def describe(tried: Mapping[float, float]) -> str:
+def choose(tried: Mapping[float, Tensor]) -> float:
+    """The smallest value that is no more than a standard error behind the best.
+
+    The standard error is that of the difference to the best on the same pairs. Among values that
+    cannot be told apart, the smallest moves the model least.
+    """
+    means = {value: losses.mean().item() for value, losses in tried.items()}
+    finite = [value for value, mean in means.items() if math.isfinite(mean)]
+    best = min(finite or tried, key=lambda value: means[value])
+
+    def is_as_good(value: float) -> bool:
+        behind = tried[value] - tried[best]
+        return bool(behind.mean() <= behind.std() / math.sqrt(len(behind)))
+
+    return min(value for value in tried if value == best or is_as_good(value))
+
+
+def describe(tried: Mapping[float, Tensor]) -> str:
     """What a search has tried, for the table's CSV."""
-    return ", ".join(f"{value:.3g}: {tried[value]:.4f}" for value in sorted(tried))
+    return ", ".join(f"{value:.3g}: {tried[value].mean():.4f}" for value in sorted(tried))
 
 
 def lora_rank(model: nn.Module, n_parameters: int) -> int:
@@ -291,12 +306,13 @@ def trained_method(
     """Search a learning rate with short runs, train with it, measure."""
     args = bench.args
 
-    def try_one(rate: float) -> float:
+    def try_one(rate: float) -> Tensor:
         model = bench.fit(copy.deepcopy(config), objective, rate, args.search_steps)
-        return bench.loss(bench.margins(model, bench.valid, objective), objective)
+        return bench.losses(bench.margins(model, bench.valid, objective), objective)
 
-    tried = search(grid, try_one) if args.search_steps else dict.fromkeys(grid[:1], math.nan)
-    rate = min(tried, key=lambda value: tried[value])
+    # Without a search, the first rate of the grid.
+    tried = search(grid, try_one) if args.search_steps else {}
+    rate = choose(tried) if tried else grid[0]
     started = time.monotonic()
     model = bench.fit(copy.deepcopy(config), objective, rate, args.steps)
     seconds = time.monotonic() - started
@@ -371,12 +387,12 @@ def static_method(bench: Bench, name: str, objective: str) -> Row:
 
     rows = bench.train.select(range(min(bench.args.static_pairs, len(bench.train))))
 
-    def try_one(scale: float) -> float:
+    def try_one(scale: float) -> Tensor:
         with acting(scale):
-            return bench.loss(bench.margins(model, rows, objective), objective)
+            return bench.losses(bench.margins(model, rows, objective), objective)
 
     tried = search(SCALES, try_one)
-    scale = min(tried, key=lambda value: tried[value])
+    scale = choose(tried)
     seconds = time.monotonic() - started
     with acting(scale):
         l0 = compute_usage(steered, bench.test, bench.tokenizer).l0 if in_features else None
@@ -525,8 +541,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--valid-pairs", type=int, default=200)
     add("--test-pairs", type=int, default=400)
     add("--static-pairs", type=int, default=256, help="training pairs behind the steering vectors")
-    add("--steps", type=int, default=300)
-    add("--search-steps", type=int, default=60, help="steps of each run of a search; 0 for none")
+    add("--steps", type=int, default=200)
+    add("--search-steps", type=int, default=40, help="steps of each run of a search; 0 for none")
     add("--batch-size", type=int, default=16)
     add("--accumulation", type=int, default=1)
     add("--eval-batch-size", type=int, default=32)

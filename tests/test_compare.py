@@ -49,14 +49,30 @@ def options(out: Path, **more: object) -> list[str]:
     return [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
 
 
-def test_a_search_grows_where_its_best_stands_at_the_edge(compare: ModuleType) -> None:
-    tried = compare.search((1.0, 2.0, 4.0), lambda value: (math.log(value) - math.log(20)) ** 2)
-    assert sorted(tried) == pytest.approx([1, 2, 4, 4 * 10**0.5, 40])
-    assert compare.search((1.0, 2.0, 4.0), lambda value: (value - 2) ** 2).keys() == {1, 2, 4}
-    down = compare.search((1.0, 2.0), lambda value: value, growth=1)
-    assert sorted(down) == pytest.approx([10**-0.5, 1, 2])
-    broken = compare.search((1.0, 2.0, 4.0), lambda value: math.nan if value > 1 else 1.0, growth=0)
-    assert min(broken, key=lambda value: broken[value]) == 1.0
+def test_a_search_grows_where_its_choice_stands_at_the_edge(compare: ModuleType) -> None:
+    def losses(optimum: float) -> Any:
+        noise = torch.tensor([-1e-3, 1e-3, 2e-3, -2e-3])
+        return lambda value: (math.log(value / optimum) ** 2 + noise * value).double()
+
+    grown = compare.search((1.0, 2.0, 4.0), losses(20))
+    assert sorted(grown) == pytest.approx([1, 2, 4, 4 * 10**0.5, 40])
+    assert compare.choose(grown) == pytest.approx(4 * 10**0.5)
+    assert compare.search((1.0, 2.0, 4.0), losses(2)).keys() == {1, 2, 4}
+    down = compare.search((1.0, 2.0), losses(1e-6), growth=2)
+    assert sorted(down) == pytest.approx([0.1, 10**-0.5, 1, 2])
+
+
+def test_the_smallest_of_what_is_as_good_is_chosen(compare: ModuleType) -> None:
+    best = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    noisy = best + torch.tensor([0.5, -0.3, 0.2, -0.2])
+    # Behind by 0.05, with a standard error of 0.18.
+    assert compare.choose({1.0: noisy, 2.0: best, 4.0: best + 1}) == 1.0
+    # As far behind on average, by almost as much in each pair.
+    worse = best + torch.tensor([0.05, 0.06, 0.04, 0.05])
+    assert compare.choose({1.0: worse, 2.0: best}) == 2.0
+    broken = torch.full((4,), math.nan)
+    assert compare.choose({1.0: broken, 2.0: best, 4.0: broken}) == 2.0
+    assert compare.choose({1.0: broken, 2.0: broken}) == 1.0
 
 
 def test_lora_of_as_many_parameters(compare: ModuleType) -> None:
@@ -160,7 +176,7 @@ def test_rewards_of_both_objectives(compare: ModuleType) -> None:
         assert margins.tolist() == pytest.approx([float(each) for each in expected], abs=1e-4)
         shift = 5.0 if objective == "simpo" else 0.0
         losses = [math.log1p(math.exp(shift - float(margin))) for margin in expected]
-        loss = compare.Bench.loss(bench, margins, objective)
+        loss = compare.Bench.losses(bench, margins, objective).mean().item()
         assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 

@@ -662,7 +662,7 @@ MUTANTS = (
         ("test_generations.py::test_bytes_of_one_character_stay_together",),
     ),
     Mutant(
-        "a category is zeroed in the base model too",
+        "the base model is steered",
         "analysis/sampling.py",
         "variants: Variants = {BASE: partial(scale_steering, model, 0.0), TRAINED: nullcontext}",
         "variants: Variants = {BASE: nullcontext, TRAINED: nullcontext}",
