@@ -42,8 +42,8 @@ def ablate_categories(
 
     Random features are drawn from those that the adapter steers and that no category holds, so that
     a control zeroes something that acts: as many of them as the category has, and as many as carry
-    about its steering mass. Where all of them together carry less than the category, the second
-    control is all of them, once, and falls short: ``random_masses`` says by how much.
+    about its steering mass. Where there are no more than that, a control is all of them, once. One
+    that has to weigh as much then falls short: ``random_masses`` says by how much.
 
     Args:
         model: a model with an FSRL adapter.
@@ -66,6 +66,7 @@ def ablate_categories(
             tokens than the chosen answers', or fewer than two pairs.
         ImportError: without the ``audit`` extra.
     """
+    statistics.require()
     sizes = {name: len(features) for name, features in categories.items()}
     if not sizes or min(sizes.values()) < (1 if n_features is None else max(1, n_features)):
         raise ValueError(
@@ -224,7 +225,11 @@ def _fill(pool: Mapping[int, float], target: float, rng: random.Random) -> list[
 def _draw_by_count(
     pool: Mapping[int, float], n: int, n_draws: int, rng: random.Random
 ) -> list[list[int]]:
-    return [rng.sample(list(pool), min(n, len(pool))) for _ in range(n_draws) if pool]
+    if not pool or n_draws < 1:
+        return []
+    if n >= len(pool):
+        return [list(pool)]
+    return [rng.sample(list(pool), n) for _ in range(n_draws)]
 
 
 def _share(mass: float, total: float) -> float:

@@ -21,6 +21,15 @@ _BATCH = 4_000_000
 _MISSING = "This needs {}, which cannot be imported. Run: pip install peft-fsrl[audit]"
 
 
+def require() -> None:
+    """Fail before the work that an interval is to end, not after it.
+
+    Raises:
+        ImportError: without the ``audit`` extra.
+    """
+    _scipy()
+
+
 def mean_interval(values: Sequence[float], *, level: float = LEVEL, seed: int = 0) -> Interval:
     """Mean over examples.
 

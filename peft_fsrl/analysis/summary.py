@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..steering import scale_steering
+from . import statistics
 from .ablation import ablate_categories
 from .generations import compare_generations
 from .preferences import score_preferences
@@ -45,7 +46,13 @@ def compute_summary(
         gamma: SimPO's target margin.
         batch_size: pairs per forward pass.
         show_progress: show progress bars.
+
+    Raises:
+        ValueError: for an empty data set, and with categories for fewer than two pairs.
+        ImportError: with categories, without the ``audit`` extra.
     """
+    if categories:
+        statistics.require()
     settings: dict[str, Any] = {"beta": beta, "gamma": gamma, "batch_size": batch_size}
 
     def bar(text: str) -> str | None:

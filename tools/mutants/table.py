@@ -26,6 +26,12 @@ class Mutant(NamedTuple):
 FORMULA = ("test_properties.py::test_steered_output_is_the_formula",)
 MODEL = ("test_model.py::test_steers_the_output_of_the_layer",)
 KILLED = ("test_checkpoints.py::test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one",)
+USAGE = ("test_analysis_usage.py::test_segments_equal_a_loop_over_tokens",)
+COMPOSITION = ("test_analysis_usage.py::test_composition_equals_a_count_by_hand",)
+EFFECTS = (
+    "test_analysis_effects.py::test_controls_of_equal_mass",
+    "test_analysis_effects.py::test_draws_come_near_the_mass_and_differ",
+)
 
 MUTANTS = (
     # The mathematics
@@ -484,5 +490,146 @@ MUTANTS = (
         "np.clip((share - false_alarm) / spread, 0, 1)",
         "np.clip(share, 0, 1)",
         ("test_labels_trust.py::test_plain_redrawing_errs_towards_no_difference",),
+    ),
+    # Analyses
+    Mutant(
+        "special tokens count as use",
+        "analysis/segments.py",
+        "counts = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, special)",
+        "counts = batch.attention_mask.bool()",
+        USAGE,
+    ),
+    Mutant(
+        "padding counts as use",
+        "analysis/segments.py",
+        "counts = batch.attention_mask.bool() &",
+        "counts =",
+        ("test_analysis_usage.py::test_padding_never_counts",),
+    ),
+    Mutant(
+        "marks of a chat count as text",
+        "analysis/segments.py",
+        "flagged = {index for index, token in added.items() if token.special}",
+        "flagged = set()",
+        USAGE,
+    ),
+    Mutant(
+        "a prompt counts twice",
+        "analysis/segments.py",
+        "        masks.append(counts & part & of_side)",
+        "        masks.append(counts & part & (of_side | (segment == 'prompt')))",
+        USAGE,
+    ),
+    Mutant(
+        "an encoder that looks back sees one token",
+        "analysis/segments.py",
+        "sae.encode(x[None])[0][places] if sae.contextual else sae.encode(x[places])",
+        "sae.encode(x[places])",
+        USAGE,
+    ),
+    Mutant(
+        "suppression counts as promotion",
+        "analysis/usage.py",
+        "(v != 0, v, v.abs(), v > 0, chunk.active())",
+        "(v != 0, v, v.abs(), v != 0, chunk.active())",
+        USAGE,
+    ),
+    Mutant(
+        "an exponential grows where it falls",
+        "analysis/usage.py",
+        "rate=-line.slope",
+        "rate=line.slope",
+        ("test_analysis_usage.py::test_an_exponential_is_found_again",),
+    ),
+    Mutant(
+        "all tokens belong to one text",
+        "analysis/composition.py",
+        "        self._rows[chunk.row] += counts",
+        "        self._rows[0] += counts",
+        COMPOSITION,
+    ),
+    Mutant(
+        "a feature of two categories takes one from the rest",
+        "analysis/composition.py",
+        "columns[:, -2] = (columns.sum(dim=1) == 0).double()",
+        "columns[:, -2] = 1 - columns.sum(dim=1)",
+        COMPOSITION,
+    ),
+    Mutant(
+        "differences are not paired",
+        "analysis/statistics.py",
+        "    differences = [a - b for a, b in zip(first, second, strict=True)]",
+        "    differences = [a - b for a, b in zip(first, sorted(second), strict=True)]",
+        ("test_analysis_statistics.py::test_differences_are_paired",),
+    ),
+    Mutant(
+        "a ratio's parts are resampled apart",
+        "analysis/statistics.py",
+        "        paired=True,",
+        "        paired=not vectorized,",
+        ("test_analysis_statistics.py::test_a_ratio_resamples_whole_examples",),
+    ),
+    Mutant(
+        "an interval is of another level",
+        "analysis/statistics.py",
+        "        confidence_level=level,",
+        "        confidence_level=LEVEL,",
+        ("test_analysis_statistics.py::test_a_large_sample_has_the_normal_interval",),
+    ),
+    Mutant(
+        "the control of equal mass takes features of categories",
+        "analysis/ablation.py",
+        "for feature, mass in sorted(masses.items()) if feature not in held}",
+        "for feature, mass in sorted(masses.items())}",
+        EFFECTS,
+    ),
+    Mutant(
+        "the control of equal mass is any set",
+        "analysis/ablation.py",
+        "        if abs(missing - pool[feature]) < abs(missing):",
+        "        if rng.random() < 0.5:",
+        EFFECTS,
+    ),
+    Mutant(
+        "the estimate forgets the clamp",
+        "analysis/single.py",
+        "if adapter.non_negative and not sae.signed:",
+        "if False:",
+        ("test_analysis_effects.py::test_estimates_are_the_slopes_of_the_loss",),
+    ),
+    Mutant(
+        "the estimate has the wrong sign",
+        "analysis/single.py",
+        "return -totals / n_pairs, n_pairs",
+        "return totals / n_pairs, n_pairs",
+        ("test_analysis_effects.py::test_estimates_are_the_slopes_of_the_loss",),
+    ),
+    Mutant(
+        "features per token are not limited",
+        "analysis/static_dynamic.py",
+        "torch.arange(len(counts)).clamp(max=limit)",
+        "torch.arange(len(counts))",
+        ("test_analysis_effects.py::test_limited_steering",),
+    ),
+    Mutant(
+        "the fixed set is of the rarest features",
+        "analysis/static_dynamic.py",
+        "only_features(model, by_mass[:n])",
+        "only_features(model, by_mass[-n:])",
+        ("test_analysis_effects.py::test_limited_steering",),
+    ),
+    Mutant(
+        "the penalty counts as preference loss",
+        "analysis/curves.py",
+        'values["preference_loss"] = values["loss"] - values.get("fsrl/penalty", 0.0)',
+        'values["preference_loss"] = values["loss"]',
+        ("test_analysis_figures.py::test_curves_of_a_real_trainer",),
+    ),
+    Mutant(
+        "pairs of one length are torn apart",
+        "analysis/buckets.py",
+        "        while 0 < end < scores.n and",
+        "        while False and",
+        ("test_analysis_effects.py::test_pairs_of_similar_length",),
     ),
 )
