@@ -269,11 +269,11 @@ def test_a_killed_process_loses_nothing(how: signal.Signals, tmp_path: Path) -> 
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while len(s.requests) < 60 and time.monotonic() < deadline:
             time.sleep(0.005)
         worker.send_signal(how)
-        _, stderr = worker.communicate(timeout=30)
+        _, stderr = worker.communicate(timeout=60)
         assert worker.returncode != 0
         if how == signal.SIGINT:
             assert stderr.splitlines()[-1].startswith("KeyboardInterrupt")

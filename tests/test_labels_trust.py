@@ -270,15 +270,24 @@ def test_plain_redrawing_errs_towards_no_difference() -> None:
     assert fair.propagated.value == pytest.approx(true, rel=0.1)
 
 
-def test_posterior_in_strata_by_hand() -> None:
+def test_draws_in_strata_by_hand() -> None:
     """Sensitivity 0.8, false alarms 0.1: a stratum in which 45 % are judged so has 50 %."""
-    from peft_fsrl.analysis.labels.propagation import _posterior
-
-    said, unsaid = _posterior((0.45 - 0.1) / (0.8 - 0.1), 0.8, 0.1)
-    assert said == pytest.approx(0.5 * 0.8 / (0.5 * 0.8 + 0.5 * 0.1))
-    assert unsaid == pytest.approx(0.5 * 0.2 / (0.5 * 0.2 + 0.5 * 0.9))
-    assert _posterior(0.0, 0.8, 0.1) == (0.0, 0.0)
-    assert _posterior(1.0, 1.0, 0.0) == (1.0, 0.0)
+    n = 4000
+    rates = ErrorRates("c", both=0.16, only_judged=0.08, only_true=0.04, neither=0.72, exact=True)
+    verdict = [i % 20 < 9 for i in range(n)]
+    silent = [False] * n
+    judged = labels_of({"c": verdict + silent})
+    kept, added, elsewhere = [], [], []
+    draws = draw_labels(judged, [rates], strata=[range(n), range(n, 2 * n)])
+    for categories in itertools.islice(draws, 60):
+        said = [verdict[feature] for feature in categories["c"] if feature < n]
+        kept.append(sum(said) / (0.45 * n))
+        added.append((len(said) - sum(said)) / (0.55 * n))
+        elsewhere.append(len(categories["c"]) - len(said))
+    assert np.mean(kept) == pytest.approx(0.5 * 0.8 / 0.45, abs=0.01)
+    assert np.mean(added) == pytest.approx(0.5 * 0.2 / 0.55, abs=0.01)
+    # Where the judge never says so, not even by mistake, there is nothing.
+    assert set(elsewhere) == {0}
 
 
 def test_strata_of_use() -> None:
@@ -340,17 +349,18 @@ def test_ablations_are_redrawn() -> None:
     assert len(asked) == 2 * 201
 
 
-def test_kept_counts_draws_on_the_same_side() -> None:
-    values = iter([5.0, 6.0, -1.0, 0.0, 2.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_kept_counts_draws_on_the_same_side(sign: int) -> None:
+    values = iter([5.0, 6.0, -1.0, -2.0, 2.0, 3.0])
     [found] = propagate(
         labels_of({"c": [True, False]}),
         [error_rates_for_mcc("c", 0.5, judged_share=0.5)],
-        lambda categories: {"x": next(values)},
+        lambda categories: {"x": sign * next(values)},
         reference=0.0,
-        n_draws=4,
+        n_draws=5,
     )
-    assert (found.measured, found.kept, found.n_draws) == (5.0, 0.5, 4)
-    assert found.propagated.value == pytest.approx(7 / 4)
+    assert (found.measured, found.kept, found.n_draws) == (sign * 5.0, 0.6, 5)
+    assert found.propagated.value == pytest.approx(sign * 8 / 5)
 
 
 def test_the_same_seed_draws_the_same() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..._running import evaluating
-from ...steering import SteeringEvent, base_model, fsrl_layers, observe, scale_steering
+from ...steering import SteeringEvent, base_model, fsrl_layers, observe
 from ...tokens import Tokenized, tokenize
 from ..preferences import batched, pad
 
@@ -74,7 +74,6 @@ class Reader:
         seen = 0
         with (
             evaluating(self._model),
-            scale_steering(self._model, 0.0),
             observe(self._model, self._look),
             progress,
         ):
@@ -85,8 +84,8 @@ class Reader:
                 hidden_states, self._hidden_states = self._hidden_states, None
                 if hidden_states is None:
                     raise ValueError(
-                        "No adapter was at work, so nothing was seen. Enable the adapter: its "
-                        "steering is switched off here anyway."
+                        "No adapter was at work, so nothing was seen. Enable the adapter: what "
+                        "counts here is its layer's output before any steering."
                     )
                 for row, (ids, _) in enumerate(texts):
                     # One at a time: the activations of a whole batch may not fit.
