@@ -15,10 +15,12 @@ from typing import Any
 import helpers
 import pytest
 import torch
+from judge_server import Reply, serve
 from peft import PeftModel
 
 from peft_fsrl.analysis import AnswerPair, score_preferences
 from peft_fsrl.analysis.harness import Harness, read_figures
+from peft_fsrl.analysis.labels import JudgeError
 from peft_fsrl.analysis.records import Evaluation, TaskFigure, TaskScores
 from peft_fsrl.analysis.report import render_tasks
 from peft_fsrl.cli import eval as command
@@ -349,29 +351,32 @@ def test_held_out_pairs_by_length(
     assert f"{base.accuracy:.1%}" in capsys.readouterr().out
 
 
-class Repeats:
-    """A judge that prefers what stands first."""
-
-    def ask(self, prompts: Any, *, description: str | None = None) -> list[str]:
-        self.n_asked = len(prompts)
-        return ["Verdict: A"] * len(prompts)
-
-
-def test_a_judge_gets_the_prompts(
-    place: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_judge_at_an_endpoint_that_fails_half_way(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    judge = Repeats()
-    monkeypatch.setattr(command, "make_judge", lambda url, name, cache: judge)
-    more = ["--dataset", str(place / "pairs.json"), "--judge-url", "http://x", "--judge-model", "j"]
-    more += ["--judge-prompts", "5", "--max-new-tokens", "6"]
-    command.run(arguments(place, tmp_path, *more))
+    served = 0
+
+    def first_or_fail(prompt: str) -> Reply | str:
+        nonlocal served
+        served += 1
+        assert "<request>" in prompt
+        return Reply(status=401) if served > 4 else "It came first.\nVerdict: A"
+
+    with serve(first_or_fail) as endpoint:
+        more = ["--dataset", str(place / "pairs.json"), "--device", "cpu", "--max-new-tokens", "6"]
+        more += ["--judge-url", endpoint.url, "--judge-model", "j", "--judge-prompts", "5"]
+        with pytest.raises(JudgeError):
+            command.run(arguments(place, tmp_path, *more))
+        kept = len((tmp_path / "judge.jsonl").read_text().splitlines())
+        assert kept >= 4
+        served = -100
+        command.run(arguments(place, tmp_path, *more))
+        # What had been answered is not asked again.
+        assert served + 100 <= 10 - 4
     win_rate = Evaluation.from_json((tmp_path / "evaluation.json").read_text()).win_rate
     assert win_rate is not None
     assert (win_rate.n, win_rate.judge, win_rate.win_rate.value) == (5, "j", 0.5)
-    assert judge.n_asked == 10
+    assert (win_rate.consistency, win_rate.unreadable) == (0.0, 0)
     assert "j prefers trained to base in 50.0%" in capsys.readouterr().out
 
 
