@@ -218,7 +218,7 @@ def test_a_missing_extra_is_said_at_once(
     assert "pip install peft-fsrl[audit]" in refusal(capsys, "audit", adapter, "--out", out, *DATA)
     assert not out.exists()
     monkeypatch.undo()
-    statistics.require_extra()
+    statistics.require()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     line = refusal(capsys, "audit", adapter, "--out", out, *DATA)
     assert "matplotlib" in line

@@ -282,15 +282,6 @@ def _constant(values: Any) -> bool:
     return all(value == values[0] for value in values)
 
 
-def require_extra() -> None:
-    """Find out at once, and not after hours, whether the ``audit`` extra is there.
-
-    Raises:
-        ImportError: without it.
-    """
-    _scipy(), _sklearn()
-
-
 def _scipy() -> Any:
     try:
         from scipy import stats

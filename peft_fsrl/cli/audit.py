@@ -6,13 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..analysis import statistics
 from ..analysis.audit import AuditSettings, compute_audit
 from ..analysis.audit.card import add_audit
 from ..analysis.audit.parts import write_whole
 from ..analysis.audit_report import render_audit
 from ..analysis.plots import draw_audit, require_plots
 from ..analysis.rendering import render_audit_html
-from ..analysis.statistics import require_extra
 from ._inputs import (
     add_data_arguments,
     add_model_arguments,
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Audit, write, print; stages that an earlier run has finished are not made again."""
     # Before anything takes time.
-    require_extra()
+    statistics.require()
     require_plots()
     folder = Path(args.adapter)
     if args.update_card and not folder.is_dir():

@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..analysis import statistics
 from ..analysis.audit.parts import write_whole
 from ..analysis.audit_report import render_difference
 from ..analysis.diff import compute_difference
-from ..analysis.statistics import require_extra
 from ._inputs import (
     add_data_arguments,
     add_model_arguments,
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print."""
-    require_extra()
+    statistics.require()
     labels = load_label_file(args.labels)
     one, other = (read_config(name) for name in (args.first, args.second))
     _require_same_sae(args, one.sae_info, other.sae_info)

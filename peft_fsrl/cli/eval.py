@@ -16,12 +16,17 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from ..analysis import compute_win_rate, sample_pairs, score_by_length, score_preferences
+from ..analysis import (
+    compute_win_rate,
+    sample_pairs,
+    score_by_length,
+    score_preferences,
+    statistics,
+)
 from ..analysis.audit.parts import write_whole
 from ..analysis.harness import Harness, harness_version
 from ..analysis.records import Evaluation, PreferenceComparison, TaskScores, WinRate
 from ..analysis.report import render_buckets, render_tasks, render_win_rate
-from ..analysis.statistics import require_extra
 from ..analysis.winrate import Asker
 from ..steering import scale_steering
 from ._inputs import add_data_arguments, add_model_arguments, load_adapter, load_rows
@@ -195,7 +200,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.judge_url and not args.dataset:
         raise ValueError("A judge needs prompts: give --dataset.")
     if args.dataset:
-        require_extra()
+        statistics.require()
 
 
 def _finished(path: Path, key: str, overwrite: bool) -> TaskScores | None:
