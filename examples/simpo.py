@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from peft_fsrl import organism
-from peft_fsrl.analysis import compute_summary, render_summary
+from peft_fsrl.analysis import compute_summary, render_summary, statistics
 from peft_fsrl.arguments import FSRLArguments
 from peft_fsrl.coherence import CoherenceCallback
 from peft_fsrl.data import prepare_preferences, prompt_texts
@@ -153,6 +153,9 @@ def main(
             fsrl.layer = creature.layer if fsrl.layer is None else fsrl.layer
             labels = {each.index: each.label for each in creature.feature_labels if each.label}
             categories = {name: creature.features(name) for name in ("style", "honesty")}
+            if job.summary_pairs:
+                # What the summary needs must not turn out to be missing after the training.
+                statistics.require()
 
     model = AutoModelForCausalLM.from_pretrained(
         name,

@@ -18,6 +18,7 @@ from peft import PeftModel
 from peft.config import PeftConfigMixin
 from transformers.integrations import PeftAdapterMixin
 
+from ._card_section import drop_stale_section
 from ._checkpoints import finish_save, replacing, verify
 
 _NAME = "FSRL"
@@ -52,7 +53,8 @@ def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
         if not writes or not any(_is_fsrl(config) for config in self.peft_config.values()):
             return original(self, save_directory, *args, **kwargs)
         with replacing(save_directory) as staging:
-            return original(self, str(staging), *args, **kwargs)
+            original(self, str(staging), *args, **kwargs)
+            drop_stale_section(staging)
 
     return save_pretrained
 

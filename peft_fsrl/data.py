@@ -88,6 +88,18 @@ def prompt_texts(dataset: Iterable[Mapping[str, Any]], tokenizer: Any, n: int) -
     return [maybe_apply_chat_template(pair, tokenizer)["prompt"] for pair in pairs]
 
 
+def pair_texts(
+    dataset: Iterable[Mapping[str, Any]], tokenizer: Any, n: int | None = None
+) -> list[dict[str, str]]:
+    """The first ``n`` pairs as texts ``prompt``, ``chosen`` and ``rejected``; None takes all.
+
+    The chat template is applied where rows hold messages.
+    """
+    pairs = (_extract(row) for row in itertools.islice(dataset, n))
+    texts = (maybe_apply_chat_template(pair, tokenizer) for pair in pairs)
+    return [{name: text[name] for name in _PAIR} for text in texts]
+
+
 def prepare_preferences(
     dataset: Dataset | IterableDataset,
     tokenizer: Any,

@@ -224,6 +224,13 @@ class FrozenSAE:
         self._forget_normalisation_state()
         return feature_acts if self._columns is None else feature_acts[..., self._columns]
 
+    def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor]:
+        """Feature activations of ``x`` and what SAELens's own ``decode`` makes of them."""
+        feature_acts: Tensor = self._module.encode(x)
+        reconstruction: Tensor = self._module.decode(feature_acts)
+        self._forget_normalisation_state()
+        return feature_acts, reconstruction
+
     def decode_update(
         self, update: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"]
     ) -> Float[Tensor, "*batch d_in"]:

@@ -44,7 +44,7 @@ def resolve_targets(
     for layer in config.layers:
         sae = saes[str(layer) if str(layer) in saes else ""]
         paths[_layer_path(model, layer)] = sae
-        _check_hidden_size(sae, model)
+        check_hidden_size(sae, model)
         _warn_of_other_hook(sae, parse_hook(sae.info.hook_name), layer)
     return paths
 
@@ -58,11 +58,11 @@ def _default_target(config: FSRLConfig, sae: FrozenSAE, model: nn.Module) -> str
             f"{sae.info.hook_name!r} does not say at which module's output it was trained."
         )
     path = _layer_path(model, hook.layer)
-    _check_hidden_size(sae, model)
+    check_hidden_size(sae, model)
     if hook.place == "resid_post":
         config.layer = hook.layer
         return path
-    config.target_modules = [_writer_path(model, path, hook.place)]
+    config.target_modules = [writer_path(model, path, hook.place)]
     return config.target_modules[0]
 
 
@@ -136,8 +136,17 @@ def _text_config(model: nn.Module) -> Mapping[str, Any]:
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
-def _writer_path(model: nn.Module, layer_path: str, place: str) -> str:
-    """Path of the module inside a decoder layer whose output a hook point is."""
+def writer_path(model: nn.Module, layer_path: str, place: str) -> str:
+    """Path of the module inside a decoder layer whose output a hook point is.
+
+    Args:
+        model: the base model.
+        layer_path: path of the decoder layer.
+        place: ``"attn_out"`` or ``"mlp_out"``.
+
+    Raises:
+        ValueError: if no module there has a name that transformers uses for it.
+    """
     layer = model.get_submodule(layer_path)
     names = _WRITERS[place]
     if place == "attn_out" and hasattr(layer, "post_feedforward_layernorm"):
@@ -169,7 +178,12 @@ def _warn_of_other_hook(sae: FrozenSAE, hook: HookPoint | None, layer: int) -> N
         )
 
 
-def _check_hidden_size(sae: FrozenSAE, model: nn.Module) -> None:
+def check_hidden_size(sae: FrozenSAE, model: nn.Module) -> None:
+    """Refuse an SAE of another width.
+
+    Raises:
+        ValueError: if the model's hidden size is not what the SAE reads.
+    """
     hidden_size = _text_config(model).get("hidden_size")
     if hidden_size is not None and hidden_size != sae.info.d_in:
         raise ValueError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ._card_section import keep_section
 from ._metrics import Means, token_totals
 from ._prefix import without_prefix_graph
 from ._resume import find_checkpoint
@@ -216,6 +217,7 @@ class FSRLTrainerMixin(Trainer):
             tags=tags,
         )
         os.makedirs(directory, exist_ok=True)
+        card.content = keep_section(card.content, directory)
         card.save(os.path.join(directory, "README.md"))
 
     @property

@@ -24,6 +24,7 @@ from peft_fsrl.analysis import (
     compute_usage,
     compute_usages,
     count_features,
+    segments,
     statistics,
 )
 from peft_fsrl.analysis.segments import SEGMENTS, special_ids
@@ -117,6 +118,46 @@ def test_segments_equal_a_loop_over_tokens(rows: Rows, architecture: str, batch_
     }
 
 
+def test_padding_never_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the id that pads is an ordinary token's."""
+    monkeypatch.setattr(segments, "special_ids", lambda tokenizer: [1, 2])
+    model, tokenizer = helpers.fsrl_model(), helpers.tiny_tokenizer()
+    texts = [
+        {"prompt": "w9", "chosen": " w10"},
+        {"prompt": "w9", "chosen": " w10 w11 w12 w13 w14 w15"},
+    ]
+    usages = [
+        compute_usage(model, texts, tokenizer, segment="prompt_chosen", batch_size=size)
+        for size in (1, 2)
+    ]
+    assert [usage.n_tokens for usage in usages] == [9, 9]
+    assert usages[0].l0 == pytest.approx(usages[1].l0)
+
+
+def test_encoding_goes_in_pieces(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = helpers.fsrl_model(activation="relu"), helpers.tiny_tokenizer()
+    sae = type(helpers.only_layer(model).fsrl_sae["default"])
+    sizes: list[int] = []
+    encode = sae.encode
+
+    def measured(self: Any, x: torch.Tensor) -> torch.Tensor:
+        sizes.append(x.shape[:-1].numel())
+        return encode(self, x)
+
+    monkeypatch.setattr(sae, "encode", measured)
+    whole = compute_usages(model, rows, tokenizer, segments=SEGMENTS)
+    assert max(sizes) > 2
+    sizes.clear()
+    monkeypatch.setattr(segments, "_CHUNK", 2)
+    pieces = compute_usages(model, rows, tokenizer, segments=SEGMENTS)
+    assert max(sizes) == 2
+    for one, other in zip(whole, pieces, strict=True):
+        assert one.l1 == pytest.approx(other.l1)
+        assert [(u.feature, u.frequency, u.active) for u in one.features] == [
+            (u.feature, u.frequency, u.active) for u in other.features
+        ]
+
+
 def test_one_segment_needs_only_its_column(rows: Rows) -> None:
     model, tokenizer = helpers.fsrl_model(), helpers.tiny_tokenizer()
     expected = compute_usages(model, rows, tokenizer, segments=("prompt", "rejected"))[1]
@@ -204,11 +245,11 @@ def test_composition_equals_a_count_by_hand(rows: Rows) -> None:
     model = helpers.fsrl_model(sae=sae)
     # Feature 4 is in both.
     categories = {"style": [4, 2, 7, 12, 13, 14], "honesty": [4, 9, 15, 16, 17]}
-    segments = ("prompt", "prompt_chosen", "rejected")
+    names = ("prompt", "prompt_chosen", "rejected")
     records = compute_compositions(
-        model, rows, tokenizer, categories, segments=segments, batch_size=2, seed=5
+        model, rows, tokenizer, categories, segments=names, batch_size=2, seed=5
     )
-    counts = count_features(model, rows, tokenizer, segments=segments, batch_size=2)
+    counts = count_features(model, rows, tokenizer, segments=names, batch_size=2)
     members = {
         **categories,
         "other": sorted(set(range(helpers.D_SAE)) - {2, 4, 7, 9, *range(12, 18)}),

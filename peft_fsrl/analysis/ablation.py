@@ -66,6 +66,7 @@ def ablate_categories(
             tokens than the chosen answers', or fewer than two pairs.
         ImportError: without the ``audit`` extra.
     """
+    statistics.require()
     sizes = {name: len(features) for name, features in categories.items()}
     if not sizes or min(sizes.values()) < (1 if n_features is None else max(1, n_features)):
         raise ValueError(

@@ -6,18 +6,19 @@ an adapter that was trained too far lowers it and talks nonsense.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from .._running import evaluating
-from ..steering import base_model, scale_steering
-from ..tokens import Tokenized, prompt_ids
+from ..steering import scale_steering
+from ..tokens import Tokenized
 from .preferences import batched, mean_log_probability, pad
-from .records import Coherence
+from .records import Coherence, VariantCoherence
+from .sampling import Answer, model_variants, sample_answers
 
 REPEATED_N = 4
 
@@ -50,32 +51,92 @@ def compute_coherence(
     Raises:
         ValueError: for no prompt.
     """
-    if not prompts:
-        raise ValueError("Expected at least one prompt to answer, got none.")
+    with nullcontext() if steered else scale_steering(model, 0.0):
+        answers = sample_answers(
+            model,
+            prompts,
+            tokenizer,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=batch_size,
+        )
+    with scale_steering(model, 0.0):
+        return measure_answers(model, answers, batch_size=batch_size)
+
+
+def compare_coherence(
+    model: nn.Module,
+    prompts: Sequence[str],
+    tokenizer: Any,
+    *,
+    without: Mapping[str, Sequence[int]] | None = None,
+    max_new_tokens: int = 48,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> tuple[VariantCoherence, ...]:
+    """Coherence of the base model, the trained one, and it without the steering of a category.
+
+    Args:
+        model: a generating model with FSRL adapters.
+        prompts: see ``compute_coherence``.
+        tokenizer: the model's tokenizer.
+        without: features whose steering is zeroed, by category; one variant each.
+        max_new_tokens: length limit of an answer.
+        seed: seed of the sampling, the same for every variant.
+        batch_size: prompts per forward pass.
+
+    Raises:
+        ValueError: for no prompt.
+        IndexError: for a feature that the SAE does not have.
+    """
+    found = []
+    for name, enter in model_variants(model, without or {}).items():
+        with enter():
+            figures = compute_coherence(
+                model,
+                prompts,
+                tokenizer,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                batch_size=batch_size,
+            )
+        found.append(VariantCoherence(name, figures))
+    return tuple(found)
+
+
+def measure_answers(
+    model: nn.Module, answers: Sequence[Answer], *, batch_size: int = 16
+) -> Coherence:
+    """The figures of answers that somebody has sampled already.
+
+    Args:
+        model: the base model, under which the perplexity is; it may be another's without steering.
+        answers: from ``sample_answers``.
+        batch_size: answers per forward pass.
+
+    Raises:
+        ValueError: for no answer.
+    """
+    if not answers:
+        raise ValueError("Expected at least one answer to measure, got none.")
     device = next(model.parameters()).device
-    stops = _stop_ids(model, tokenizer)
-    answers: list[list[int]] = []
     surprise = torch.zeros((), dtype=torch.float64)
-    with evaluating(model), _seeded(seed):
-        for texts in batched(prompts, batch_size):
-            ids = [prompt_ids(text, tokenizer) for text in texts]
-            with nullcontext() if steered else scale_steering(model, 0.0):
-                rows = _sample(model, ids, tokenizer.pad_token_id or 0, max_new_tokens, device)
-            sampled = [_until_stop(row, stops) for row in rows]
-            whole = [Tokenized(p + a, len(p)) for p, a in zip(ids, sampled, strict=True)]
-            with scale_steering(model, 0.0):
-                means = mean_log_probability(model, pad(whole, device)).cpu().double()
-            surprise -= (means * torch.tensor([len(answer) for answer in sampled])).sum()
-            answers += sampled
-    said = [answer[:-1] if answer[-1] in stops else answer for answer in answers]
+    with evaluating(model):
+        for batch in batched(answers, batch_size):
+            whole = [Tokenized(a.prompt + a.said + a.end, len(a.prompt)) for a in batch]
+            means = mean_log_probability(model, pad(whole, device)).cpu().double()
+            lengths = torch.tensor([len(text.input_ids) - text.n_prompt for text in whole])
+            surprise -= (means * lengths).sum()
+    said = [answer.said for answer in answers]
+    n_tokens = sum(len(answer.said) + len(answer.end) for answer in answers)
     return Coherence(
         n=len(answers),
-        perplexity=float((surprise / sum(len(answer) for answer in answers)).exp()),
+        perplexity=float((surprise / n_tokens).exp()),
         repetition=compute_repetition(said),
         distinct_1=compute_distinct(said, 1),
         distinct_2=compute_distinct(said, 2),
         mean_length=sum(len(answer) for answer in said) / len(said),
-        ended=sum(answer[-1] in stops for answer in answers) / len(answers),
+        ended=sum(bool(answer.end) for answer in answers) / len(answers),
     )
 
 
@@ -116,45 +177,3 @@ def compute_distinct(answers: Sequence[Sequence[int]], n: int) -> float:
 
 def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
-
-
-def _sample(
-    model: Any, ids: list[list[int]], padding: int, max_new_tokens: int, device: torch.device
-) -> list[list[int]]:
-    # Padding on the left, so that every answer follows its prompt at once.
-    longest = max(len(prompt) for prompt in ids)
-    input_ids = [[padding] * (longest - len(prompt)) + prompt for prompt in ids]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in ids]
-    output = model.generate(
-        input_ids=torch.tensor(input_ids, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        do_sample=True,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=padding,
-        use_cache=True,
-        # An adapter that diverged must show in the figures, not end the evaluation.
-        remove_invalid_values=True,
-    )
-    answers: list[list[int]] = output[:, longest:].tolist()
-    return answers
-
-
-def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
-    # What follows is padding, whose id may be that of the end.
-    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-    return ids[: end + 1]
-
-
-def _stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    found = getattr(base_model(model), "generation_config", None)
-    stops = getattr(found, "eos_token_id", None)
-    stops = tokenizer.eos_token_id if stops is None else stops
-    return set(stops if isinstance(stops, list) else [stops])
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """A fixed random state on every device; the former one is back on leaving."""
-    with torch.random.fork_rng(list(range(torch.accelerator.device_count()))):
-        torch.manual_seed(seed)
-        yield

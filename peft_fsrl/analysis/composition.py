@@ -89,6 +89,7 @@ def compute_compositions(
         IndexError: for a feature that the SAE does not have.
         ImportError: without the ``audit`` extra.
     """
+    statistics.require()
     _refuse_other(categories)
     sae = active_sae(model)
     counter = _ExampleCounter(_membership(sae, categories))

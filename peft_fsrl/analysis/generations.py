@@ -1,17 +1,15 @@
-"""Sample texts from the base model and from the trained one, under the same seed."""
+"""What variants of a model say under the same seed, and which features were steered where."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from .._running import evaluating
-from ..steering import scale_steering
-from ..tokens import prompt_ids
-from .records import Continuation, Generation
+from ..steering import SteeringEvent, fsrl_layers, observe
+from .records import Continuation, Generation, SteeredFeature, SteeredToken
+from .sampling import Answer, model_variants, sample_answers
 
 
 def compare_generations(
@@ -19,44 +17,132 @@ def compare_generations(
     prompts: Sequence[str],
     tokenizer: Any,
     *,
+    without: Mapping[str, Sequence[int]] | None = None,
     max_new_tokens: int = 48,
     seed: int = 0,
+    n_features: int = 8,
+    do_sample: bool = True,
+    layer_name: str | None = None,
 ) -> tuple[Generation, ...]:
-    """Continue each prompt with steering scaled to zero and as trained.
+    """Continue each prompt as the base model, as trained, and without some features' steering.
+
+    A token comes with the features steered at the position that predicted it: for the first token
+    of an answer, the last of the prompt.
 
     Args:
         model: a generating model with an FSRL adapter.
-        prompts: texts.
+        prompts: texts; a chat template has been applied where there is one.
         tokenizer: the model's tokenizer.
+        without: features whose steering is zeroed, by category; one continuation
+            ``"without <category>"`` each.
         max_new_tokens: length limit of a continuation.
-        seed: seed of the first prompt's sampling, the same for base and trained; the next prompt
-            has the next seed.
+        seed: seed of the first prompt's sampling, the same for every variant; the next prompt has
+            the next seed.
+        n_features: how many features to keep per token, largest ``|v|`` first.
+        do_sample: sample; False takes the likeliest token each time.
+        layer_name: the wrapped module whose features are recorded and zeroed; None for the only
+            one.
+
+    Returns:
+        One entry per prompt; none for no prompt.
+
+    Raises:
+        ValueError: for several FSRL layers without ``layer_name``, or a prompt without tokens.
+        IndexError: for a feature that the SAE does not have.
     """
+    layer_name = _one_layer(model, layer_name)
+    variants = model_variants(model, without or {}, layer_name)
     results = []
     for number, prompt in enumerate(prompts):
-        options = (model, prompt, tokenizer, max_new_tokens, seed + number)
-        with scale_steering(model, 0.0):
-            base = _continue("base", *options)
-        trained = _continue("trained", *options)
-        results.append(Generation(prompt, (base, trained)))
+        continuations = []
+        for name, enter in variants.items():
+            recorder = _Recorder(layer_name, n_features)
+            with enter(), observe(model, recorder.look):
+                [answer] = sample_answers(
+                    model,
+                    [prompt],
+                    tokenizer,
+                    max_new_tokens=max_new_tokens,
+                    seed=seed + number,
+                    do_sample=do_sample,
+                    num_beams=1,
+                )
+            texts = token_texts(answer.said, tokenizer)
+            seen = recorder.of(answer)
+            tokens = tuple(
+                SteeredToken(text, *features) for text, features in zip(texts, seen, strict=True)
+            )
+            continuations.append(Continuation(name, "".join(texts), tokens, len(tokens)))
+        results.append(Generation(prompt, tuple(continuations)))
     return tuple(results)
 
 
-def _continue(
-    name: str, model: Any, prompt: str, tokenizer: Any, max_new_tokens: int, seed: int
-) -> Continuation:
-    ids = prompt_ids(prompt, tokenizer)
-    device = next(model.parameters()).device
-    input_ids = torch.tensor([ids], device=device)
-    with evaluating(model), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            do_sample=True,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    answer = output[0, len(ids) :]
-    text: str = tokenizer.decode(answer, skip_special_tokens=True)
-    return Continuation(name, text, (), len(answer))
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token, so that together they are the text of all.
+
+    A character made of several tokens goes to the one that completes it, and special tokens are
+    empty.
+
+    Args:
+        ids: token ids.
+        tokenizer: the model's tokenizer.
+    """
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    texts, start = [], 0
+    for n in range(1, len(ids) + 1):
+        # A token's text depends on those before it, and decoders change what they have said when
+        # more comes: of what the first n tokens give, only what remains at the end counts.
+        head = tokenizer.decode(ids[:n], skip_special_tokens=True)
+        end = len(whole) if n == len(ids) else max(start, _n_shared(head, whole))
+        texts.append(whole[start:end])
+        start = end
+    return texts
+
+
+class _Recorder:
+    def __init__(self, layer_name: str, n_features: int) -> None:
+        self._layer_name = layer_name
+        self._n_features = n_features
+        self._lengths: list[int] = []
+        self._steered: list[tuple[tuple[SteeredFeature, ...], int]] = []
+
+    def look(self, event: SteeringEvent) -> None:
+        if event.layer_name != self._layer_name:
+            return
+        vectors = event.steering_vector.detach().flatten(0, -2)
+        self._lengths.append(len(vectors))
+        v = vectors[-1].float().cpu()
+        order = v.abs().argsort(descending=True, stable=True)[: self._n_features].tolist()
+        index = event.sae.feature_index
+        strongest = (SteeredFeature(int(index[i]), float(v[i])) for i in order if v[i] != 0)
+        self._steered.append((tuple(strongest), int((v != 0).sum())))
+
+    def of(self, answer: Answer) -> list[tuple[tuple[SteeredFeature, ...], int]]:
+        n_prompt, n_said = len(answer.prompt), len(answer.said)
+        if not self._lengths:
+            # No adapter acts here, as inside `disable_adapter`.
+            return [((), 0)] * n_said
+        # The first pass reads the prompt, the others one token, or all where there is no cache.
+        reads = enumerate(self._lengths)
+        one_by_one = all(length == n_prompt + i or (i and length == 1) for i, length in reads)
+        if not one_by_one or len(self._lengths) != n_said + len(answer.end):
+            raise ValueError(
+                f"Expected forward passes that give one token each, found passes over "
+                f"{self._lengths[:8]}... tokens. Remove from the model's `generation_config` what "
+                "decodes otherwise, as prompt lookup does."
+            )
+        return self._steered[:n_said]
+
+
+def _n_shared(first: str, second: str) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _one_layer(model: nn.Module, layer_name: str | None) -> str:
+    found = sorted(fsrl_layers(model))
+    if layer_name is None and len(found) > 1:
+        raise ValueError(f"Expected one FSRL layer, found {found}. Name one with `layer_name`.")
+    if layer_name is not None and layer_name not in found:
+        raise ValueError(f"No FSRL adapter wraps {layer_name!r}; found {found}.")
+    return layer_name or found[0]

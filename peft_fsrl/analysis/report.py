@@ -5,9 +5,24 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from .records import Ablation, Generation, PreferenceScores, Summary, SweepPoint, Usage
-
-_WIDTH = 98
+from .layout import paragraph as _paragraph
+from .layout import table as _table
+from .layout import title as _title
+from .records import (
+    Ablation,
+    Continuation,
+    Generation,
+    Interval,
+    LengthBucket,
+    PreferenceScores,
+    Summary,
+    SweepPoint,
+    TaskFigure,
+    TaskScores,
+    Usage,
+    VariantCoherence,
+    WinRate,
+)
 
 
 def render_summary(summary: Summary, n_features: int = 10) -> str:
@@ -131,43 +146,114 @@ def _shortfall(ablation: Ablation) -> str:
 
 
 def render_generations(generations: Sequence[Generation]) -> str:
-    """Prompt and continuations, one under another."""
-    blocks = [
-        "\n".join(
-            [
-                _paragraph("prompt   ", generation.prompt),
-                *(
-                    _paragraph(f"{answer.name:<9}", answer.text)
-                    for answer in generation.continuations
-                ),
-            ]
-        )
-        for generation in generations
-    ]
+    """Each prompt, and under it what every variant said, with the number of tokens."""
+    names = [answer.name for generation in generations for answer in generation.continuations]
+    width = max(map(len, ["prompt", *names]))
+    blocks = []
+    for generation in generations:
+        lines = [_paragraph(f"{'prompt':{width}}       ", generation.prompt)]
+        for answer in generation.continuations:
+            lines.append(_paragraph(f"{answer.name:{width}} {answer.n_tokens:4d}  ", answer.text))
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
-def _paragraph(name: str, text: str) -> str:
-    return textwrap.fill(
-        text.strip() or "(nothing)",
-        width=_WIDTH,
-        initial_indent=name,
-        subsequent_indent=" " * len(name),
-        break_long_words=False,
+def render_steered_tokens(
+    answer: Continuation, labels: Mapping[int, str] | None = None, n_features: int = 3
+) -> str:
+    """One line per token of an answer: its text and the features that steered it most.
+
+    Args:
+        answer: from ``compare_generations``.
+        labels: what features detect, where known.
+        n_features: how many features to show per token.
+    """
+    rows = []
+    for token in answer.tokens:
+        named = [
+            f"{each.feature}{_in_brackets((labels or {}).get(each.feature))} {each.value:+.3f}"
+            for each in token.steered[:n_features]
+        ]
+        hidden = token.n_steered - len(named)
+        rows.append(
+            [repr(token.text), ", ".join(named) + (f" and {hidden} more" if hidden else "")]
+        )
+    width = max((len(text) for text, _ in rows), default=0)
+    return "\n".join(f"{text:{width}}  {features}".rstrip() for text, features in rows)
+
+
+def render_coherence(variants: Sequence[VariantCoherence]) -> str:
+    """Figures of each variant's sampled answers, one variant a line."""
+    rows = [
+        [
+            each.name,
+            str(each.coherence.n),
+            f"{each.coherence.perplexity:.2f}",
+            f"{each.coherence.repetition:.1%}",
+            f"{each.coherence.distinct_1:.3f}",
+            f"{each.coherence.distinct_2:.3f}",
+            f"{each.coherence.mean_length:.1f}",
+            f"{each.coherence.ended:.1%}",
+        ]
+        for each in variants
+    ]
+    headers = ["", "answers", "perplexity", "repetition", "distinct-1", "distinct-2"]
+    return _table([*headers, "tokens", "ended"], rows)
+
+
+def render_tasks(tasks: Sequence[TaskScores]) -> str:
+    """The harness's figures of base and trained model side by side, with its standard errors."""
+    found: dict[tuple[str, str], dict[str, TaskFigure]] = {}
+    for scores in tasks:
+        for figure in scores.figures:
+            found.setdefault((figure.task, figure.metric), {})[scores.model] = figure
+    rows = []
+    for (task, metric), models in found.items():
+        figures = [models.get(name) for name in ("base", "trained")]
+        known = [figure for figure in figures if figure is not None]
+        counts = {str(figure.n) for figure in known if figure.n is not None}
+        arrow = {True: " (up)", False: " (down)", None: ""}[known[0].higher_is_better]
+        change = f"{known[1].value - known[0].value:+.4f}" if len(known) == 2 else "-"
+        columns = [_with_error(figure) for figure in figures]
+        rows.append([f"{task}: {metric}{arrow}", "/".join(sorted(counts)), *columns, change])
+    return _table(["task: metric", "n", "base", "trained", "change"], rows)
+
+
+def render_buckets(buckets: Sequence[LengthBucket]) -> str:
+    """Accuracy and margin by answer length, of the base model and the trained one."""
+    rows = [
+        [
+            f"{each.shortest:g} to {each.longest:g}",
+            str(each.n),
+            _share(each.base_accuracy),
+            _share(each.accuracy),
+            f"{each.base_margin.value:+.2f}",
+            f"{each.margin.value:+.2f} [{each.margin.low:+.2f}, {each.margin.high:+.2f}]",
+        ]
+        for each in buckets
+    ]
+    headers = ["tokens", "pairs", "base accuracy", "accuracy", "base margin", "margin"]
+    return _table(headers, rows)
+
+
+def render_win_rate(found: WinRate) -> str:
+    """A win rate and what it rests on, in one sentence."""
+    return (
+        f"{found.judge} prefers {found.model} to {found.opponent} in {_share(found.win_rate)} of "
+        f"{found.n} prompts ({found.wins} wins, {found.ties} ties, {found.losses} losses; the same "
+        f"verdict in both orders in {found.consistency:.0%}; {found.unreadable} answers unreadable)"
     )
 
 
-def _title(text: str) -> str:
-    return f"\n{text}\n{'-' * len(text)}"
+def _with_error(figure: TaskFigure | None) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure.value:.4f}" + ("" if figure.stderr is None else f" ± {figure.stderr:.4f}")
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
-    lines = []
-    for row in [headers, *rows]:
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]).rstrip())
-    return "\n".join(lines)
+def _share(interval: Interval) -> str:
+    return f"{interval.value:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+
+
+def _in_brackets(text: str | None) -> str:
+    return f" ({text})" if text else ""

@@ -66,6 +66,8 @@ def ablate_single_features(
             where effects are measured.
         ImportError: without the ``audit`` extra.
     """
+    if measure:
+        statistics.require()
 
     def bar(text: str) -> str | None:
         return None if description is None else f"{description} {text}"

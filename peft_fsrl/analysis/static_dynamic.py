@@ -61,6 +61,7 @@ def compare_static_dynamic(
             than one FSRL layer, or fewer than two pairs.
         ImportError: without the ``audit`` extra.
     """
+    statistics.require()
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ValueError(f"Expected shares above 0 and up to 1, got {tuple(shares)}.")
     if usage.segment != "chosen":

@@ -10,6 +10,7 @@ there are examples, and is undefined where a resample cannot differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .records import Interval
@@ -19,6 +20,15 @@ RESAMPLES = 2000
 # Indices held at once; the rest of the resamples follow in batches.
 _BATCH = 4_000_000
 _MISSING = "This needs {}, which cannot be imported. Run: pip install peft-fsrl[audit]"
+
+
+def require() -> None:
+    """Fail before the work that an interval is to end, not after it.
+
+    Raises:
+        ImportError: without the ``audit`` extra.
+    """
+    _scipy()
 
 
 def mean_interval(values: Sequence[float], *, level: float = LEVEL, seed: int = 0) -> Interval:
@@ -150,7 +160,7 @@ def matthews_correlation(
         ValueError: below two items, or for labellings of unlike lengths.
         ImportError: without the ``audit`` extra.
     """
-    return _agreement(_sklearn().matthews_corrcoef, a, b, level, seed)
+    return _agreement(_sklearn().matthews_corrcoef, _mcc, a, b, level, seed)
 
 
 def cohen_kappa(
@@ -162,7 +172,7 @@ def cohen_kappa(
         ValueError: below two items, or for labellings of unlike lengths.
         ImportError: without the ``audit`` extra.
     """
-    return _agreement(_sklearn().cohen_kappa_score, a, b, level, seed)
+    return _agreement(_sklearn().cohen_kappa_score, _kappa, a, b, level, seed)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -220,7 +230,6 @@ def _bootstrap(
     columns: tuple[Sequence[float], ...],
     level: float,
     seed: int,
-    vectorized: bool = True,
 ) -> Interval:
     import numpy as np
 
@@ -234,16 +243,15 @@ def _bootstrap(
     if not all(np.isfinite(column).all() for column in data):
         raise ValueError("Expected finite values, got nan or inf. Look for what made them first.")
     bootstrap = _scipy().bootstrap
-    value = float(statistic(*data, axis=-1) if vectorized else statistic(*data))
+    value = float(statistic(*data, axis=-1))
     if all(_constant(column) for column in data):
         return Interval(value, value, value, level)
     ends = bootstrap(
         data,
         statistic,
         paired=True,
-        vectorized=vectorized,
-        # scikit-learn takes a millisecond per resample.
-        n_resamples=RESAMPLES if vectorized else RESAMPLES // 2,
+        vectorized=True,
+        n_resamples=RESAMPLES,
         batch=max(1, _BATCH // n),
         confidence_level=level,
         method="percentile",
@@ -261,15 +269,40 @@ def _ratio(numerators: Any, denominators: Any, axis: int) -> Any:
 
 def _agreement(
     score: Callable[[Any, Any], float],
+    statistic: Callable[..., Any],
     a: Sequence[bool],
     b: Sequence[bool],
     level: float,
     seed: int,
 ) -> Interval:
-    def statistic(x: Any, y: Any) -> float:
-        return 0.0 if _constant(x) or _constant(y) else float(score(x > 0, y > 0))
+    """The estimate by scikit-learn; the resamples, thousands of them, all at once."""
+    interval = _bootstrap(statistic, (a, b), level, seed)
+    undefined = _constant(a) or _constant(b)
+    value = 0.0 if undefined else float(score([x > 0 for x in a], [x > 0 for x in b]))
+    return replace(interval, value=value)
 
-    return _bootstrap(statistic, (a, b), level, seed, vectorized=False)
+
+def _mcc(a: Any, b: Any, axis: int) -> Any:
+    p, q, covariance = _margins(a, b, axis)
+    return _where_defined(covariance, (p * (1 - p) * q * (1 - q)) ** 0.5)
+
+
+def _kappa(a: Any, b: Any, axis: int) -> Any:
+    p, q, covariance = _margins(a, b, axis)
+    both_vary = (p * (1 - p) * q * (1 - q)) > 0
+    return _where_defined(2 * covariance, (p + q - 2 * p * q) * both_vary)
+
+
+def _margins(a: Any, b: Any, axis: int) -> tuple[Any, Any, Any]:
+    p, q = a.mean(axis=axis), b.mean(axis=axis)
+    return p, q, (a * b).mean(axis=axis) - p * q
+
+
+def _where_defined(numerator: Any, denominator: Any) -> Any:
+    import numpy as np
+
+    defined = denominator > 0
+    return np.where(defined, numerator / np.where(defined, denominator, 1.0), 0.0)
 
 
 def _constant(values: Any) -> bool:

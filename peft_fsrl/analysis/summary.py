@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..steering import scale_steering
+from . import statistics
 from .ablation import ablate_categories
 from .generations import compare_generations
 from .preferences import score_preferences
@@ -45,7 +46,13 @@ def compute_summary(
         gamma: SimPO's target margin.
         batch_size: pairs per forward pass.
         show_progress: show progress bars.
+
+    Raises:
+        ValueError: for an empty data set, and with categories for fewer than two pairs.
+        ImportError: with categories, without the ``audit`` extra.
     """
+    if categories:
+        statistics.require()
     settings: dict[str, Any] = {"beta": beta, "gamma": gamma, "batch_size": batch_size}
 
     def bar(text: str) -> str | None:
@@ -82,5 +89,8 @@ def compute_summary(
         else ()
     )
     prompts = [dataset[row]["prompt"] for row in range(min(n_generations, len(dataset)))]
-    generations = compare_generations(model, prompts, tokenizer, seed=generation_seed)
+    without = {ablation.name: ablation.features for ablation in ablations}
+    generations = compare_generations(
+        model, prompts, tokenizer, without=without, seed=generation_seed
+    )
     return Summary(base, trained, usage, ablations, generations)

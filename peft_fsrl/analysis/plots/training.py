@@ -19,6 +19,9 @@ _PANELS = (
 )
 
 
+PLOTTED_CURVES = frozenset(name for _, *names in _PANELS for name in names)
+
+
 def plot_training_curves(curves: TrainingCurves) -> Figure:
     """Preference loss, steered features and margin, training and held-out (figure 3).
 

@@ -12,7 +12,8 @@ from .audit import (
     Setting,
     Summary,
 )
-from .base import Interval, Record
+from .base import Interval, Record, from_plain, to_plain
+from .benchmarks import Evaluation, PreferenceComparison, TaskFigure, TaskScores
 from .effects import (
     Ablation,
     FeatureAblation,
@@ -22,7 +23,19 @@ from .effects import (
     StratumEffect,
 )
 from .equivalence import Correspondence, StandIn
-from .labels import Agreement, Context, FeatureEvidence, FeatureLabel, Labels, Robustness
+from .labels import (
+    Agreement,
+    Context,
+    Detection,
+    ErrorRates,
+    FeatureEvidence,
+    FeatureLabel,
+    HeldOutContexts,
+    Judgement,
+    Labels,
+    Robustness,
+    Spend,
+)
 from .preferences import LengthBucket, PreferenceScores, WinRate
 from .texts import (
     Coherence,
@@ -49,6 +62,9 @@ __all__ = [
     "Continuation",
     "Correspondence",
     "Curve",
+    "Detection",
+    "ErrorRates",
+    "Evaluation",
     "FeatureAblation",
     "FeatureAblations",
     "FeatureCard",
@@ -59,16 +75,20 @@ __all__ = [
     "FeatureUse",
     "Finding",
     "Generation",
+    "HeldOutContexts",
     "Interval",
+    "Judgement",
     "Labels",
     "LayerEffect",
     "LengthBucket",
+    "PreferenceComparison",
     "PreferenceScores",
     "RankFrequency",
     "Record",
     "Robustness",
     "SAEFit",
     "Setting",
+    "Spend",
     "StandIn",
     "StaticDynamic",
     "SteeredFeature",
@@ -77,8 +97,12 @@ __all__ = [
     "StratumEffect",
     "Summary",
     "SweepPoint",
+    "TaskFigure",
+    "TaskScores",
     "TrainingCurves",
     "Usage",
     "VariantCoherence",
     "WinRate",
+    "from_plain",
+    "to_plain",
 ]

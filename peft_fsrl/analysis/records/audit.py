@@ -51,6 +51,7 @@ class AdapterInfo(Record):
         neuronpedia_id: its id there, ``"model/source"``, if known.
         hook_name: where it reads, if known.
         fingerprint: SHA-256 of the SAE.
+        weights: SHA-256 of the adapter's tensors.
         d_in: width of the activations.
         d_sae: number of features.
         n_parameters: trained parameters.
@@ -63,6 +64,7 @@ class AdapterInfo(Record):
     neuronpedia_id: str | None
     hook_name: str | None
     fingerprint: str
+    weights: str
     d_in: int
     d_sae: int
     n_parameters: int
@@ -131,6 +133,7 @@ class Audit(Record):
         agreements: how far the labels can be trusted, if somebody checked.
         robustness: whether the conclusions survive the labels' errors.
         curves: of the training, or None.
+        notes: why a part is missing, by the name of its field.
     """
 
     info: AdapterInfo
@@ -158,6 +161,11 @@ class Audit(Record):
     agreements: tuple[Agreement, ...]
     robustness: tuple[Robustness, ...]
     curves: TrainingCurves | None
+    notes: tuple[Setting, ...]
+
+    def note(self, part: str) -> str:
+        """Why a part is missing; empty if nobody said."""
+        return {note.name: note.value for note in self.notes}.get(part, "")
 
 
 @dataclass(frozen=True)

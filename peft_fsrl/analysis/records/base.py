@@ -26,7 +26,7 @@ class Record:
         Raises:
             ValueError: if the text is not JSON, or lacks a field of the record, or has another.
         """
-        return typing.cast(RecordT, _build(cls, json.loads(text)))
+        return typing.cast(RecordT, from_plain(cls, json.loads(text)))
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,23 @@ class Interval(Record):
         return self.low > 0 or self.high < 0
 
 
-def _build(kind: Any, value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Records, or tuples of them, as what JSON can hold."""
+    if isinstance(value, tuple):
+        return [to_plain(item) for item in value]
+    return asdict(value) if isinstance(value, Record) else value
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """What ``to_plain`` was given.
+
+    Args:
+        kind: its type, such as ``tuple[Usage, ...]``.
+        value: what JSON held.
+
+    Raises:
+        ValueError: for other fields than the records have.
+    """
     if is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"Expected the fields of {kind}, got {value!r}.")
@@ -59,11 +75,13 @@ def _build(kind: Any, value: Any) -> Any:
         if set(value) != names:
             raise ValueError(f"{kind} has fields {sorted(names)}, the text has {sorted(value)}.")
         hints = typing.get_type_hints(kind)
-        return typing.cast(Any, kind)(**{n: _build(hints[n], v) for n, v in value.items()})
+        return typing.cast(Any, kind)(**{n: from_plain(hints[n], v) for n, v in value.items()})
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         [inner] = [argument for argument in arguments if argument is not type(None)]
-        return None if value is None else _build(inner, value)
+        return None if value is None else from_plain(inner, value)
     if origin is tuple:
-        return tuple(_build(arguments[0], item) for item in value)
+        if not isinstance(value, list):
+            raise ValueError(f"Expected a list of {arguments[0]}, got {value!r}.")
+        return tuple(from_plain(arguments[0], item) for item in value)
     return kind(value)

@@ -77,10 +77,11 @@ class WinRate(Record):
         judge: who judged.
         n: prompts judged.
         wins: preferred in both orders.
-        ties: preferred in neither or in one order each.
+        ties: everything else, equal answers among them.
         losses: the other preferred in both orders.
         win_rate: ``(wins + ties / 2) / n``.
         consistency: share of prompts with the same verdict in both orders.
+        unreadable: answers of the judge, of ``2 n`` at most, from which no verdict could be read.
     """
 
     model: str
@@ -92,3 +93,4 @@ class WinRate(Record):
     losses: int
     win_rate: Interval
     consistency: float
+    unreadable: int

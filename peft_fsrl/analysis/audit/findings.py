@@ -1,0 +1,175 @@
+"""What an audit says on its first page: verdicts, and the limits on which they rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..records import (
+    Ablation,
+    Agreement,
+    Coherence,
+    Finding,
+    Interval,
+    Labels,
+    PreferenceScores,
+    Robustness,
+    VariantCoherence,
+)
+
+# Perplexity of the trained model's answers under the base model, over that of the base model's own
+# answers: language as before up to the first, something else above the second.
+COHERENT_PERPLEXITY, INCOHERENT_PERPLEXITY = 1.5, 3.0
+# Rise of the share of repeated 4-grams, likewise.
+COHERENT_REPETITION, INCOHERENT_REPETITION = 0.05, 0.2
+# A category carries the gain if zeroing it costs this share of it.
+CARRIES = 0.5
+# A random control has the steering mass of a category if it reaches this share of it.
+SAME_MASS = 0.9
+# Share of redrawn labels under which conclusions must keep their side.
+ROBUST, FRAGILE = 0.95, 0.8
+# Without redrawn labels, agreement with a reference.
+TRUSTED_MCC, DISTRUSTED_MCC = 0.7, 0.3
+
+
+def judge_gain(base: PreferenceScores, trained: PreferenceScores, gain: Interval) -> Finding:
+    """Yes if the interval of the loss's fall lies above zero, no if below."""
+    verdict = "yes" if gain.low > 0 else "no" if gain.high < 0 else "unsure"
+    return Finding(
+        "Does it beat the base model?",
+        verdict,
+        f"The SimPO loss on {trained.n:,} held-out pairs goes from {base.loss:.2f} to "
+        f"{trained.loss:.2f}, a fall of {_interval(gain, '.2f')}; accuracy from "
+        f"{base.accuracy:.1%} to {trained.accuracy:.1%}.",
+    )
+
+
+def judge_coherence(variants: Sequence[VariantCoherence]) -> Finding:
+    """By perplexity and repetition of the trained model's answers against the base model's own."""
+    question = "Is what it says still language?"
+    found = {variant.name: variant.coherence for variant in variants}
+    if not {"base", "trained"} <= found.keys():
+        return Finding(question, "unsure", "No answers were sampled.")
+    base, trained = found["base"], found["trained"]
+    ratio, rise = _ratio(trained, base), trained.repetition - base.repetition
+    # Written so that nan counts as incoherent.
+    if not (ratio <= INCOHERENT_PERPLEXITY and rise <= INCOHERENT_REPETITION):
+        verdict = "no"
+    elif ratio <= COHERENT_PERPLEXITY and rise <= COHERENT_REPETITION:
+        verdict = "yes"
+    else:
+        verdict = "unsure"
+    return Finding(
+        question,
+        verdict,
+        f"Perplexity of {trained.n} sampled answers under the base model: "
+        f"{trained.perplexity:.3g}, {ratio:.2g} times that of the base model's own (as before up "
+        f"to {COHERENT_PERPLEXITY:g}, lost above {INCOHERENT_PERPLEXITY:g}). Repeated 4-grams: "
+        f"{trained.repetition:.1%} against {base.repetition:.1%}.",
+    )
+
+
+def judge_categories(
+    base: PreferenceScores, trained: PreferenceScores, ablations: Sequence[Ablation]
+) -> Finding:
+    """Yes if zeroing a category costs much of the gain, and more than matched random features."""
+    question = "Does a category of features carry it?"
+    gain = base.loss - trained.loss
+    if not ablations:
+        return Finding(question, "unsure", "The features have no labels, so nobody can say.")
+    if gain <= 0:
+        return Finding(question, "unsure", "There is no gain to be carried.")
+    ordered = sorted(ablations, key=lambda ablation: -ablation.rise.value)
+    carrying = [a for a in ordered if a.rise.low > CARRIES * gain and _beats_random(a)]
+    touching = [a for a in ordered if a.rise.low > 0 and _beats_random(a)]
+    verdict = "yes" if carrying else "unsure" if touching else "no"
+    shown = ordered[:3]
+    return Finding(question, verdict, " ".join(_describe(a, gain) for a in shown))
+
+
+def judge_labels(
+    labels: Labels | None,
+    agreements: Sequence[Agreement],
+    robustness: Sequence[Robustness],
+    ablations: Sequence[Ablation] = (),
+) -> Finding:
+    """By what redrawn labels leave of the conclusions, or else by agreement with a reference.
+
+    Args:
+        labels: if there are any.
+        agreements: with a reference.
+        robustness: figures under redrawn labels.
+        ablations: what the conclusions are about: the category whose loss costs most counts, and
+            figures of others do not.
+    """
+    question = "Can the labels be trusted?"
+    if labels is None:
+        return Finding(question, "unsure", "There are none.")
+    if not agreements and not robustness:
+        qualities = [label.quality for label in labels.features if label.quality is not None]
+        text = f"Nobody has compared these labels ({labels.source}) with a second source."
+        if qualities:
+            mean = sum(qualities) / len(qualities)
+            text += f" Their own quality scores average {mean:.2f} over {len(qualities):,} labels."
+        return Finding(question, "unsure", text)
+    parts = [
+        f"{a.category}: MCC {_interval(a.mcc, '.2f')} against {a.reference}" for a in agreements
+    ]
+    if robustness:
+        robustness = _concluded(robustness, ablations)
+        kept = min(each.kept for each in robustness)
+        verdict = "yes" if kept >= ROBUST else "unsure" if kept >= FRAGILE else "no"
+        weakest = min(robustness, key=lambda each: each.kept)
+        parts.append(
+            f"with labels redrawn by these error rates, the conclusions about what carries the "
+            f"gain hold in {kept:.0%} of {weakest.n_draws} draws at least (the least: "
+            f"{weakest.figure})"
+        )
+    else:
+        lowest = min(agreement.mcc.value for agreement in agreements)
+        verdict = "yes" if lowest >= TRUSTED_MCC else "unsure" if lowest >= DISTRUSTED_MCC else "no"
+    text = "; ".join(parts)
+    return Finding(question, verdict, f"{text[:1].upper()}{text[1:]}.")
+
+
+def _concluded(
+    robustness: Sequence[Robustness], ablations: Sequence[Ablation]
+) -> Sequence[Robustness]:
+    """The figures about zeroing the category that costs most; all where there is none."""
+    top = max(ablations, key=lambda ablation: ablation.rise.value, default=None)
+    about = f"without {top.name}" if top else ""
+    found = [each for each in robustness if top and about in each.figure]
+    return found or robustness
+
+
+def _ratio(trained: Coherence, base: Coherence) -> float:
+    return trained.perplexity / base.perplexity
+
+
+def _control(ablation: Ablation) -> tuple[Interval | None, str]:
+    """What the rise has above random features, and which: of the same mass where there are any."""
+    reached = max(ablation.random_masses, default=0.0)
+    if ablation.excess_mass is not None and reached >= SAME_MASS * ablation.mass:
+        return ablation.excess_mass, "random features of the same steering mass"
+    if ablation.excess_count is not None:
+        return ablation.excess_count, "as many random features"
+    return None, "random features"
+
+
+def _beats_random(ablation: Ablation) -> bool:
+    excess, _ = _control(ablation)
+    return excess is not None and excess.low > 0
+
+
+def _describe(ablation: Ablation, gain: float) -> str:
+    excess, which = _control(ablation)
+    text = (
+        f"Without {ablation.name} ({ablation.mass:.0%} of the steering) the loss rises by "
+        f"{_interval(ablation.rise, '.2f')}, {ablation.rise.value / gain:.0%} of the gain"
+    )
+    if excess is None:
+        return f"{text}; there are no other features to compare with."
+    return f"{text}, {_interval(excess, '+.2f')} above {which}."
+
+
+def _interval(interval: Interval, style: str) -> str:
+    return f"{interval.value:{style}} [{interval.low:{style}}, {interval.high:{style}}]"

@@ -1,0 +1,40 @@
+"""How much of everything an audit makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How much of everything.
+
+    Attributes:
+        categories: those of the labels to look at; None for all.
+        beta: SimPO's reward scale.
+        gamma: SimPO's target margin.
+        n_generations: prompts to continue, token by token.
+        n_coherence: prompts to answer for the figures of coherence.
+        max_new_tokens: length limit of an answer.
+        n_random: draws of each random control of an ablation.
+        n_single: single features to ablate.
+        n_cards: features to show from near, promoted and suppressed.
+        n_listed: features to keep in each table of use.
+        n_draws: draws of the labels' errors.
+        batch_size: pairs per forward pass.
+        seed: of everything that is drawn.
+    """
+
+    categories: tuple[str, ...] | None = None
+    beta: float = 10.0
+    gamma: float = 5.0
+    n_generations: int = 4
+    n_coherence: int = 32
+    max_new_tokens: int = 48
+    n_random: int = 5
+    n_single: int = 20
+    n_cards: int = 8
+    n_listed: int = 200
+    n_draws: int = 200
+    batch_size: int = 16
+    seed: int = 0

@@ -1,0 +1,157 @@
+"""How far to trust labels: against better ones, against one another, and as rates of error."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from .. import statistics
+from ..records import Agreement, ErrorRates, Labels
+
+
+def compare_labels(
+    judged: Labels,
+    reference: Labels,
+    categories: Sequence[str] | None = None,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[Agreement, ...]:
+    """Confusion matrix, MCC and Cohen's kappa per category, on the features that both label.
+
+    Args:
+        judged: the labels in question.
+        reference: those taken for the truth, such as people's.
+        categories: None for all that both know.
+        level: confidence of the intervals, bootstrapped over features.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: for a category that one of them does not know, none, labels of different SAEs,
+            or fewer than two features in common.
+        ImportError: without the ``audit`` extra.
+    """
+    for name in ("fingerprint", "d_sae"):
+        one, other = getattr(judged, name), getattr(reference, name)
+        if None not in (one, other) and one != other:
+            raise ValueError(
+                f"Expected labels of one SAE, but the {name} is {one} in {judged.source!r} and "
+                f"{other} in {reference.source!r}."
+            )
+    known = [name for name in judged.categories if name in reference.categories]
+    wanted = known if categories is None else list(categories)
+    if not wanted or not set(wanted) <= set(known):
+        raise ValueError(
+            f"Expected categories that both know, got {wanted}; {judged.source!r} knows "
+            f"{list(judged.categories)}, {reference.source!r} knows {list(reference.categories)}."
+        )
+    ours = {label.feature: label.categories for label in judged.features}
+    theirs = {label.feature: label.categories for label in reference.features}
+    common = sorted(ours.keys() & theirs.keys())
+    if len(common) < 2:
+        raise ValueError(
+            f"Expected at least two features that both label, found {len(common)}: "
+            f"{judged.source!r} labels {len(ours)}, {reference.source!r} labels {len(theirs)}."
+        )
+    agreements = []
+    for name in wanted:
+        a = [name in ours[feature] for feature in common]
+        b = [name in theirs[feature] for feature in common]
+        pairs = list(zip(a, b, strict=True))
+        agreements.append(
+            Agreement(
+                category=name,
+                judged=judged.source,
+                reference=reference.source,
+                both=pairs.count((True, True)),
+                only_judged=pairs.count((True, False)),
+                only_reference=pairs.count((False, True)),
+                neither=pairs.count((False, False)),
+                mcc=statistics.matthews_correlation(a, b, level=level, seed=seed),
+                kappa=statistics.cohen_kappa(a, b, level=level, seed=seed),
+            )
+        )
+    return tuple(agreements)
+
+
+def compare_judges(
+    labellings: Sequence[Labels],
+    categories: Sequence[str] | None = None,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[Agreement, ...]:
+    """``compare_labels`` of every two sources, the earlier as ``judged``.
+
+    Raises:
+        ValueError: for fewer than two, and as ``compare_labels`` does.
+        ImportError: without the ``audit`` extra.
+    """
+    if len(labellings) < 2:
+        raise ValueError(f"Expected at least two labellings to compare, got {len(labellings)}.")
+    return tuple(
+        agreement
+        for one, other in itertools.combinations(labellings, 2)
+        for agreement in compare_labels(one, other, categories, level=level, seed=seed)
+    )
+
+
+def error_rates(agreement: Agreement) -> ErrorRates:
+    """The judge's errors as an agreement with the truth has counted them."""
+    return ErrorRates(
+        agreement.category,
+        agreement.both,
+        agreement.only_judged,
+        agreement.only_reference,
+        agreement.neither,
+        exact=False,
+    )
+
+
+def error_rates_for_mcc(
+    category: str,
+    mcc: float,
+    *,
+    judged_share: float,
+    true_share: float | None = None,
+    n: int | None = None,
+) -> ErrorRates:
+    """The only two-by-two table with a Matthews correlation and two given margins.
+
+    With ``q`` of the features judged to be in the category and ``p`` belonging to it, the share of
+    both is ``p q + mcc sqrt(p (1 - p) q (1 - q))``.
+
+    Args:
+        category: the category.
+        mcc: of the judge against the truth, from 0 to 1.
+        judged_share: of the features in the category by the judge.
+        true_share: that belong to it; None takes the judge's share for it.
+        n: features behind the coefficient; None takes the rates for exact.
+
+    Raises:
+        ValueError: for a number out of range, or a coefficient that these shares do not allow.
+    """
+    p, q = (judged_share if true_share is None else true_share), judged_share
+    if not 0 < p < 1 or not 0 < q < 1 or not 0 <= mcc <= 1 or (n is not None and n < 1):
+        raise ValueError(
+            "Expected shares between 0 and 1, a coefficient from 0 to 1 and n of 1 or more, got "
+            f"judged_share={judged_share}, true_share={true_share}, mcc={mcc}, n={n}."
+        )
+    spread = math.sqrt(p * (1 - p) * q * (1 - q))
+    largest = (min(p, q) - p * q) / spread
+    if mcc > largest + 1e-12:
+        raise ValueError(
+            f"With {q:.3g} judged and {p:.3g} true, a coefficient cannot exceed {largest:.3f}, got "
+            f"{mcc}. Give another share."
+        )
+    both = min(p * q + mcc * spread, p, q)
+    size = 1 if n is None else n
+    return ErrorRates(
+        category,
+        both=size * both,
+        only_judged=size * (q - both),
+        only_true=size * (p - both),
+        neither=size * (1 - p - q + both),
+        exact=n is None,
+    )

@@ -1,0 +1,1 @@
+"""The ``peft-fsrl`` program."""

@@ -1,0 +1,221 @@
+"""What commands are given: models, adapters, data, labels."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from ..analysis.records import Labels
+
+ORGANISM = "organism"
+_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def add_data_arguments(
+    parser: argparse.ArgumentParser, n_pairs: int, required: bool = True
+) -> None:
+    """Options for the data set of a command."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        required=required,
+        help="held-out preference pairs: a name on the Hub, a folder, a .json, .jsonl, .csv or "
+        f".parquet file, or {ORGANISM!r} for the built-in model organism's",
+    )
+    group.add_argument("--split", default="test", help="of a data set that has splits")
+    group.add_argument(
+        "--n-pairs", type=int, default=n_pairs, help="only the first so many; 0 takes all"
+    )
+    group.add_argument("--max-length", type=int, help="leave out pairs whose prompt fills it")
+    group.add_argument("--style", type=float, default=0.9, help="organism: see docs/organism.md")
+    group.add_argument("--honesty", type=float, default=0.55, help="organism: likewise")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options for how a model is run."""
+    group = parser.add_argument_group("how")
+    group.add_argument("--batch-size", type=int, default=16, help="pairs per forward pass")
+    group.add_argument("--device", help="such as cuda:0; an accelerator if there is one")
+    group.add_argument("--dtype", default="auto", help="of the base model, such as bfloat16")
+    group.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+
+
+def load_model(name: str, args: argparse.Namespace) -> Any:
+    """A causal language model on the device that was asked for."""
+    from transformers import AutoModelForCausalLM
+
+    device = args.device
+    if device is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if found is None else str(found)
+    return AutoModelForCausalLM.from_pretrained(_path(name), dtype=args.dtype).to(device).eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer that belongs to a model or an adapter."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_path(name))
+
+
+def read_config(adapter: str) -> Any:
+    """The config of an adapter, if it is one of ours.
+
+    Raises:
+        ValueError: for what is no adapter, or another method's.
+    """
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(adapter)
+    if getattr(config, "peft_type", None) != "FSRL":
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(
+            f"Expected an FSRL adapter in {adapter}, found one of {kind}. Only adapters that were "
+            "trained with peft_fsrl steer features."
+        )
+    return config
+
+
+def load_adapter(adapter: str, args: argparse.Namespace) -> tuple[PeftModel, Any, str]:
+    """A steered model, its tokenizer and the name of its base model.
+
+    Raises:
+        ValueError: for what is no FSRL adapter, is damaged, or names no base model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    config = read_config(adapter)
+    base = args.base_model or config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"The adapter in {adapter} names no base model: give --base-model.")
+    if args.base_model is None and Path(base).is_absolute() and not Path(base).is_dir():
+        raise ValueError(
+            f"Expected the adapter's base model in {base}, found no such folder. Say where it is "
+            "with --base-model."
+        )
+    model = load_model(base, args)
+    try:
+        steered = PeftModel.from_pretrained(model, adapter)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {adapter} cannot be read: {error}.") from error
+    own = Path(adapter, "tokenizer_config.json").is_file()
+    return steered.eval(), load_tokenizer(adapter if own else base), base
+
+
+def load_rows(args: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, str]], str]:
+    """Held-out pairs as texts, and what to call them.
+
+    Rows that nothing can be read from (no prompt, an empty answer, twice the same) are left out.
+
+    Raises:
+        ValueError: for a data set without pairs, without their columns or without a usable row.
+    """
+    from ..data import check_columns, pair_texts, prepare_preferences
+
+    dataset, name = _load_dataset(args)
+    check_columns(dataset.column_names)
+    prepared = prepare_preferences(
+        _first(dataset, args.n_pairs), tokenizer, max_length=args.max_length, unusable="drop"
+    )
+    return pair_texts(prepared.dataset, tokenizer), name
+
+
+def load_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, str]], str]:
+    """Rows with ``prompt`` and ``chosen``: of preference pairs, or of a column ``text``.
+
+    Raises:
+        ValueError: for a data set without rows or without these columns.
+    """
+    dataset, name = _load_dataset(args)
+    if "text" not in dataset.column_names or "chosen" in dataset.column_names:
+        return load_rows(args, tokenizer)
+    texts = _first(dataset, args.n_pairs)["text"]
+    rows = [{"prompt": "", "chosen": text} for text in texts if text and text.strip()]
+    if not rows:
+        raise ValueError(f"Expected texts in the column 'text' of {args.dataset}, found none.")
+    return rows, name
+
+
+def load_label_file(path: str | None) -> Labels | None:
+    """Labels from a file; ``organism`` for the truth about the built-in organism."""
+    if path is None:
+        return None
+    from ..analysis.labels import load_labels, organism_labels
+
+    if path == ORGANISM:
+        from ..organism import load
+
+        return organism_labels(load())
+    return load_labels(path)
+
+
+def text_of_features(labels: Labels | None) -> dict[int, str]:
+    """What labels say about features, in a few words."""
+    found = {}
+    for label in labels.features if labels else ():
+        if text := label.description or ", ".join(label.categories):
+            found[label.feature] = text
+    return found
+
+
+def _load_dataset(args: argparse.Namespace) -> tuple[Any, str]:
+    dataset, name = _find_dataset(args)
+    if not len(dataset):
+        raise ValueError(f"Expected preference pairs in {args.dataset}, found no row at all.")
+    return dataset, name
+
+
+def _find_dataset(args: argparse.Namespace) -> tuple[Any, str]:
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
+
+    if args.dataset == ORGANISM:
+        from ..organism import preferences
+
+        knobs = {"style": args.style, "honesty": args.honesty}
+        # The seed with which examples/simpo.py holds out its pairs.
+        pairs = preferences(args.n_pairs or 400, seed=f"test-{args.seed}", **knobs)
+        described = ", ".join(f"{name} {value:g}" for name, value in knobs.items())
+        return pairs, f"the model organism ({described})"
+    path = Path(args.dataset)
+    try:
+        if path.is_file():
+            kind = _FILES.get(path.suffix.lower())
+            if kind is None:
+                raise ValueError(
+                    f"Expected a file that ends in {', '.join(_FILES)}, got {path}. Convert it."
+                )
+            return load_dataset(kind, data_files=str(path), split="train"), path.name
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            found = load_from_disk(str(path))
+            return (found[args.split] if isinstance(found, Mapping) else found), path.name
+        return load_dataset(args.dataset, split=args.split), f"{args.dataset} ({args.split})"
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{args.dataset} cannot be read as a data set: {cause}.") from error
+    except ValueError as error:
+        # What `datasets` says of a file without a row.
+        if "corresponds to no data" in str(error):
+            return (), path.name
+        raise
+
+
+def _first(dataset: Any, n: int) -> Any:
+    return dataset.select(range(min(n, len(dataset)))) if n else dataset
+
+
+def _path(name: str) -> str:
+    """Where a model is; the organism ships with the package."""
+    if name != ORGANISM:
+        return name
+    from ..organism import load
+
+    return str(load().model_path)

@@ -1,0 +1,91 @@
+"""``peft-fsrl audit``: everything that can be said about one adapter, as JSON and as a page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..analysis import statistics
+from ..analysis.audit import AuditSettings, compute_audit
+from ..analysis.audit.card import add_audit
+from ..analysis.audit.parts import write_whole
+from ..analysis.audit_report import render_audit
+from ..analysis.plots import draw_audit, require_plots
+from ..analysis.rendering import render_audit_html
+from ._inputs import (
+    add_data_arguments,
+    add_model_arguments,
+    load_adapter,
+    load_label_file,
+    load_rows,
+)
+
+_DEFAULTS = AuditSettings()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``peft-fsrl audit``."""
+    add = parser.add_argument
+    add("adapter", help="folder or Hub repository of a trained adapter")
+    add("--out", type=Path, required=True, help="folder for audit.json, audit.html and parts/")
+    add("--name", help="what to call the adapter; by default its path")
+    add("--base-model", help="base model; by default the one that the adapter names")
+    add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
+    add("--reference-labels", help="a second source, to check the labels against")
+    add("--categories", help="those of the labels to look at, with commas between; default: all")
+    add("--update-card", action="store_true", help="put a summary into the adapter's README.md")
+    add_data_arguments(parser, n_pairs=400)
+    add_model_arguments(parser)
+    group = parser.add_argument_group("how much of everything")
+    for name, text in (
+        ("n_generations", "prompts to continue token by token"),
+        ("n_coherence", "prompts to answer for the figures of coherence"),
+        ("max_new_tokens", "length limit of an answer"),
+        ("n_random", "draws of each random control"),
+        ("n_single", "single features to ablate"),
+        ("n_cards", "features to show from near, promoted and suppressed"),
+        ("n_draws", "draws of the labels' errors"),
+    ):
+        default = getattr(_DEFAULTS, name)
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=int, default=default, help=f"{text} ({default})")
+    group.add_argument("--beta", type=float, default=_DEFAULTS.beta, help="SimPO's reward scale")
+    group.add_argument("--gamma", type=float, default=_DEFAULTS.gamma, help="and target margin")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audit, write, print; stages that an earlier run has finished are not made again."""
+    # Before anything takes time.
+    statistics.require()
+    require_plots()
+    folder = Path(args.adapter)
+    if args.update_card and not folder.is_dir():
+        raise ValueError(f"--update-card needs a local folder, got {args.adapter!r}.")
+    labels, reference = map(load_label_file, (args.labels, args.reference_labels))
+    model, tokenizer, _ = load_adapter(args.adapter, args)
+    rows, dataset_name = load_rows(args, tokenizer)
+    given = {name: getattr(args, name) for name in vars(_DEFAULTS) if name != "n_listed"}
+    if args.categories is not None:
+        given["categories"] = tuple(name.strip() for name in args.categories.split(","))
+    settings = AuditSettings(**given)
+    audit = compute_audit(
+        model,
+        rows,
+        tokenizer,
+        labels=labels,
+        reference_labels=reference,
+        out=args.out,
+        settings=settings,
+        adapter=args.name or args.adapter,
+        dataset_name=dataset_name,
+        run_folder=folder if folder.is_dir() else None,
+    )
+    write_whole(args.out / "audit.json", audit.to_json())
+    page = render_audit_html(audit, draw_audit(audit))
+    write_whole(args.out / "audit.html", page)
+    if args.update_card:
+        add_audit(folder, audit)
+    page_path = args.out / "audit.html"
+    sys.stdout.write(f"{render_audit(audit)}\nThe page is {page_path}\n")
+    return 0

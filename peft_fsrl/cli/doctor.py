@@ -1,0 +1,67 @@
+"""``peft-fsrl doctor``: does an SAE fit a model and its data?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..analysis.audit.parts import write_whole
+from ..analysis.audit_report import render_checkup
+from ..analysis.doctor import compute_checkup
+from ._inputs import (
+    ORGANISM,
+    add_data_arguments,
+    add_model_arguments,
+    load_model,
+    load_texts,
+    load_tokenizer,
+)
+
+DOES_NOT_FIT = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``peft-fsrl doctor``."""
+    add = parser.add_argument
+    add("--model", required=True, help="the base model; 'organism' for the built-in one")
+    add("--sae", required=True, help="a folder or release/sae_id; 'organism' for the built-in one")
+    add("--layer", type=int, help="whose output would be steered; by default where it was trained")
+    add("--compare-model", help="another model, such as the base model of an instruct model")
+    add("--json", type=Path, help="write the figures there as well")
+    add_data_arguments(parser, n_pairs=200)
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print; 1 if the SAE does not fit or fits better nearby."""
+    tokenizer = load_tokenizer(args.model)
+    rows, dataset_name = load_texts(args, tokenizer)
+    other = load_model(args.compare_model, args) if args.compare_model else None
+    checkup = compute_checkup(
+        load_model(args.model, args),
+        _sae(args.sae),
+        rows,
+        tokenizer,
+        layer=args.layer,
+        compare_model=other,
+        model_name=args.model,
+        compare_name=args.compare_model or "",
+        sae_name=args.sae,
+        dataset_name=dataset_name,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        description="reading",
+    )
+    if args.json:
+        write_whole(args.json, checkup.to_json())
+    sys.stdout.write(render_checkup(checkup))
+    return DOES_NOT_FIT if any(each.verdict == "no" for each in checkup.findings) else 0
+
+
+def _sae(name: str) -> str:
+    if name != ORGANISM:
+        return name
+    from ..organism import load
+
+    return str(load().sae_path)

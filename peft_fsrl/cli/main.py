@@ -1,0 +1,90 @@
+"""The parser of ``peft-fsrl``, and what becomes of errors."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+OK, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
+# A command's module has `add_arguments(parser)` and `run(args) -> int`; only the one asked for is
+# imported.
+COMMANDS = {
+    "audit": "what an adapter changed, whether it helps, and what carries it",
+    "doctor": "whether an SAE fits a model and its data, before any training",
+    "diff": "two adapters on the same SAE, feature by feature",
+    "eval": "an adapter beside its base model, on tests that other people wrote",
+    "lm-eval": "lm-evaluation-harness's own program, with peft= an adapter: lm-eval run ...",
+}
+# Its options are another program's.
+_FOREIGN = "lm-eval"
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, IndexError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: of the command line; None for those of this process.
+
+    Returns:
+        The exit status: 0; 1 where ``doctor`` finds that an SAE does not fit; 2 for a wrong
+        request; 130 if interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser(given).parse_args(given)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format=_FORMAT)
+    with warnings.catch_warnings():
+        if not options.debug:
+            warnings.showwarning = _show_warning
+            # What libraries will do some day is nothing to the user of a command.
+            for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", category)
+        try:
+            return int(options.run(options))
+        except KeyboardInterrupt:
+            sys.stderr.write("\ninterrupted: run it again to go on from the last finished stage\n")
+            return INTERRUPTED
+        except _EXPECTED as error:
+            if options.debug:
+                raise
+            sys.stderr.write(f"error: {one_line(error)}\n")
+            return WRONG_REQUEST
+
+
+_FORMAT = "%(levelname)s %(name)s: %(message)s"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peft-fsrl", description=__doc__)
+    parser.description = "Read what preference optimisation taught a model, feature by feature."
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    asked = next((word for word in given if not word.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        foreign: Any = {"prefix_chars": "\0", "add_help": False} if name == _FOREIGN else {}
+        command = commands.add_parser(
+            name, help=text, description=f"{text[:1].upper()}{text[1:]}.", **foreign
+        )
+        if name == asked:
+            module: Any = import_module(f".{name.replace('-', '_')}", __package__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+        if foreign:
+            command.set_defaults(debug=False, verbose=False)
+            continue
+        command.add_argument("--debug", action="store_true", help="show where an error was raised")
+        command.add_argument("--verbose", action="store_true", help="say more while it runs")
+    return parser
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    sys.stderr.write(f"warning: {one_line(message)}\n")
