@@ -64,6 +64,20 @@ def render_table(studies: Mapping[str, Sequence[Summary]]) -> str:
             s.ablations[i].control_loss - s.trained.loss,
             "+.3f",
         )
+        figures[f"... without random steered features of the mass of {ablation.name}"] = (
+            lambda s, i=position: (
+                mean(draw.loss for draw in s.ablations[i].same_mass) - s.trained.loss,
+                "+.3f",
+            )
+        )
+        figures[f"share of the steering mass, {ablation.name}"] = lambda s, i=position: (
+            s.ablations[i].mass,
+            ".1%",
+        )
+        figures[f"... of the random features instead of {ablation.name}"] = lambda s, i=position: (
+            mean(s.ablations[i].random_masses),
+            ".1%",
+        )
     for name, figure in figures.items():
         cells = []
         for summaries in studies.values():
