@@ -12,10 +12,12 @@ Runs that have finished are kept. Writes the tables that docs/organism.md shows.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
 from organism_study import SETTINGS, run_folder
 from peft import PeftModel
 
@@ -27,18 +29,29 @@ from peft_fsrl.analysis import (
     Interval,
     PreferenceScores,
     Record,
+    Robustness,
     StaticDynamic,
     ablate_categories,
+    ablate_single_features,
+    compare_static_dynamic,
+    composition_of,
+    compute_compositions,
     compute_gain,
     compute_usage,
+    count_features,
     score_preferences,
 )
-from peft_fsrl.analysis.composition import composition_of, compute_compositions, count_features
-from peft_fsrl.analysis.single import ablate_single_features
-from peft_fsrl.analysis.static_dynamic import compare_static_dynamic
+from peft_fsrl.analysis.labels import (
+    error_rates_for_mcc,
+    organism_labels,
+    propagate_ablation,
+    propagate_composition,
+)
 from peft_fsrl.steering import ablate_features, scale_steering
 
 CATEGORIES = ("style", "honesty")
+# Of the paper's LLM judge against human labels.
+PAPER_MCC = 0.448
 REWARDED = dict(zip(SETTINGS, CATEGORIES, strict=True))
 
 
@@ -64,6 +77,7 @@ class Study(Record):
     ablations: tuple[Ablation, ...]
     single: FeatureAblations
     static_dynamic: StaticDynamic
+    robustness: tuple[Robustness, ...]
     checks: tuple[Check, ...]
 
 
@@ -78,7 +92,7 @@ def study(setting: str, seed: int, folder: Path, n_pairs: int, n_truth: int) -> 
     categories = {name: creature.features(name) for name in CATEGORIES}
     label = f"{setting}, seed {seed}:"
 
-    def score(rows: object, text: str) -> PreferenceScores:
+    def score(rows: Dataset, text: str) -> PreferenceScores:
         return score_preferences(model, rows, tokenizer, description=f"{label} {text}")
 
     with scale_steering(model, 0.0):
@@ -109,12 +123,40 @@ def study(setting: str, seed: int, folder: Path, n_pairs: int, n_truth: int) -> 
         ablations,
         ablate_single_features(model, few, tokenizer, usage, trained=trained, n_features=10),
         compare_static_dynamic(model, few, tokenizer, usage, base=base, trained=trained),
+        robustness(model, few, tokenizer, f"{label} relabelled"),
         tuple(checks),
     )
 
 
+def robustness(
+    model: PeftModel, rows: Dataset, tokenizer: Any, text: str
+) -> tuple[Robustness, ...]:
+    """The true labels, treated as if they were no better than the paper's judge."""
+    labels = organism_labels(organism.load())
+    labels = replace(labels, categories=CATEGORIES)
+    n_features = len(organism.load().feature_labels)
+    rates = [
+        error_rates_for_mcc(
+            name, PAPER_MCC, judged_share=len(labels.members(name)) / n_features, n=n_features
+        )
+        for name in CATEGORIES
+    ]
+    counts = count_features(model, rows, tokenizer, segments=["prompt_chosen"])
+    some = rows.select(range(min(100, len(rows))))
+    whole = score_preferences(model, some, tokenizer)
+
+    def rise(features: Sequence[int]) -> float:
+        with ablate_features(model, features):
+            return score_preferences(model, some, tokenizer).loss - whole.loss
+
+    composition = propagate_composition(labels, rates, counts.values())
+    return composition + propagate_ablation(labels, rates, rise, n_draws=40, description=text)
+
+
 def composition_checks(
-    compositions: Sequence[Composition], truth: object, categories: dict[str, list[int]]
+    compositions: Sequence[Composition],
+    truth: Mapping[str, Any],
+    categories: Mapping[str, Sequence[int]],
 ) -> Iterator[Check]:
     """Shares and enrichments of each segment against those among many more texts."""
     for composition in compositions:
@@ -173,6 +215,15 @@ def render_table(studies: dict[str, list[Study]], seeds: Sequence[int]) -> str:
         )
         add("features for 90 % of the gain, per token", [enough(r, "dynamic") for r in runs])
         add("features for 90 % of the gain, fixed", [enough(r, "static") for r in runs])
+        for name in (
+            "enrichment of style less that of honesty, prompt_chosen",
+            "rise without style less rise without honesty",
+        ):
+            found = [next(r for r in run.robustness if r.figure == name) for run in runs]
+            add(
+                f"{name.replace(', prompt_chosen', '')}, by labels of MCC {PAPER_MCC}",
+                [f"{cell(r.propagated, '+.2f')}, {r.kept:.0%} as measured" for r in found],
+            )
         add("intervals that cover", [coverage(run.checks) for run in runs])
     return "\n".join(
         "| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]
