@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -53,6 +53,22 @@ def rebuild(
         for name, tensor in module.state_dict().items()
     }
     return assemble(module.cfg.to_dict(), state)
+
+
+def view_features(module: SAE[Any], columns: Tensor) -> SAE[Any]:
+    """A stand-in for a module with a feature-wise encoder, whose ``encode`` knows some features.
+
+    Only the tensors of the encoder are sliced; it cannot decode.
+    """
+    view = copy(module)
+    view._parameters = {
+        name: tensor.index_select(_FEATURE_DIMENSION[name], columns)
+        if name in _FEATURE_DIMENSION and name != "W_dec"
+        else tensor
+        for name, tensor in module._parameters.items()
+        if tensor is not None
+    }
+    return view
 
 
 def slice_features(module: SAE[Any], rows: Tensor) -> SAE[Any]:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import functional
 from ._outputs import hidden_states_of, replace_hidden_states
+from ._sparse import can_select
 from ._watch import PenaltyWatch
 from .adapter import SteeringAdapter
 from .config import FSRLConfig
@@ -208,14 +209,15 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         def steer(
             x: Tensor, weight: Tensor, bias: Tensor, down: Tensor | None, threshold: Tensor | None
         ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+            selects = can_select(x, weight, bias, down, threshold)
             steered = functional.steer(
                 x,
                 functional.steering_pre(sae.process_in(x), weight, bias, down),
                 threshold,
                 activation=adapter.activation,
                 bandwidth=adapter.bandwidth,
-                encode=(lambda: sae.encode(x)) if clamps else None,
-                decode_update=lambda update: sae.decode_update(update, x),
+                encode=(lambda v: sae.encode(x, v < 0 if selects else None)) if clamps else None,
+                decode_update=lambda update: sae.decode_update(update, x, selects),
                 edit=(lambda v: _apply_edits(edits, v, sae)) if edits else None,
             )
             v, gate = steered.steering_vector, steered.gate

@@ -6,10 +6,7 @@ process-wide by everything that needs the same SAE there.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -18,28 +15,14 @@ import torch
 from torch import Tensor
 
 from . import functional
-from ._sae_modules import assemble, rebuild, slice_features
+from ._identity import SAEInfo
+from ._sae_modules import assemble, rebuild, slice_features, view_features
+from ._sparse import columns_to_read, sparse_product
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from sae_lens import SAE
 
-# Settings, beside the tensors, that decide what an SAE computes. A fixed list, so that a field that
-# a later SAELens adds does not change the fingerprint of an SAE that did not change.
-_FINGERPRINTED_SETTINGS = (
-    "normalize_activations",
-    "apply_b_dec_to_input",
-    "k",
-    "rescale_acts_by_decoder_norm",
-    "residual_threshold",
-    "max_iterations",
-    "stop_on_duplicate_support",
-    "n_heads",
-    "sae_diff_type",
-    "kval_topk",
-    "tied_weights",
-    "activation_normalization_factor",
-)
 _SIGNED_ARCHITECTURES = frozenset({"abstopk"})
 # Each feature's activation depends on that feature's tensors alone.
 _FEATUREWISE_ARCHITECTURES = frozenset({"standard", "gated", "jumprelu"})
@@ -49,48 +32,6 @@ _CONTEXTUAL_ARCHITECTURES = frozenset({"temporal"})
 _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
 _INSTANCES: WeakValueDictionary[tuple[Any, ...], FrozenSAE] = WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class SAEInfo:
-    """What identifies an SAE in a saved config.
-
-    Attributes:
-        d_in: width of the activations it reads and writes.
-        d_sae: number of features.
-        architecture: SAELens's name, for example ``"jumprelu"``.
-        dtype: dtype of its tensors as loaded.
-        fingerprint: SHA-256 over its tensors and the settings that decide what it computes.
-        hook_name: where it was trained, in TransformerLens's words, if known.
-        model_name: the model it was trained on, if known.
-        neuronpedia_id: its id on Neuronpedia, if known.
-    """
-
-    d_in: int
-    d_sae: int
-    architecture: str
-    dtype: str
-    fingerprint: str
-    hook_name: str | None = None
-    model_name: str | None = None
-    neuronpedia_id: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, as the adapter's config stores them."""
-        return asdict(self)
-
-
-def compute_fingerprint(sae: SAE[Any]) -> str:
-    """SHA-256 over an SAE's architecture, settings and tensors (name, dtype, shape and bytes)."""
-    digest = hashlib.sha256()
-    cfg = sae.cfg.to_dict()
-    settings = {name: cfg[name] for name in _FINGERPRINTED_SETTINGS if name in cfg}
-    digest.update(json.dumps([cfg["architecture"], settings], sort_keys=True).encode())
-    for name, tensor in sorted(sae.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}:{data.dtype}:{tuple(data.shape)};".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class FrozenSAE:
@@ -218,19 +159,43 @@ class FrozenSAE:
         self._forget_normalisation_state()
         return processed
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Feature activations of the raw activations ``x``, by SAELens's own ``encode``."""
-        feature_acts: Tensor = self._module.encode(x)
+    def encode(
+        self, x: Float[Tensor, "*batch d_in"], needed: Bool[Tensor, "*batch d_sae"] | None = None
+    ) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations of the raw activations ``x``, by SAELens's own ``encode``.
+
+        Where ``needed`` is false, zeros may stand in their place.
+        """
+        if needed is not None and (pieces := self._pieces(needed)) is not None:
+            feature_acts = torch.zeros(needed.shape, dtype=self.dtype, device=x.device)
+            for columns in pieces:
+                feature_acts[..., columns] = view_features(self._module, columns).encode(x)
+        else:
+            feature_acts = self._module.encode(x)
+            if self._columns is not None:
+                feature_acts = feature_acts[..., self._columns]
         self._forget_normalisation_state()
-        return feature_acts if self._columns is None else feature_acts[..., self._columns]
+        return feature_acts
+
+    def _pieces(self, needed: Tensor) -> tuple[Tensor, ...] | None:
+        if self.info.architecture in _FEATUREWISE_ARCHITECTURES:
+            return columns_to_read(needed, self._module.W_enc)
+        return None if needed.any() else ()
 
     def decode_update(
-        self, update: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"]
+        self,
+        update: Float[Tensor, "*batch d_sae"],
+        x: Float[Tensor, "*batch d_in"],
+        selects: bool = False,
     ) -> Float[Tensor, "*batch d_in"]:
-        """``decode(f + update) - decode(f)`` at the token whose raw activations are ``x``."""
+        """``decode(f + update) - decode(f)`` at the token whose raw activations are ``x``.
+
+        With ``selects`` only the rows of what changes may be read; see ``_sparse.can_select``.
+        """
         scale = functional.normalisation_scale(x.to(self.dtype), self._normalisation)
+        product = sparse_product if selects else torch.matmul
         delta = functional.decode_update(
-            update.to(self.dtype), self._W_dec, self._feature_scale, scale
+            update.to(self.dtype), self._W_dec, self._feature_scale, scale, product
         )
         return delta if self._token_factor is None else delta * self._token_factor
 

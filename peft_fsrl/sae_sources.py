@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .sae import FrozenSAE, SAEInfo, compute_fingerprint, share_sae
+from ._identity import SAEInfo, compute_fingerprint
+from .sae import FrozenSAE, share_sae
 
 if TYPE_CHECKING:
     from sae_lens import SAE

@@ -21,6 +21,7 @@ MODULES = {
 # most specific entry counts. What has no entry may not exist: add one on purpose.
 ALLOWED = {
     "__init__": {
+        "_identity",
         "_registration",
         "config",
         "equivalence",
@@ -39,14 +40,16 @@ ALLOWED = {
     "_fields": set(),
     "config": {"_checkpoints", "_fields"},
     "functional": set(),
+    "_identity": set(),
     "_sae_modules": set(),
+    "_sparse": set(),
     "_outputs": set(),
     "_running": set(),
     "_watch": set(),
-    "sae": {"_sae_modules", "functional"},
-    "sae_sources": {"sae"},
+    "sae": {"_identity", "_sae_modules", "_sparse", "functional"},
+    "sae_sources": {"_identity", "sae"},
     "convert": {"config", "sae_sources", "targets"},
-    "layer": {"_outputs", "_watch", "adapter", "config", "functional", "sae"},
+    "layer": {"_outputs", "_sparse", "_watch", "adapter", "config", "functional", "sae"},
     "adapter": {"config"},
     "model": {"config", "layer", "sae", "sae_sources", "targets"},
     "targets": {"config", "sae", "sae_sources"},
@@ -114,6 +117,7 @@ OPTIONAL = {
 SELF_CONTAINED = {
     "_checkpoints": set(),
     "functional": {"torch"},
+    "_sparse": {"torch"},
     "_fields": {"huggingface_hub"},
     "config": {"peft"},
     "_registration": {"peft"},

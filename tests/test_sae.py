@@ -26,7 +26,8 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from peft_fsrl import freeze_sae, load_sae
-from peft_fsrl.sae import FrozenSAE, compute_fingerprint
+from peft_fsrl._identity import compute_fingerprint
+from peft_fsrl.sae import FrozenSAE
 from peft_fsrl.sae_sources import parse_hook_layer, parse_reference
 
 CPU = torch.device("cpu")

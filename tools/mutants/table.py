@@ -291,14 +291,14 @@ MUTANTS = (
     ),
     Mutant(
         "the fingerprint does not see the tensors",
-        "sae.py",
+        "_identity.py",
         "        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)\n",
         "",
         ("test_sae.py::test_fingerprint_sees_every_tensor",),
     ),
     Mutant(
         "the fingerprint does not see the settings",
-        "sae.py",
+        "_identity.py",
         'json.dumps([cfg["architecture"], settings], sort_keys=True)',
         'json.dumps([cfg["architecture"]])',
         ("test_sae.py::test_fingerprint_sees_settings",),
