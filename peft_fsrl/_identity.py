@@ -28,6 +28,8 @@ _FINGERPRINTED_SETTINGS = (
     "tied_weights",
     "activation_normalization_factor",
 )
+# Of a tensor, at a time.
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def compute_fingerprint(sae: SAE[Any]) -> str:
     settings = {name: cfg[name] for name in _FINGERPRINTED_SETTINGS if name in cfg}
     digest.update(json.dumps([cfg["architecture"], settings], sort_keys=True).encode())
     for name, tensor in sorted(sae.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}:{data.dtype}:{tuple(data.shape)};".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        # In parts, for what is not contiguous or on another device has to be copied.
+        for part in tensor.detach().split(_ROWS) if tensor.ndim else (tensor.detach(),):
+            digest.update(part.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

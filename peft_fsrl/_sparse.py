@@ -20,18 +20,14 @@ if TYPE_CHECKING:
 # With this many tokens a matrix product does, for each row that it reads, as much arithmetic as it
 # takes to read one row more.
 _TOKENS_PER_ROW = 16
-# The same for columns, each of whose elements lies in a cache line of its own.
-_TOKENS_PER_COLUMN = 4
-# What a cache line fetched from somewhere costs, in bytes read in order.
-_LINE = 128
-# Gathering them writes as much as it reads, and what was written is read again.
+# Gathering columns writes as much as it reads, and what was written is read again.
 _PASSES = 3
 # Columns are gathered in pieces whose memory is used again, and not asked anew from the system.
 _PIECE = 2**22
 
 
 def can_select(*tensors: Tensor | None) -> bool:
-    """Whether which weights are read may depend on values: eagerly, without a graph.
+    """Whether which weights are read may depend on values: eagerly, where no graph is built.
 
     Args:
         tensors: everything that enters the computation.
@@ -39,7 +35,9 @@ def can_select(*tensors: Tensor | None) -> bool:
     given = [tensor for tensor in tensors if tensor is not None]
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    # Not where nothing happens to require a gradient: freezing an adapter, as loading one does,
+    # would change how its output is rounded.
+    if torch.is_grad_enabled():
         return False
     # Fake tensors, distributed ones and those of torch.func have no values to look at.
     if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in given):
@@ -79,13 +77,10 @@ def columns_to_read(
 
     Args:
         needed: which features' activations matter, shape ``(..., d_sae)``.
-        W_enc: encoder weight, shape ``(d_in, d_sae)``, whose rows are contiguous.
+        W_enc: encoder weight, shape ``(d_in, d_sae)``, whose columns are contiguous.
     """
     d_in, n_features = W_enc.shape
-    flat = needed.reshape(-1, n_features)
-    columns = flat.any(dim=0).nonzero().squeeze(1)
-    worth = n_features * max(1.0, len(flat) / _TOKENS_PER_COLUMN)
-    lines = len(columns) * _LINE / W_enc.element_size()
-    if lines > worth or len(columns) * _PASSES > n_features:
+    columns = needed.reshape(-1, n_features).any(dim=0).nonzero().squeeze(1)
+    if len(columns) * _PASSES > n_features:
         return None
     return columns.split(max(1, _PIECE // (d_in * W_enc.element_size()))) if len(columns) else ()

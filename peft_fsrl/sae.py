@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import functional
 from ._identity import SAEInfo
-from ._sae_modules import assemble, rebuild, slice_features, view_features
+from ._sae_modules import assemble, rebuild, save_module, slice_features, view_features
 from ._sparse import columns_to_read, sparse_product
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class FrozenSAE:
         """
         if self.features is not None:
             raise ValueError(f"Only a whole SAE can be saved; this one has {self.n_features}.")
-        self._module.save_model(directory)
+        save_module(self._module, directory)
 
     def _forget_normalisation_state(self) -> None:
         for name in _NORMALISATION_STATE:

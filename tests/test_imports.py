@@ -47,7 +47,7 @@ ALLOWED = {
     "_running": set(),
     "_watch": set(),
     "sae": {"_identity", "_sae_modules", "_sparse", "functional"},
-    "sae_sources": {"_identity", "sae"},
+    "sae_sources": {"_identity", "_sae_modules", "sae"},
     "convert": {"config", "sae_sources", "targets"},
     "layer": {"_outputs", "_sparse", "_watch", "adapter", "config", "functional", "sae"},
     "adapter": {"config"},

@@ -292,8 +292,8 @@ MUTANTS = (
     Mutant(
         "the fingerprint does not see the tensors",
         "_identity.py",
-        "        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)\n",
-        "",
+        "part.cpu().reshape(-1)",
+        "part.cpu()[:1].reshape(-1)",
         ("test_sae.py::test_fingerprint_sees_every_tensor",),
     ),
     Mutant(
@@ -335,11 +335,11 @@ MUTANTS = (
     Mutant(
         "pickles in an SAE's folder are opened",
         "sae_sources.py",
-        "    return SAE.load_from_disk(path)\n",
+        "    return load_folder(path)\n",
         "    import pickle\n"
         "    for file in path.glob('*.p*'):\n"
         "        pickle.loads(file.read_bytes())\n"
-        "    return SAE.load_from_disk(path)\n",
+        "    return load_folder(path)\n",
         ("test_checkpoints.py::test_pickles_in_an_saes_folder_are_not_opened",),
     ),
     # Observing and editing
