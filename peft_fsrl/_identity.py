@@ -28,8 +28,8 @@ _FINGERPRINTED_SETTINGS = (
     "tied_weights",
     "activation_normalization_factor",
 )
-# Of a tensor, at a time.
-_ROWS = 256
+# How much of a tensor is hashed at a time: at least so many rows, and so many bytes.
+_ROWS, _PART = 16, 2**20
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ def compute_fingerprint(sae: SAE[Any]) -> str:
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         # In parts, for what is not contiguous or on another device has to be copied.
-        for part in tensor.detach().split(_ROWS) if tensor.ndim else (tensor.detach(),):
+        whole = tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
+        row_bytes = max(1, whole[:1].numel() * whole.element_size())
+        for part in whole.split(max(_ROWS, _PART // row_bytes)):
             digest.update(part.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
