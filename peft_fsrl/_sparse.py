@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # With this many tokens a matrix product does, for each row that it reads, as much arithmetic as it
 # takes to read one row more.
 _TOKENS_PER_ROW = 16
+# Reading a smaller matrix whole takes less time than deciding what to read.
+_SMALLEST = 2**20
 # Gathering columns writes as much as it reads, and what was written is read again.
 _PASSES = 3
 # Columns are gathered in pieces whose memory is used again, and not asked anew from the system.
@@ -59,6 +61,8 @@ def sparse_product(
     Returns:
         Shape ``(..., d_in)``, equal to the product up to rounding.
     """
+    if W_dec.numel() < _SMALLEST:
+        return update @ W_dec
     flat = update.reshape(-1, W_dec.shape[0])
     tokens, features = flat.nonzero(as_tuple=True)
     if len(features) > W_dec.shape[0] * max(1.0, len(flat) / _TOKENS_PER_ROW):
@@ -80,6 +84,8 @@ def columns_to_read(
         W_enc: encoder weight, shape ``(d_in, d_sae)``, whose columns are contiguous.
     """
     d_in, n_features = W_enc.shape
+    if W_enc.numel() < _SMALLEST:
+        return None
     columns = needed.reshape(-1, n_features).any(dim=0).nonzero().squeeze(1)
     if len(columns) * _PASSES > n_features:
         return None

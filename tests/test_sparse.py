@@ -38,6 +38,7 @@ WIDTHS = {"temporal": 40}
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Select whatever it costs: at the sizes of a test the plain product would always win."""
+    monkeypatch.setattr(_sparse, "_SMALLEST", 0)
     monkeypatch.setattr(_sparse, "_TOKENS_PER_ROW", 1e-9)
     monkeypatch.setattr(_sparse, "_PASSES", 0)
     # Two columns at a time.
@@ -169,7 +170,10 @@ def poison(autoencoder: SAE[Any], keep_rows: Tensor, keep_columns: Tensor) -> No
 
 @pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu"])
 @pytest.mark.parametrize("tokens", [1, 8])
-def test_reads_only_what_is_needed(architecture: str, tokens: int) -> None:
+def test_reads_only_what_is_needed(
+    architecture: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sparse, "_SMALLEST", 0)
     autoencoder = tiny_sae(architecture, dtype="float64", d_sae=2048)
     x = draw(1, tokens, D_IN)
     adapter = steered_layer(autoencoder, x, 0.002).fsrl_adapter["default"]
@@ -183,6 +187,7 @@ def test_reads_only_what_is_needed(architecture: str, tokens: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.usefixtures("always")
 def test_promotions_alone_need_no_encoder() -> None:
     autoencoder = tiny_sae("topk", dtype="float64", d_sae=WIDTH)
     x = draw(1, 1, D_IN)
@@ -201,7 +206,11 @@ def test_many_features_take_the_plain_product(monkeypatch: pytest.MonkeyPatch) -
     calls: list[int] = []
     bag = F.embedding_bag
     monkeypatch.setattr(F, "embedding_bag", lambda *a, **k: calls.append(len(a[0])) or bag(*a, **k))
-    W_dec = draw(WIDTH, D_IN)
+    W_dec, W_enc = draw(WIDTH, D_IN), torch.empty(1024, D_IN).T
+    assert _sparse.columns_to_read(torch.zeros(1, 1024, dtype=torch.bool), W_enc) is None
+    _sparse.sparse_product(torch.zeros(1, WIDTH, dtype=torch.float64), W_dec)
+    assert not calls
+    monkeypatch.setattr(_sparse, "_SMALLEST", 0)
     for tokens, density, selects in ((1, 1.0, True), (64, 1.0, False), (64, 0.02, True)):
         update = draw(tokens, WIDTH)
         update = torch.where(torch.rand_like(update) < density, update, 0.0)
@@ -211,7 +220,6 @@ def test_many_features_take_the_plain_product(monkeypatch: pytest.MonkeyPatch) -
         assert bool(calls) == selects
     few, all_of_them = torch.zeros(2, 1024, dtype=torch.bool)
     few[5], all_of_them[:] = True, True
-    W_enc = torch.empty(D_IN, 1024)
     assert _sparse.columns_to_read(all_of_them, W_enc) is None
     [columns] = _sparse.columns_to_read(few, W_enc) or ()
     assert columns.tolist() == [5]
