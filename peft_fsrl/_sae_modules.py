@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -63,3 +63,29 @@ def slice_features(module: SAE[Any], rows: Tensor) -> SAE[Any]:
         for name, tensor in module.state_dict().items()
     }
     return assemble({**module.cfg.to_dict(), "d_sae": len(rows)}, state)
+
+
+def view_features(module: SAE[Any], features: slice) -> SAE[Any]:
+    """A stand-in that shares its tensors and encodes some features only; it cannot decode."""
+    view = copy(module)
+    view._parameters = {
+        name: tensor
+        if tensor is None or name not in _FEATURE_DIMENSION
+        else tensor.narrow(_FEATURE_DIMENSION[name], features.start, features.stop - features.start)
+        for name, tensor in module._parameters.items()
+    }
+    return view
+
+
+def decoder_feature_scale(module: SAE[Any]) -> Tensor | None:
+    """By which each feature is multiplied before it is decoded, ``(d_sae,)``; None for 1."""
+    if getattr(module.cfg, "rescale_acts_by_decoder_norm", False):
+        return 1 / module.W_dec.norm(dim=-1)
+    return None
+
+
+def constant_token_factor(module: SAE[Any]) -> float | None:
+    """By which what is decoded is multiplied, the same for every token; None for 1."""
+    if module.cfg.normalize_activations == "constant_scalar_rescale":
+        return 1 / module.cfg.activation_normalization_factor
+    return None
