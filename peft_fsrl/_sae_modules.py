@@ -69,13 +69,13 @@ def slice_features(module: SAE[Any], rows: Tensor) -> SAE[Any]:
     return assemble({**module.cfg.to_dict(), "d_sae": len(rows)}, state)
 
 
-def view_features(module: SAE[Any], rows: Tensor) -> SAE[Any]:
+def view_features(module: SAE[Any], features: Tensor | slice) -> SAE[Any]:
     """A stand-in for a module with a feature-wise encoder, whose ``encode`` knows some features.
 
-    It costs next to nothing to make, and cannot decode.
+    A slice of them shares its tensors. It cannot decode.
     """
     encoder = {
-        name: _select(name, tensor, rows)
+        name: _select(name, tensor, features)
         for name, tensor in module._parameters.items()
         if tensor is not None and name != "W_dec"
     }
@@ -109,15 +109,29 @@ def _by_columns(name: str, tensor: Tensor) -> Tensor:
     return tensor.T.contiguous().T if name == "W_enc" and tensor.ndim == 2 else tensor
 
 
-def _select(name: str, tensor: Tensor, rows: Tensor) -> Tensor:
+def _select(name: str, tensor: Tensor, features: Tensor | slice) -> Tensor:
     if name not in _FEATURE_DIMENSION:
         return tensor
     if _FEATURE_DIMENSION[name] == 1:
-        return tensor.T.index_select(0, rows).T
-    return tensor.index_select(0, rows)
+        return tensor.T[features].T
+    return tensor[features]
 
 
 def _with_tensors(module: SAE[Any], tensors: dict[str, Tensor]) -> SAE[Any]:
     other = copy(module)
     other._parameters = tensors
     return other
+
+
+def decoder_feature_scale(module: SAE[Any]) -> Tensor | None:
+    """By which each feature is multiplied before it is decoded, ``(d_sae,)``; None for 1."""
+    if getattr(module.cfg, "rescale_acts_by_decoder_norm", False):
+        return 1 / module.W_dec.norm(dim=-1)
+    return None
+
+
+def constant_token_factor(module: SAE[Any]) -> float | None:
+    """By which what is decoded is multiplied, the same for every token; None for 1."""
+    if module.cfg.normalize_activations == "constant_scalar_rescale":
+        return 1 / module.cfg.activation_normalization_factor
+    return None

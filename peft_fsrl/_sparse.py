@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._tracing import is_traced
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 # With this many tokens a matrix product does, for each row that it reads, as much arithmetic as it
 # takes to read one row more.
 _TOKENS_PER_ROW = 16
+# Of more tokens, so many features act on one or another that all weights are read anyway.
+_MOST_TOKENS = 64
 # Reading a smaller matrix whole takes less time than deciding what to read.
 _SMALLEST = 2**20
 # Gathering columns writes as much as it reads, and what was written is read again.
@@ -35,18 +39,19 @@ def can_select(*tensors: Tensor | None) -> bool:
         tensors: everything that enters the computation.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
     # Not where nothing happens to require a gradient: freezing an adapter, as loading one does,
     # would change how its output is rounded.
-    if torch.is_grad_enabled():
+    if is_traced() or torch.is_grad_enabled():
         return False
-    # Fake tensors, distributed ones and those of torch.func have no values to look at.
+    # Fake tensors and distributed ones have no values to look at.
     if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in given):
         return False
-    if torch._C._are_functorch_transforms_active():
-        return False
     return not (given[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def is_short(x: Float[Tensor, "*batch d_in"]) -> bool:
+    """Whether there are so few tokens that reading only some weights is worth a look."""
+    return x.numel() <= _MOST_TOKENS * x.shape[-1]
 
 
 def sparse_product(

@@ -215,7 +215,7 @@ def decode_update(
     update: Float[Tensor, "*batch d_sae"],
     W_dec: Float[Tensor, "d_sae d_in"],
     feature_scale: Float[Tensor, "d_sae"] | None = None,
-    token_scale: Float[Tensor, "*batch 1"] | None = None,
+    token_scale: Float[Tensor, "*batch 1"] | float | None = None,
     product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Float[Tensor, "*batch d_in"]:
     """The linear part of an SAE's decoder, applied to a change of its feature activations.
@@ -225,7 +225,7 @@ def decode_update(
         W_dec: decoder weight, shape ``(d_sae, d_in)``.
         feature_scale: factor per feature, shape ``(d_sae,)`` (SAEs that treat the decoder's rows as
             normalised).
-        token_scale: factor per token, shape ``(..., 1)``; see ``normalisation_scale``.
+        token_scale: factor per token, shape ``(..., 1)``; see ``normalisation_scale``. Or a number.
         product: how ``update @ W_dec`` is computed.
 
     Returns:

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from . import functional
 from ._identity import SAEInfo
-from ._sae_modules import assemble, rebuild, save_module, slice_features, view_features
+from ._sae_modules import (
+    assemble,
+    constant_token_factor,
+    decoder_feature_scale,
+    rebuild,
+    save_module,
+    slice_features,
+    view_features,
+)
 from ._sparse import columns_to_read, sparse_product
 
 if TYPE_CHECKING:
@@ -24,7 +32,6 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 _SIGNED_ARCHITECTURES = frozenset({"abstopk"})
-# Each feature's activation depends on that feature's tensors alone.
 _FEATUREWISE_ARCHITECTURES = frozenset({"standard", "gated", "jumprelu"})
 _CONTEXTUAL_ARCHITECTURES = frozenset({"temporal"})
 # Written by SAELens's run-time normalisation during encode and read back in decode, which steering
@@ -48,6 +55,8 @@ class FrozenSAE:
         features: as given.
         signed: feature activations may be negative (``abstopk``), so steering does not clamp them.
         contextual: ``encode`` looks at earlier tokens (``temporal``), so it needs whole sequences.
+        featurewise: each feature's activation depends on its own tensors alone.
+        feature_scale: factor of each feature when it is decoded, ``(n_features,)``, or None for 1.
     """
 
     def __init__(
@@ -61,20 +70,21 @@ class FrozenSAE:
         self.features = features
         self.signed = info.architecture in _SIGNED_ARCHITECTURES
         self.contextual = info.architecture in _CONTEXTUAL_ARCHITECTURES
+        self.featurewise = info.architecture in _FEATUREWISE_ARCHITECTURES
         self._module = module
         self._rounding = rounding
         self._normalisation: str = module.cfg.normalize_activations
-        self._feature_scale = _decoder_feature_scale(module)
-        self._token_factor = _constant_token_factor(module)
+        self.feature_scale = decoder_feature_scale(module)
+        self._token_factor = constant_token_factor(module)
         self._W_dec: Tensor = module.W_dec
         # What a feature-wise encoder does not need is gone from the module; the others compete for
         # their activations, so all are encoded and some are kept.
         self._columns: Tensor | None = None
-        if features is not None and info.architecture not in _FEATUREWISE_ARCHITECTURES:
+        if features is not None and not self.featurewise:
             self._columns = torch.tensor(features, dtype=torch.long, device=module.W_dec.device)
             self._W_dec = module.W_dec[self._columns]
-            if self._feature_scale is not None:
-                self._feature_scale = self._feature_scale[self._columns]
+            if self.feature_scale is not None:
+                self.feature_scale = self.feature_scale[self._columns]
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +104,7 @@ class FrozenSAE:
     @property
     def directions(self) -> Float[Tensor, "n_features d_in"]:
         """What one unit of each feature adds to ``x``, but for a token's own scale."""
-        scale, factor = self._feature_scale, self._token_factor
+        scale, factor = self.feature_scale, self._token_factor
         rows = self._W_dec if scale is None else self._W_dec * scale[:, None]
         return rows if factor is None else rows * factor
 
@@ -138,14 +148,13 @@ class FrozenSAE:
                 f"Expected features among the {self.n_features} that this SAE has, at least one; "
                 f"got {chosen[:10]}."
             )
-        featurewise = self.info.architecture in _FEATUREWISE_ARCHITECTURES
         return _share(
             self.info,
             self.device,
             self.dtype,
             self._rounding,
             tuple(chosen),
-            lambda: slice_features(self._module, rows) if featurewise else self._module,
+            lambda: slice_features(self._module, rows) if self.featurewise else self._module,
         )
 
     @property
@@ -177,8 +186,18 @@ class FrozenSAE:
         self._forget_normalisation_state()
         return feature_acts
 
+    def encode_slice(
+        self, x: Float[Tensor, "*batch d_in"], features: slice
+    ) -> Float[Tensor, "*batch part"]:
+        """Feature activations at some consecutive places, at less cost where ``featurewise``."""
+        if not self.featurewise:
+            return self.encode(x)[..., features]
+        feature_acts: Tensor = view_features(self._module, features).encode(x)
+        self._forget_normalisation_state()
+        return feature_acts
+
     def _pieces(self, needed: Tensor) -> tuple[Tensor, ...] | None:
-        if self.info.architecture in _FEATUREWISE_ARCHITECTURES:
+        if self.featurewise:
             return columns_to_read(needed, self._module.W_enc)
         return None if needed.any() else ()
 
@@ -192,12 +211,17 @@ class FrozenSAE:
 
         With ``selects`` only the rows of what changes may be read; see ``_sparse.can_select``.
         """
-        scale = functional.normalisation_scale(x.to(self.dtype), self._normalisation)
         product = sparse_product if selects else torch.matmul
-        delta = functional.decode_update(
-            update.to(self.dtype), self._W_dec, self._feature_scale, scale, product
-        )
-        return delta if self._token_factor is None else delta * self._token_factor
+        update, scale = update.to(self.dtype), self.token_scale(x)
+        return functional.decode_update(update, self._W_dec, self.feature_scale, scale, product)
+
+    def token_scale(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch 1"] | float | None:
+        """Factor of what is decoded at the token whose raw activations are ``x``; None for 1."""
+        if self._token_factor is not None:
+            return self._token_factor
+        return functional.normalisation_scale(x.to(self.dtype), self._normalisation)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FrozenSAE:
         """The same SAE on another device or in another dtype, shared with whoever asks for it."""
@@ -292,15 +316,3 @@ def _share(
             found = FrozenSAE(build(), info, rounding, features)
         _INSTANCES[key] = found
     return found
-
-
-def _decoder_feature_scale(module: SAE[Any]) -> Tensor | None:
-    if getattr(module.cfg, "rescale_acts_by_decoder_norm", False):
-        return 1 / module.W_dec.norm(dim=-1)
-    return None
-
-
-def _constant_token_factor(module: SAE[Any]) -> float | None:
-    if module.cfg.normalize_activations == "constant_scalar_rescale":
-        return 1 / module.cfg.activation_normalization_factor
-    return None

@@ -141,12 +141,69 @@ MUTANTS = (
         "return total.sum() / real.sum().clamp(min=1)",
         ("test_properties.py::test_masked_mean_is_a_loop",),
     ),
+    # The same, as one function
+    Mutant(
+        "the gradient of what is clamped goes to v",
+        "_pointwise.py",
+        "        code.mul_(2 - is_free)\n",
+        "        pass\n",
+        ("test_fused.py::test_passes_gradcheck",),
+    ),
+    Mutant(
+        "what is clamped at zero is free",
+        "_pointwise.py",
+        ".to(torch.int8).clamp_(min=0)",
+        ".to(torch.int8).abs_()",
+        ("test_fused.py::test_equals_the_reference",),
+    ),
+    Mutant(
+        "the penalty does not reach what is clamped",
+        "_pointwise.py",
+        "        g.addcmul_(sign, g_l1)\n",
+        "        g.addcmul_(sign * passes, g_l1)\n",
+        ("test_fused.py::test_each_output_has_its_own_gradient",),
+    ),
+    Mutant(
+        "the encoder hands no gradient on",
+        "fused.py",
+        "g_x[rows] += _pull_back(some, [(f, g_f)])",
+        "pass",
+        ("test_fused.py::test_passes_gradcheck",),
+    ),
+    Mutant(
+        "a token's scale hands no gradient on",
+        "fused.py",
+        "paths.append((scale, g_scale))",
+        "pass",
+        ("test_fused.py::test_passes_gradcheck",),
+    ),
+    Mutant(
+        "only the last tokens train the weight",
+        "_tiles.py",
+        "torch.addmm(total, left.T, right, out=total)",
+        "torch.mm(left.T, right, out=total)",
+        ("test_fused.py::test_equals_the_reference",),
+    ),
+    Mutant(
+        "one byte per feature is kept where all is recomputed",
+        "fused.py",
+        "keeps = not operation.recomputes, ctx.needs_input_grad[1]",
+        "keeps = True, ctx.needs_input_grad[1]",
+        ("test_fused.py::test_bytes_kept_for_the_backward_pass",),
+    ),
+    Mutant(
+        "a hook that got no gradient counts as a penalty",
+        "_watch.py",
+        "self._penalised |= gradient is not None",
+        "self._penalised = True",
+        ("test_training_objectives.py::test_a_penalty_that_nobody_adds_is_announced_once",),
+    ),
     # The layer
     Mutant(
         "only the last token is steered",
         "layer.py",
-        "sae, l1, open_gates))\n        return output\n",
-        "sae, l1, open_gates))\n"
+        "observer(statistics)\n        return output\n",
+        "observer(statistics)\n"
         "        return torch.cat([x[..., :-1, :], output[..., -1:, :]], dim=-2)\n",
         MODEL,
     ),
@@ -167,8 +224,8 @@ MUTANTS = (
     Mutant(
         "features with a sign are clamped",
         "layer.py",
-        "clamps = adapter.non_negative and not sae.signed",
-        "clamps = adapter.non_negative",
+        "return adapter.non_negative and not sae.signed",
+        "return adapter.non_negative",
         FORMULA,
     ),
     Mutant(
@@ -415,8 +472,8 @@ MUTANTS = (
     ),
     Mutant(
         "nan that the base model gives is not counted",
-        "steering.py",
-        " & event.hidden_states.detach().isfinite().all(dim=-1)",
+        "events.py",
+        " & hidden_states.detach().isfinite().all(dim=-1)",
         "",
         ("test_nonfinite.py::test_what_the_base_model_gives_counts_where_nothing_is_steered",),
     ),
