@@ -62,25 +62,27 @@ def steps_of(
     sae, adapter = folder / "sae", folder / "adapter"
     JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae)).save_model(sae)
     gc.collect()
+    # Each is used up: an adapter stays in the model that it is put into, and its SAE with it.
     bases = [small_model(d_in) for _ in range(4)]
 
-    def attach(base: Any) -> Any:
-        return get_peft_model(base, FSRLConfig(layer=0, sae=str(sae), task_type="CAUSAL_LM"))
+    def attach() -> Any:
+        config = FSRLConfig(layer=0, sae=str(sae), task_type="CAUSAL_LM")
+        return get_peft_model(bases.pop(), config)
 
     def save() -> None:
         kept[0].save_pretrained(adapter)
 
-    kept.append(attach(bases[0]))
+    kept.append(attach())
     save()
     weights = sae / "sae_weights.safetensors"
     return {
         "save_pretrained": (save, 0),
         "copy the SAE's file": (lambda: shutil.copy(weights, folder / "copy"), 0),
         "load_sae": (lambda: load_sae(str(sae)), 2),
-        "get_peft_model": (lambda: attach(bases[1]), 3),
-        "from_pretrained": (lambda: PeftModel.from_pretrained(bases[2], adapter), 3),
+        "get_peft_model": (attach, 3),
+        "from_pretrained": (lambda: PeftModel.from_pretrained(bases.pop(), adapter), 3),
         "from_pretrained, low_cpu_mem_usage": (
-            lambda: PeftModel.from_pretrained(bases[3], adapter, low_cpu_mem_usage=True),
+            lambda: PeftModel.from_pretrained(bases.pop(), adapter, low_cpu_mem_usage=True),
             3,
         ),
     }
