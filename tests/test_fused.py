@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from peft_fsrl import FrozenSAE, _tiles, freeze_sae, functional, fused
+from peft_fsrl import FrozenSAE, _tiles, freeze_sae, functional, fused, layer
 from peft_fsrl.functional import ACTIVATIONS
 from peft_fsrl.steering import SteeringMonitor, observe
 
@@ -84,7 +84,7 @@ def reference(of: Any, values: dict[str, Tensor | None]) -> fused.Steering:
         threshold,
         activation=of.activation,
         bandwidth=of.bandwidth,
-        encode=(lambda: of.sae.encode(x)) if of.clamps else None,
+        encode=(lambda v: of.sae.encode(x)) if of.clamps else None,
         decode_update=lambda update: of.sae.decode_update(update, x),
     )
     v, gate = steered.steering_vector, steered.gate
@@ -352,7 +352,7 @@ def test_some_features_of_an_encoder(architecture: str, normalisation: str) -> N
         sae = freeze_sae(tiny_sae(architecture, normalisation, dtype="float64"))
         sae = sae if features is None else sae.restrict(features)
         x = draw(2, 5, D_IN, scale=1.0)
-        torch.testing.assert_close(sae.encode(x, slice(2, 5)), sae.encode(x)[..., 2:5])
+        torch.testing.assert_close(sae.encode_slice(x, slice(2, 5)), sae.encode(x)[..., 2:5])
 
 
 # --- what it costs --------------------------------------------------------------------------------
@@ -493,7 +493,7 @@ def test_a_training_step_of_a_model_is_as_by_the_reference(
         with monkeypatch.context() as patch, SteeringMonitor(model, records.append):
             forbid(patch, module)
             if module is fused:
-                patch.setattr(fused, "can_steer", lambda: False)
+                patch.setattr(layer, "is_traced", lambda: True)
             loss = model(input_ids=token_ids()).logits.square().mean()
             [statistics] = records[0].tokens
             (loss + 0.1 * statistics.l1.mean()).backward()

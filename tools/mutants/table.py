@@ -349,8 +349,8 @@ MUTANTS = (
     Mutant(
         "weights are selected where a graph is built",
         "_sparse.py",
-        "    if torch.is_grad_enabled():\n        return False\n",
-        "",
+        "is_traced() or torch.is_grad_enabled()",
+        "is_traced()",
         ("test_sparse.py::test_only_eagerly_and_without_a_graph",),
     ),
     Mutant(
