@@ -11,7 +11,7 @@ LAUNCH = accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_p
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs lint format types ci conformance mutants lock clean
+.PHONY: help setup demo test docs lint format types ci bench conformance mutants lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ types: setup ## check types
 	$(RUN) mypy
 
 ci: lint types test ## all that must pass before a change lands
+
+bench: setup ## measure speed and memory, about a quarter of an hour
+	$(VENV)/bin/python benchmarks/run.py $(ARGS)
 
 conformance: setup ## run PEFT's own tests on FSRL
 	$(VENV)/bin/python tools/conformance/run.py $(ARGS)

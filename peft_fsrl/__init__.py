@@ -4,12 +4,13 @@ Importing the package registers the method with PEFT, so that ``get_peft_model``
 ``PeftModel.from_pretrained`` know it.
 """
 
+from ._identity import SAEInfo
 from ._registration import register
 from .config import FSRLConfig
 from .layer import FSRLLayer
 from .model import FSRLModel
 from .pruning import PruningReport, prune
-from .sae import FrozenSAE, SAEInfo
+from .sae import FrozenSAE
 from .sae_sources import freeze_sae, load_sae
 
 __version__ = "0.1.0"

@@ -46,8 +46,9 @@ class PenaltyWatch:
             if term is not None and term.requires_grad:
                 term.register_hook(self._see_penalty)
 
-    def _see_training(self, gradient: Tensor) -> None:
-        self._trained = True
+    def _see_training(self, gradient: Tensor | None) -> None:
+        self._trained |= gradient is not None
 
-    def _see_penalty(self, gradient: Tensor) -> None:
-        self._penalised = True
+    def _see_penalty(self, gradient: Tensor | None) -> None:
+        # A hook on one of a function's outputs is called, with None, when another was used.
+        self._penalised |= gradient is not None

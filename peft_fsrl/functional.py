@@ -215,7 +215,8 @@ def decode_update(
     update: Float[Tensor, "*batch d_sae"],
     W_dec: Float[Tensor, "d_sae d_in"],
     feature_scale: Float[Tensor, "d_sae"] | None = None,
-    token_scale: Float[Tensor, "*batch 1"] | None = None,
+    token_scale: Float[Tensor, "*batch 1"] | float | None = None,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Float[Tensor, "*batch d_in"]:
     """The linear part of an SAE's decoder, applied to a change of its feature activations.
 
@@ -224,14 +225,15 @@ def decode_update(
         W_dec: decoder weight, shape ``(d_sae, d_in)``.
         feature_scale: factor per feature, shape ``(d_sae,)`` (SAEs that treat the decoder's rows as
             normalised).
-        token_scale: factor per token, shape ``(..., 1)``; see ``normalisation_scale``.
+        token_scale: factor per token, shape ``(..., 1)``; see ``normalisation_scale``. Or a number.
+        product: how ``update @ W_dec`` is computed.
 
     Returns:
         ``decode(f + update) - decode(f)``, shape ``(..., d_in)``.
     """
     if feature_scale is not None:
         update = update * feature_scale
-    delta = update @ W_dec
+    delta = product(update, W_dec)
     return delta if token_scale is None else delta * token_scale
 
 
@@ -263,7 +265,7 @@ def steer(
     *,
     activation: str,
     bandwidth: float,
-    encode: Callable[[], Float[Tensor, "*batch d_sae"]] | None,
+    encode: Callable[[Float[Tensor, "*batch d_sae"]], Float[Tensor, "*batch d_sae"]] | None,
     decode_update: Callable[[Float[Tensor, "*batch d_sae"]], Float[Tensor, "*batch d_in"]],
     edit: Callable[[Float[Tensor, "*batch d_sae"]], Float[Tensor, "*batch d_sae"]] | None = None,
 ) -> Steered:
@@ -275,9 +277,10 @@ def steer(
         threshold: see ``steering_vector``.
         activation: one of ``ACTIVATIONS``.
         bandwidth: kernel width of ``jump_relu``.
-        encode: gives ``f`` for ``x``, shape ``(..., d_sae)``; called only where a negative ``v`` is
-            possible. None where nothing is clamped and ``f'`` is ``f + v``: for an SAE whose
-            features carry a sign, or with the clamp switched off.
+        encode: gives ``f`` for ``x``, shape ``(..., d_sae)``, from ``v``: where ``v >= 0`` anything
+            not negative will do, for nothing is clamped there. Called only where a negative ``v``
+            is possible. None where nothing is clamped at all and ``f'`` is ``f + v``: for an SAE
+            whose features carry a sign, or with the clamp switched off.
         decode_update: linear map from a change in feature space to one of ``x``.
         edit: applied to ``v`` before it acts (ablation, scaling, top-k). None leaves ``v`` alone.
 
@@ -288,7 +291,7 @@ def steer(
     if edit is not None:
         v = edit(v)
     promotes_only = activation != "soft_threshold" and edit is None
-    update = v if encode is None or promotes_only else clamped_update(v, encode())
+    update = v if encode is None or promotes_only else clamped_update(v, encode(v))
     return Steered(x + decode_update(update).to(x.dtype), v, gate)
 
 

@@ -3,51 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import functional
+from . import functional, fused
 from ._outputs import hidden_states_of, replace_hidden_states
+from ._sparse import can_select, is_short
+from ._tracing import is_traced
 from ._watch import PenaltyWatch
 from .adapter import SteeringAdapter
 from .config import FSRLConfig
+from .events import (
+    Observer,
+    StatisticsObserver,
+    SteeringEvent,
+    TokenStatistics,
+    nonfinite_tokens,
+    token_statistics,
+)
 from .sae import FrozenSAE
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-
-
-class SteeringEvent(NamedTuple):
-    """One application of one adapter at one layer, as observers see it.
-
-    Attributes:
-        layer_name: path of the wrapped module in the base model.
-        adapter_name: the adapter that acted.
-        hidden_states: the wrapped module's own output, shape ``(batch, seq, d_in)``.
-        steering_vector: ``v`` in feature space as it acted, shape ``(batch, seq, n_features)``;
-            ``sae.feature_index`` says which features these are.
-        gate: ``jump_relu``'s differentiable gate of the same shape, or None.
-        sae: the SAE whose features are steered, on the device of the layer.
-        l1: ``||v||_1`` of each token, shape ``(batch, seq)``, float32 or wider.
-        open_gates: sum of ``gate`` over the features, shape ``(batch, seq)``, or None.
-    """
-
-    layer_name: str
-    adapter_name: str
-    hidden_states: Float[Tensor, "*batch d_in"]
-    steering_vector: Float[Tensor, "*batch d_sae"]
-    gate: Float[Tensor, "*batch d_sae"] | None
-    sae: FrozenSAE
-    l1: Float[Tensor, "*batch"]
-    open_gates: Float[Tensor, "*batch"] | None
-
-
-Observer = Callable[[SteeringEvent], None]
 Edit = Callable[[Tensor, FrozenSAE], Tensor]
+
+# The steered output, ||v||_1, the count of open gates, and what makes statistics of all that.
+_Result = tuple[Tensor, Tensor | None, Tensor | None, Callable[[], TokenStatistics]]
 
 
 class FSRLLayer(nn.Module, BaseTunerLayer):
@@ -66,6 +50,8 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         observers: called with a ``SteeringEvent`` after every application.
+        statistics_observers: called with ``TokenStatistics``, for which no steering vector needs to
+            be kept.
         edits: applied in order to the steering vector, with the SAE, before it acts.
         batch_adapter_names: which adapter steers each sample of the batch; None for the active one.
         recomputes_alone: under gradient checkpointing, of which the wrapped module has no need.
@@ -84,6 +70,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         self.fsrl_adapter = nn.ModuleDict()
         self.fsrl_sae: dict[str, FrozenSAE] = {}
         self.observers: list[Observer] = []
+        self.statistics_observers: list[StatisticsObserver] = []
         self.edits: list[Edit] = []
         self._watches: dict[str, PenaltyWatch] = {}
         self.batch_adapter_names: list[str] | None = None
@@ -200,22 +187,73 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             )
         if sae.device != x.device:
             sae = self.fsrl_sae[adapter_name] = sae.to(x.device, sae.dtype)
-        edits = list(self.edits)
-        clamps = adapter.non_negative and not sae.signed
+        fast = not self.observers and self._can_fuse(adapter, sae, x)
+        steer = self._steer_fused if fast else self._steer_plainly
         watched = self.training and adapter.penalised and adapter.weight.requires_grad
-        measured = bool(self.observers) or watched
+        measured = bool(self.observers or self.statistics_observers) or watched
+        output, l1, open_gates, describe = steer(adapter_name, adapter, sae, x, measured)
+        if watched and l1 is not None and l1.requires_grad:
+            self._watches[adapter_name].follow(output, l1, open_gates)
+        if self.statistics_observers:
+            statistics = describe()
+            for observer in self.statistics_observers:
+                observer(statistics)
+        return output
+
+    def _can_fuse(self, adapter: SteeringAdapter, sae: FrozenSAE, x: Tensor) -> bool:
+        """Whether ``fused.steer`` does what is asked of this layer."""
+        # A frozen adapter is differentiated by analyses, which may do so twice, or in batches.
+        only_x = torch.is_grad_enabled() and x.requires_grad and not adapter.weight.requires_grad
+        reads_less = is_short(x) and can_select(x, *_parameters(adapter))
+        return not (self.edits or sae.contextual or only_x or reads_less or is_traced())
+
+    def _steer_fused(
+        self, adapter_name: str, adapter: SteeringAdapter, sae: FrozenSAE, x: Tensor, measured: bool
+    ) -> _Result:
+        operation = fused.Operation(
+            sae,
+            adapter.activation,
+            adapter.bandwidth,
+            clamps=_clamps(adapter, sae),
+            measures=measured,
+            recomputes=self._recomputes(),
+        )
+        steered = fused.steer(operation, x, *_parameters(adapter))
+
+        def describe() -> TokenStatistics:
+            assert steered.l1 is not None
+            assert steered.l0 is not None
+            assert steered.l2 is not None
+            return TokenStatistics(
+                self.layer_name,
+                adapter_name,
+                l0=steered.l0,
+                l1=steered.l1,
+                l2=steered.l2,
+                gate=steered.open_gates,
+                nonfinite=nonfinite_tokens(x, steered.l1),
+            )
+
+        return steered.output, steered.l1, steered.open_gates, describe
+
+    def _steer_plainly(
+        self, adapter_name: str, adapter: SteeringAdapter, sae: FrozenSAE, x: Tensor, measured: bool
+    ) -> _Result:
+        edits = list(self.edits)
+        clamps = _clamps(adapter, sae)
 
         def steer(
             x: Tensor, weight: Tensor, bias: Tensor, down: Tensor | None, threshold: Tensor | None
         ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+            selects = can_select(x, weight, bias, down, threshold)
             steered = functional.steer(
                 x,
                 functional.steering_pre(sae.process_in(x), weight, bias, down),
                 threshold,
                 activation=adapter.activation,
                 bandwidth=adapter.bandwidth,
-                encode=(lambda: sae.encode(x)) if clamps else None,
-                decode_update=lambda update: sae.decode_update(update, x),
+                encode=(lambda v: sae.encode(x, v < 0 if selects else None)) if clamps else None,
+                decode_update=lambda update: sae.decode_update(update, x, selects),
                 edit=(lambda v: _apply_edits(edits, v, sae)) if edits else None,
             )
             v, gate = steered.steering_vector, steered.gate
@@ -224,20 +262,18 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             open_gates = None if gate is None else gate.sum(dim=-1)
             return steered.output, v, gate, functional.token_l1(v), open_gates
 
-        parameters = (adapter.weight, adapter.bias, adapter.down, adapter.threshold_parameter)
         if self._recomputes():
             # The base model's checkpoints do not cover this hook, which makes the widest tensors of
             # all. What the penalty needs is reduced inside, so that none of them is kept.
             output, v, gate, l1, open_gates = checkpoint(
-                steer, x, *parameters, use_reentrant=False, preserve_rng_state=False
+                steer, x, *_parameters(adapter), use_reentrant=False, preserve_rng_state=False
             )
         else:
-            output, v, gate, l1, open_gates = steer(x, *parameters)
-        if watched and l1.requires_grad:
-            self._watches[adapter_name].follow(output, l1, open_gates)
+            output, v, gate, l1, open_gates = steer(x, *_parameters(adapter))
+        event = SteeringEvent(self.layer_name, adapter_name, x, v, gate, sae, l1, open_gates)
         for observer in self.observers:
-            observer(SteeringEvent(self.layer_name, adapter_name, x, v, gate, sae, l1, open_gates))
-        return output
+            observer(event)
+        return output, l1, open_gates, partial(token_statistics, event)
 
     def _recomputes(self) -> bool:
         """Whether the wrapped module is recomputed in the backward pass, and steering with it."""
@@ -286,6 +322,14 @@ def merge_refusal() -> str:
         "depends on the input through which features cross their thresholds, so no fixed change of "
         "the weights equals it. Keep the adapter, and use `unload()` to get the base model back."
     )
+
+
+def _clamps(adapter: SteeringAdapter, sae: FrozenSAE) -> bool:
+    return adapter.non_negative and not sae.signed
+
+
+def _parameters(adapter: SteeringAdapter) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return adapter.weight, adapter.bias, adapter.down, adapter.threshold_parameter
 
 
 def _apply_edits(edits: list[Edit], v: Tensor, sae: FrozenSAE) -> Tensor:

@@ -15,8 +15,15 @@ from tqdm.auto import tqdm
 
 from ._fields import is_layer_mapping
 from ._running import evaluating, to_device
-from .layer import FSRLLayer, SteeringEvent
-from .steering import ablate_features, adapter_configs, base_model, fsrl_layers, observe
+from .layer import FSRLLayer
+from .steering import (
+    SteeringEvent,
+    ablate_features,
+    adapter_configs,
+    base_model,
+    fsrl_layers,
+    observe,
+)
 from .targets import decoder_layers
 
 

@@ -6,10 +6,7 @@ process-wide by everything that needs the same SAE there.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -18,30 +15,23 @@ import torch
 from torch import Tensor
 
 from . import functional
-from ._sae_modules import assemble, rebuild, slice_features
+from ._identity import SAEInfo
+from ._sae_modules import (
+    assemble,
+    constant_token_factor,
+    decoder_feature_scale,
+    rebuild,
+    save_module,
+    slice_features,
+    view_features,
+)
+from ._sparse import columns_to_read, sparse_product
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from sae_lens import SAE
 
-# Settings, beside the tensors, that decide what an SAE computes. A fixed list, so that a field that
-# a later SAELens adds does not change the fingerprint of an SAE that did not change.
-_FINGERPRINTED_SETTINGS = (
-    "normalize_activations",
-    "apply_b_dec_to_input",
-    "k",
-    "rescale_acts_by_decoder_norm",
-    "residual_threshold",
-    "max_iterations",
-    "stop_on_duplicate_support",
-    "n_heads",
-    "sae_diff_type",
-    "kval_topk",
-    "tied_weights",
-    "activation_normalization_factor",
-)
 _SIGNED_ARCHITECTURES = frozenset({"abstopk"})
-# Each feature's activation depends on that feature's tensors alone.
 _FEATUREWISE_ARCHITECTURES = frozenset({"standard", "gated", "jumprelu"})
 _CONTEXTUAL_ARCHITECTURES = frozenset({"temporal"})
 # Written by SAELens's run-time normalisation during encode and read back in decode, which steering
@@ -49,48 +39,6 @@ _CONTEXTUAL_ARCHITECTURES = frozenset({"temporal"})
 _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
 _INSTANCES: WeakValueDictionary[tuple[Any, ...], FrozenSAE] = WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class SAEInfo:
-    """What identifies an SAE in a saved config.
-
-    Attributes:
-        d_in: width of the activations it reads and writes.
-        d_sae: number of features.
-        architecture: SAELens's name, for example ``"jumprelu"``.
-        dtype: dtype of its tensors as loaded.
-        fingerprint: SHA-256 over its tensors and the settings that decide what it computes.
-        hook_name: where it was trained, in TransformerLens's words, if known.
-        model_name: the model it was trained on, if known.
-        neuronpedia_id: its id on Neuronpedia, if known.
-    """
-
-    d_in: int
-    d_sae: int
-    architecture: str
-    dtype: str
-    fingerprint: str
-    hook_name: str | None = None
-    model_name: str | None = None
-    neuronpedia_id: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, as the adapter's config stores them."""
-        return asdict(self)
-
-
-def compute_fingerprint(sae: SAE[Any]) -> str:
-    """SHA-256 over an SAE's architecture, settings and tensors (name, dtype, shape and bytes)."""
-    digest = hashlib.sha256()
-    cfg = sae.cfg.to_dict()
-    settings = {name: cfg[name] for name in _FINGERPRINTED_SETTINGS if name in cfg}
-    digest.update(json.dumps([cfg["architecture"], settings], sort_keys=True).encode())
-    for name, tensor in sorted(sae.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}:{data.dtype}:{tuple(data.shape)};".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class FrozenSAE:
@@ -107,6 +55,8 @@ class FrozenSAE:
         features: as given.
         signed: feature activations may be negative (``abstopk``), so steering does not clamp them.
         contextual: ``encode`` looks at earlier tokens (``temporal``), so it needs whole sequences.
+        featurewise: each feature's activation depends on its own tensors alone.
+        feature_scale: factor of each feature when it is decoded, ``(n_features,)``, or None for 1.
     """
 
     def __init__(
@@ -120,20 +70,21 @@ class FrozenSAE:
         self.features = features
         self.signed = info.architecture in _SIGNED_ARCHITECTURES
         self.contextual = info.architecture in _CONTEXTUAL_ARCHITECTURES
+        self.featurewise = info.architecture in _FEATUREWISE_ARCHITECTURES
         self._module = module
         self._rounding = rounding
         self._normalisation: str = module.cfg.normalize_activations
-        self._feature_scale = _decoder_feature_scale(module)
-        self._token_factor = _constant_token_factor(module)
+        self.feature_scale = decoder_feature_scale(module)
+        self._token_factor = constant_token_factor(module)
         self._W_dec: Tensor = module.W_dec
         # What a feature-wise encoder does not need is gone from the module; the others compete for
         # their activations, so all are encoded and some are kept.
         self._columns: Tensor | None = None
-        if features is not None and info.architecture not in _FEATUREWISE_ARCHITECTURES:
+        if features is not None and not self.featurewise:
             self._columns = torch.tensor(features, dtype=torch.long, device=module.W_dec.device)
             self._W_dec = module.W_dec[self._columns]
-            if self._feature_scale is not None:
-                self._feature_scale = self._feature_scale[self._columns]
+            if self.feature_scale is not None:
+                self.feature_scale = self.feature_scale[self._columns]
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +104,7 @@ class FrozenSAE:
     @property
     def directions(self) -> Float[Tensor, "n_features d_in"]:
         """What one unit of each feature adds to ``x``, but for a token's own scale."""
-        scale, factor = self._feature_scale, self._token_factor
+        scale, factor = self.feature_scale, self._token_factor
         rows = self._W_dec if scale is None else self._W_dec * scale[:, None]
         return rows if factor is None else rows * factor
 
@@ -197,14 +148,13 @@ class FrozenSAE:
                 f"Expected features among the {self.n_features} that this SAE has, at least one; "
                 f"got {chosen[:10]}."
             )
-        featurewise = self.info.architecture in _FEATUREWISE_ARCHITECTURES
         return _share(
             self.info,
             self.device,
             self.dtype,
             self._rounding,
             tuple(chosen),
-            lambda: slice_features(self._module, rows) if featurewise else self._module,
+            lambda: slice_features(self._module, rows) if self.featurewise else self._module,
         )
 
     @property
@@ -218,11 +168,38 @@ class FrozenSAE:
         self._forget_normalisation_state()
         return processed
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Feature activations of the raw activations ``x``, by SAELens's own ``encode``."""
-        feature_acts: Tensor = self._module.encode(x)
+    def encode(
+        self, x: Float[Tensor, "*batch d_in"], needed: Bool[Tensor, "*batch d_sae"] | None = None
+    ) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations of the raw activations ``x``, by SAELens's own ``encode``.
+
+        Where ``needed`` is false, zeros may stand in their place.
+        """
+        if needed is not None and (pieces := self._pieces(needed)) is not None:
+            feature_acts = torch.zeros(needed.shape, dtype=self.dtype, device=x.device)
+            for columns in pieces:
+                feature_acts[..., columns] = view_features(self._module, columns).encode(x)
+        else:
+            feature_acts = self._module.encode(x)
+            if self._columns is not None:
+                feature_acts = feature_acts[..., self._columns]
         self._forget_normalisation_state()
-        return feature_acts if self._columns is None else feature_acts[..., self._columns]
+        return feature_acts
+
+    def encode_slice(
+        self, x: Float[Tensor, "*batch d_in"], features: slice
+    ) -> Float[Tensor, "*batch part"]:
+        """Feature activations at some consecutive places, at less cost where ``featurewise``."""
+        if not self.featurewise:
+            return self.encode(x)[..., features]
+        feature_acts: Tensor = view_features(self._module, features).encode(x)
+        self._forget_normalisation_state()
+        return feature_acts
+
+    def _pieces(self, needed: Tensor) -> tuple[Tensor, ...] | None:
+        if self.featurewise:
+            return columns_to_read(needed, self._module.W_enc)
+        return None if needed.any() else ()
 
     def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor]:
         """Feature activations of ``x`` and what SAELens's own ``decode`` makes of them."""
@@ -232,14 +209,26 @@ class FrozenSAE:
         return feature_acts, reconstruction
 
     def decode_update(
-        self, update: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"]
+        self,
+        update: Float[Tensor, "*batch d_sae"],
+        x: Float[Tensor, "*batch d_in"],
+        selects: bool = False,
     ) -> Float[Tensor, "*batch d_in"]:
-        """``decode(f + update) - decode(f)`` at the token whose raw activations are ``x``."""
-        scale = functional.normalisation_scale(x.to(self.dtype), self._normalisation)
-        delta = functional.decode_update(
-            update.to(self.dtype), self._W_dec, self._feature_scale, scale
-        )
-        return delta if self._token_factor is None else delta * self._token_factor
+        """``decode(f + update) - decode(f)`` at the token whose raw activations are ``x``.
+
+        With ``selects`` only the rows of what changes may be read; see ``_sparse.can_select``.
+        """
+        product = sparse_product if selects else torch.matmul
+        update, scale = update.to(self.dtype), self.token_scale(x)
+        return functional.decode_update(update, self._W_dec, self.feature_scale, scale, product)
+
+    def token_scale(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch 1"] | float | None:
+        """Factor of what is decoded at the token whose raw activations are ``x``; None for 1."""
+        if self._token_factor is not None:
+            return self._token_factor
+        return functional.normalisation_scale(x.to(self.dtype), self._normalisation)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FrozenSAE:
         """The same SAE on another device or in another dtype, shared with whoever asks for it."""
@@ -264,7 +253,7 @@ class FrozenSAE:
         """
         if self.features is not None:
             raise ValueError(f"Only a whole SAE can be saved; this one has {self.n_features}.")
-        self._module.save_model(directory)
+        save_module(self._module, directory)
 
     def _forget_normalisation_state(self) -> None:
         for name in _NORMALISATION_STATE:
@@ -334,15 +323,3 @@ def _share(
             found = FrozenSAE(build(), info, rounding, features)
         _INSTANCES[key] = found
     return found
-
-
-def _decoder_feature_scale(module: SAE[Any]) -> Tensor | None:
-    if getattr(module.cfg, "rescale_acts_by_decoder_norm", False):
-        return 1 / module.W_dec.norm(dim=-1)
-    return None
-
-
-def _constant_token_factor(module: SAE[Any]) -> float | None:
-    if module.cfg.normalize_activations == "constant_scalar_rescale":
-        return 1 / module.cfg.activation_normalization_factor
-    return None

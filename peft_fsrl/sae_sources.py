@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .sae import FrozenSAE, SAEInfo, compute_fingerprint, share_sae
+from ._identity import SAEInfo, compute_fingerprint
+from ._sae_modules import load_folder
+from .sae import FrozenSAE, share_sae
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -153,14 +155,12 @@ def parse_hook_layer(hook_name: str | None) -> int | None:
 
 
 def _load_folder(path: Path) -> SAE[Any]:
-    from sae_lens import SAE
-
     if not (path / "cfg.json").is_file():
         raise FileNotFoundError(
             "Expected an SAE in SAELens's format (cfg.json and sae_weights.safetensors) in "
             f"{path}, found no cfg.json. Save one with `sae.save_model(path)`, or name a release."
         )
-    return SAE.load_from_disk(path)
+    return load_folder(path)
 
 
 def _load_released(release: str, sae_id: str) -> SAE[Any]:

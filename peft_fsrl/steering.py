@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .layer import Edit, FSRLLayer, Observer, SteeringEvent
+from .events import Observer, SteeringEvent, TokenStatistics, token_statistics
+from .layer import Edit, FSRLLayer
 from .sae import FrozenSAE
 
 if TYPE_CHECKING:
@@ -37,30 +38,6 @@ __all__ = [
     "token_statistics",
     "top_k_steering",
 ]
-
-
-@dataclass
-class TokenStatistics:
-    """How strongly one adapter steered each token of one forward pass.
-
-    Attributes:
-        layer_name: path of the wrapped module.
-        adapter_name: the adapter that acted.
-        l0: number of features with ``v != 0``, shape ``(batch, seq)``.
-        l1: ``||v||_1``, shape ``(batch, seq)``; carries the graph when the forward did.
-        l2: ``||v||_2``, shape ``(batch, seq)``.
-        gate: differentiable count of open gates of ``jump_relu``, shape ``(batch, seq)``, or None.
-        nonfinite: 1 for a token with nan or inf in the hidden states or in ``v``, else 0, shape
-            ``(batch, seq)``.
-    """
-
-    layer_name: str
-    adapter_name: str
-    l0: Float[Tensor, "batch seq"]
-    l1: Float[Tensor, "batch seq"]
-    l2: Float[Tensor, "batch seq"]
-    gate: Float[Tensor, "batch seq"] | None
-    nonfinite: Float[Tensor, "batch seq"]
 
 
 @dataclass
@@ -276,15 +253,15 @@ class SteeringMonitor:
             inner.register_forward_hook(self._after),
         ]
         for layer in self._layers:
-            layer.observers.append(self._observe)
+            layer.statistics_observers.append(self._observe)
 
     def close(self) -> None:
         """Stop collecting and remove every hook; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         for layer in self._layers:
-            if self._observe in layer.observers:
-                layer.observers.remove(self._observe)
+            if self._observe in layer.statistics_observers:
+                layer.statistics_observers.remove(self._observe)
 
     def __enter__(self) -> SteeringMonitor:
         return self
@@ -298,11 +275,11 @@ class SteeringMonitor:
             mask = None
         self._record = ForwardRecord(mask, module.training and torch.is_grad_enabled())
 
-    def _observe(self, event: SteeringEvent) -> None:
+    def _observe(self, statistics: TokenStatistics) -> None:
         if self._record is not None:
-            self._record.tokens.append(token_statistics(event))
-        elif event.l1.requires_grad:
-            self.missed = event.layer_name
+            self._record.tokens.append(statistics)
+        elif statistics.l1.requires_grad:
+            self.missed = statistics.layer_name
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         record, self._record = self._record, None
@@ -312,23 +289,6 @@ class SteeringMonitor:
             # A forward that continues from a cache has a mask for the whole sequence.
             record.mask = record.mask[:, -record.tokens[0].l1.shape[-1] :]
         self._consume(record)
-
-
-def token_statistics(event: SteeringEvent) -> TokenStatistics:
-    """Reduce a steering vector to per-token norms, in float32 or wider."""
-    v = event.steering_vector.detach()
-    wide = v.to(event.l1.dtype)
-    # The norm is finite exactly where all of v is: no second pass over its many features.
-    finite = event.l1.detach().isfinite() & event.hidden_states.detach().isfinite().all(dim=-1)
-    return TokenStatistics(
-        event.layer_name,
-        event.adapter_name,
-        l0=(v != 0).sum(dim=-1).to(wide.dtype),
-        l1=event.l1,
-        l2=wide.norm(dim=-1),
-        gate=event.open_gates,
-        nonfinite=(~finite).to(wide.dtype),
-    )
 
 
 def _check_features(model: nn.Module, features: Iterable[int], layer_name: str | None) -> list[int]:

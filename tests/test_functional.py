@@ -174,7 +174,7 @@ def steer(x: Tensor, weight: Tensor, bias: Tensor, theta: Tensor, **changes: obj
     arguments = {
         "activation": "soft_threshold",
         "bandwidth": 0.1,
-        "encode": lambda: torch.relu(x @ W_enc),
+        "encode": lambda v: torch.relu(x @ W_enc),
         "decode_update": lambda update: update @ W_dec,
         **changes,
     }
@@ -208,7 +208,7 @@ def test_steer_clamps_what_an_edit_makes_negative() -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "jump_relu"])
 def test_promotion_needs_no_encoder(activation: str) -> None:
-    def encode() -> Tensor:
+    def encode(v: Tensor) -> Tensor:
         raise AssertionError("the encoder was called")
 
     x, weight, bias, theta = random(3, 4), random(6, 4), random(6), random(6)

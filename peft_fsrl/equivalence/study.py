@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .._running import evaluating
 from ..config import FSRLConfig
-from ..layer import FSRLLayer, SteeringEvent
+from ..layer import FSRLLayer
 from ..sae_sources import take_sae
-from ..steering import base_model
+from ..steering import SteeringEvent, base_model
 from ..targets import resolve_targets
 from .capture import Batches, check_batches, model_inputs, on_output, real_tokens
 from .converse import LinearAdapter

@@ -147,12 +147,69 @@ MUTANTS = (
         "return total.sum() / real.sum().clamp(min=1)",
         ("test_properties.py::test_masked_mean_is_a_loop",),
     ),
+    # The same, as one function
+    Mutant(
+        "the gradient of what is clamped goes to v",
+        "_pointwise.py",
+        "        code.mul_(2 - is_free)\n",
+        "        pass\n",
+        ("test_fused.py::test_passes_gradcheck",),
+    ),
+    Mutant(
+        "what is clamped at zero is free",
+        "_pointwise.py",
+        ".to(torch.int8).clamp_(min=0)",
+        ".to(torch.int8).abs_()",
+        ("test_fused.py::test_equals_the_reference",),
+    ),
+    Mutant(
+        "the penalty does not reach what is clamped",
+        "_pointwise.py",
+        "        g.addcmul_(sign, g_l1)\n",
+        "        g.addcmul_(sign * passes, g_l1)\n",
+        ("test_fused.py::test_each_output_has_its_own_gradient",),
+    ),
+    Mutant(
+        "the encoder hands no gradient on",
+        "fused.py",
+        "g_x[rows] += _pull_back(some, [(f, g_f)])",
+        "pass",
+        ("test_fused.py::test_passes_gradcheck",),
+    ),
+    Mutant(
+        "a token's scale hands no gradient on",
+        "fused.py",
+        "paths.append((scale, g_scale))",
+        "pass",
+        ("test_fused.py::test_passes_gradcheck",),
+    ),
+    Mutant(
+        "only the last tokens train the weight",
+        "_tiles.py",
+        "torch.addmm(total, left.T, right, out=total)",
+        "torch.mm(left.T, right, out=total)",
+        ("test_fused.py::test_equals_the_reference",),
+    ),
+    Mutant(
+        "one byte per feature is kept where all is recomputed",
+        "fused.py",
+        "keeps = not operation.recomputes, ctx.needs_input_grad[1]",
+        "keeps = True, ctx.needs_input_grad[1]",
+        ("test_fused.py::test_bytes_kept_for_the_backward_pass",),
+    ),
+    Mutant(
+        "a hook that got no gradient counts as a penalty",
+        "_watch.py",
+        "self._penalised |= gradient is not None",
+        "self._penalised = True",
+        ("test_training_objectives.py::test_a_penalty_that_nobody_adds_is_announced_once",),
+    ),
     # The layer
     Mutant(
         "only the last token is steered",
         "layer.py",
-        "sae, l1, open_gates))\n        return output\n",
-        "sae, l1, open_gates))\n"
+        "observer(statistics)\n        return output\n",
+        "observer(statistics)\n"
         "        return torch.cat([x[..., :-1, :], output[..., -1:, :]], dim=-2)\n",
         MODEL,
     ),
@@ -173,8 +230,8 @@ MUTANTS = (
     Mutant(
         "features with a sign are clamped",
         "layer.py",
-        "clamps = adapter.non_negative and not sae.signed",
-        "clamps = adapter.non_negative",
+        "return adapter.non_negative and not sae.signed",
+        "return adapter.non_negative",
         FORMULA,
     ),
     Mutant(
@@ -296,15 +353,50 @@ MUTANTS = (
         ("test_properties.py::test_some_features_are_all_features_with_the_other_rows_zero",),
     ),
     Mutant(
+        "weights are selected where a graph is built",
+        "_sparse.py",
+        "is_traced() or torch.is_grad_enabled()",
+        "is_traced()",
+        ("test_sparse.py::test_only_eagerly_and_without_a_graph",),
+    ),
+    Mutant(
+        "only the first token's columns are encoded",
+        "_sparse.py",
+        "needed.reshape(-1, n_features).any(dim=0)",
+        "needed.reshape(-1, n_features)[:1].any(dim=0)",
+        ("test_sparse.py::test_every_architecture_and_density",),
+    ),
+    Mutant(
+        "promotions are encoded, suppressions are not",
+        "layer.py",
+        "sae.encode(x, v < 0 if selects else None)",
+        "sae.encode(x, v > 0 if selects else None)",
+        ("test_sparse.py::test_every_architecture_and_density",),
+    ),
+    Mutant(
+        "few features are read as if they were many",
+        "_sparse.py",
+        "    if len(features) > W_dec.shape[0]",
+        "    if True or len(features) > W_dec.shape[0]",
+        ("test_sparse.py::test_reads_only_what_is_needed",),
+    ),
+    Mutant(
+        "an SAE is saved as it lies in memory",
+        "_sae_modules.py",
+        "name: t.contiguous() for name, t in",
+        "name: t for name, t in",
+        ("test_sae.py",),
+    ),
+    Mutant(
         "the fingerprint does not see the tensors",
-        "sae.py",
-        "        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)\n",
-        "",
+        "_identity.py",
+        "part.cpu().reshape(-1)",
+        "part.cpu()[:1].reshape(-1)",
         ("test_sae.py::test_fingerprint_sees_every_tensor",),
     ),
     Mutant(
         "the fingerprint does not see the settings",
-        "sae.py",
+        "_identity.py",
         'json.dumps([cfg["architecture"], settings], sort_keys=True)',
         'json.dumps([cfg["architecture"]])',
         ("test_sae.py::test_fingerprint_sees_settings",),
@@ -341,11 +433,11 @@ MUTANTS = (
     Mutant(
         "pickles in an SAE's folder are opened",
         "sae_sources.py",
-        "    return SAE.load_from_disk(path)\n",
+        "    return load_folder(path)\n",
         "    import pickle\n"
         "    for file in path.glob('*.p*'):\n"
         "        pickle.loads(file.read_bytes())\n"
-        "    return SAE.load_from_disk(path)\n",
+        "    return load_folder(path)\n",
         ("test_checkpoints.py::test_pickles_in_an_saes_folder_are_not_opened",),
     ),
     # Observing and editing
@@ -386,8 +478,8 @@ MUTANTS = (
     ),
     Mutant(
         "nan that the base model gives is not counted",
-        "steering.py",
-        " & event.hidden_states.detach().isfinite().all(dim=-1)",
+        "events.py",
+        " & hidden_states.detach().isfinite().all(dim=-1)",
         "",
         ("test_nonfinite.py::test_what_the_base_model_gives_counts_where_nothing_is_steered",),
     ),
