@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("dev", "plots", "sweep")
+EXTRAS = ("audit", "dev", "eval", "judge", "plots", "sweep")
 CUDA_ONLY = re.compile(r"^(nvidia-|cuda-|triton\b)")
 HEADER = """\
 # The releases the project is tested with, on Python {python}; older Pythons get the newest releases
