@@ -47,7 +47,7 @@ def steps(case: Case) -> dict[str, Callable[[], None]]:
     """A training step by each of the three."""
     g = torch.randn_like(case.x)
     events: list[Any] = []
-    case.layer.observers[:] = [events.append]
+    case.layer.statistics_observers[:] = [events.append]
 
     def step(forward: Callable[[], tuple[Tensor, Tensor]]) -> None:
         for parameter in case.parameters:
@@ -80,7 +80,7 @@ def kept(case: Case) -> dict[str, float]:
     weights = (*frozen.parameters(), *case.sae.parameters())
     result = {}
     events: list[Any] = []
-    case.layer.observers[:] = [events.append]
+    case.layer.statistics_observers[:] = [events.append]
     with kept_for_backward(case.layer, *weights) as ours:
         output = case.layer(case.x)
         _ = output.sum() + events[0].l1.mean()
