@@ -63,7 +63,8 @@ def advance(
         wide = measured.dtype
         measured[0] += u.abs().sum(dim=-1, dtype=wide)
         measured[1] += sign.abs_().sum(dim=-1, dtype=wide)
-        measured[2] += torch.linalg.vector_norm(u, dim=-1, dtype=wide).square_()
+        widest = torch.promote_types(u.dtype, wide)
+        measured[2] += torch.linalg.vector_norm(u, dim=-1, dtype=widest).square_()
     if f is None:
         return u
     f = f.to(dtype)

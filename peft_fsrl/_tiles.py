@@ -74,7 +74,8 @@ class Total:
         if not self.is_needed:
             return
         total = self._sum[features]
-        is_cast = torch.is_autocast_enabled(left.device.type)
+        device = left.device.type
+        is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if is_cast or not left.dtype == right.dtype == total.dtype:
             total += left.T @ right
         else:
