@@ -37,6 +37,10 @@ class Dictionary(Protocol):
     featurewise: bool
 
     @property
+    def n_encoded(self) -> int:
+        """How many features its encoder gives at once."""
+
+    @property
     def W_dec(self) -> Tensor:
         """Decoder rows, shape ``(d_sae, d_in)``."""
 
@@ -310,5 +314,6 @@ def _pull_back(x: Tensor, paths: list[tuple[Any, Any]]) -> Tensor:
 def _tiles(
     operation: Operation, tokens: Tensor, weight: Tensor
 ) -> Iterator[tuple[slice, list[slice]]]:
-    is_whole = operation.encodes and not operation.sae.featurewise
-    return tiles(len(tokens), len(weight), tokens.device, is_whole)
+    needs_all = operation.encodes and not operation.sae.featurewise
+    n_encoded = operation.sae.n_encoded if needs_all else None
+    return tiles(len(tokens), len(weight), tokens.device, n_encoded)

@@ -526,16 +526,24 @@ def test_bytes_kept_for_the_backward_pass(activation: str, d_sae: int) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
 def test_recomputing_makes_no_large_tensor(architecture: str, activation: str) -> None:
-    d_sae = 1024
-    of = operation(freeze_sae(tiny_sae(architecture, d_sae=d_sae)), activation, recomputes=True)
-    largest = []
-    for n_tokens in (8192, 16384):
-        values = tensors((n_tokens, D_IN), d_sae, activation=activation)
-        values = leaves({n: None if t is None else t.float() for n, t in values.items()}, "x")
-        with Watch() as watch:
-            gradients(fused.steer(of, *values.values()), values)
-        largest.append(watch.largest)
-    assert largest[0] == largest[1] < 8192 * d_sae
+    sae = freeze_sae(tiny_sae(architecture, d_sae=1024))
+    first, second = (largest_tensor(sae, n, activation) for n in (8192, 16384))
+    assert first == second < 8192 * 1024
+
+
+def test_recomputing_with_some_features_of_an_encoder_that_gives_all() -> None:
+    sae = freeze_sae(tiny_sae("topk", d_sae=1024)).restrict([3, 5, 8])
+    first, second = (largest_tensor(sae, n, "soft_threshold") for n in (8192, 16384))
+    assert first == second < 8192 * 1024
+
+
+def largest_tensor(sae: FrozenSAE, n_tokens: int, activation: str) -> int:
+    """Elements of the largest tensor that a step makes which keeps nothing as wide as the SAE."""
+    values = tensors((n_tokens, D_IN), sae.n_features, activation=activation)
+    values = leaves({n: None if t is None else t.float() for n, t in values.items()}, "x")
+    with Watch() as watch:
+        gradients(fused.steer(operation(sae, activation, True), *values.values()), values)
+    return watch.largest
 
 
 # --- the layer ------------------------------------------------------------------------------------
