@@ -383,6 +383,18 @@ def test_nan_and_inf_stay_where_they_are() -> None:
         torch.testing.assert_close(found.output[others], clean.output[others])
 
 
+@pytest.mark.parametrize("activation", ["soft_threshold", "jump_relu"])
+@pytest.mark.parametrize("name", ["weight", "bias", "threshold"])
+def test_a_parameter_that_is_nan_does_not_pass_unseen(name: str, activation: str) -> None:
+    of = operation(freeze_sae(tiny_sae(dtype="float64", d_sae=D_ODD)), activation)
+    values = tensors((5, D_IN), activation=activation)
+    values[name][3] = float("nan")
+    found, expected = fused.steer(of, *values.values()), reference(of, values)
+    for each in (found, expected):
+        assert each.output.isnan().all()
+        assert each.l1.isnan().all()
+
+
 def test_without_steering_the_output_is_the_input() -> None:
     of = operation(freeze_sae(tiny_sae("gated", d_sae=D_ODD)), "soft_threshold")
     values = {
