@@ -49,7 +49,8 @@ def advance(
             is_inside = distance.abs_() < bandwidth / 2
             code.copy_(is_open.to(torch.int8) + 2 * is_inside.to(torch.int8))
         sign = is_open.to(dtype)
-        u.mul_(sign)
+        # Nothing is above nan, but a threshold that is nan must not pass for a closed gate.
+        torch.addcmul(bound * 0, u, sign, out=u)
     else:
         if bound is None:
             u.relu_()
@@ -63,7 +64,8 @@ def advance(
         wide = measured.dtype
         measured[0] += u.abs().sum(dim=-1, dtype=wide)
         measured[1] += sign.abs_().sum(dim=-1, dtype=wide)
-        measured[2] += torch.linalg.vector_norm(u, dim=-1, dtype=wide).square_()
+        widest = torch.promote_types(u.dtype, wide)
+        measured[2] += torch.linalg.vector_norm(u, dim=-1, dtype=widest).square_()
     if f is None:
         return u
     f = f.to(dtype)

@@ -18,7 +18,7 @@ _FEWEST_TOKENS = 128
 
 
 def tiles(
-    n_tokens: int, n_features: int, device: torch.device, is_whole: bool = False
+    n_tokens: int, n_features: int, device: torch.device, n_encoded: int | None = None
 ) -> Iterator[tuple[slice, list[slice]]]:
     """Cut a matrix between tokens and features.
 
@@ -26,15 +26,16 @@ def tiles(
         n_tokens: its rows.
         n_features: its columns.
         device: for which a tile shall be of the right size.
-        is_whole: a tile has all columns, because an encoder gives them all at once.
+        n_encoded: features that an encoder gives at once, if it cannot give a piece; a tile then
+            has all columns.
 
     Yields:
         Some rows, and the pieces of the columns.
     """
     most = _TILE_VALUES.get(device.type, _LARGE_TILE_VALUES)
-    if is_whole:
+    if n_encoded is not None:
         most = max(most, _WHOLE_VALUES)
-        for rows in _slices(n_tokens, max(_FEWEST_TOKENS, most // n_features)):
+        for rows in _slices(n_tokens, max(_FEWEST_TOKENS, most // n_encoded)):
             yield rows, [slice(0, n_features)]
         return
     for rows in _slices(n_tokens, max(_MOST_TOKENS, most // n_features)):
@@ -74,7 +75,8 @@ class Total:
         if not self.is_needed:
             return
         total = self._sum[features]
-        is_cast = torch.is_autocast_enabled(left.device.type)
+        device = left.device.type
+        is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if is_cast or not left.dtype == right.dtype == total.dtype:
             total += left.T @ right
         else:

@@ -12,7 +12,7 @@ class PenaltyWatch:
 
     Hooks on what a training forward pass gave show whether a backward pass came through the steered
     output, and whether one came through the terms of the penalty. The next training forward pass
-    judges: by then the backward pass, if there was one, is over.
+    judges: by then the backward pass, if there was one, is over. Compiled passes are not watched.
 
     Args:
         adapter_name: for the message.

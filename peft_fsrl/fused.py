@@ -13,6 +13,8 @@ with a backward pass written by hand, in the same words. On a GPU none of it was
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -33,6 +35,10 @@ class Dictionary(Protocol):
 
     feature_scale: Tensor | None
     featurewise: bool
+
+    @property
+    def n_encoded(self) -> int:
+        """How many features its encoder gives at once."""
 
     @property
     def W_dec(self) -> Tensor:
@@ -116,6 +122,9 @@ def steer(
     Raises:
         RuntimeError: when the gradient is differentiated once more.
     """
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        # Such a tensor cannot be kept for a backward pass.
+        x = x.clone()
     inputs = (x, weight, bias, down, threshold)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return Steering(*_Steer.apply(operation, *inputs))
@@ -135,7 +144,9 @@ def _forward(
     """The result; one byte per feature; what was decoded, where its factor depends on ``x``."""
     sae, tokens, n_features = operation.sae, x.reshape(-1, x.shape[-1]), len(weight)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    output = torch.empty_like(tokens)
+    # Neither this nor the norms may leave as views: nobody could change them in place.
+    output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    flat = output.view(tokens.shape)
     measured = tokens.new_zeros((3, len(tokens)), dtype=wide) if operation.measures else None
     code = tokens.new_empty((len(tokens), n_features), dtype=torch.int8) if keep_code else None
     decoded = None
@@ -160,13 +171,12 @@ def _forward(
             decoded = torch.empty_like(tokens, dtype=delta.dtype) if decoded is None else decoded
             decoded[rows] = delta
         delta = delta if scale is None else delta * scale
-        torch.add(some, delta.to(some.dtype), out=output[rows])
-    output = output.reshape(x.shape)
+        torch.add(some, delta.to(some.dtype), out=flat[rows])
     code = None if code is None else code.reshape(*x.shape[:-1], n_features)
     if measured is None:
         return Steering(output, None, None, None, None), code, decoded
     measured[2].sqrt_()
-    l1, l0, l2 = (row.reshape(x.shape[:-1]) for row in measured.unbind())
+    l1, l0, l2 = (row.reshape(x.shape[:-1]).clone() for row in measured)
     gates = l0.clone() if operation.activation == "jump_relu" else None
     return Steering(output, l1, l0, l2, gates), code, decoded
 
@@ -182,14 +192,16 @@ class _Steer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in (steering.l0, steering.l2) if t is not None))
         device = x.device.type
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.autocast = nullcontext
+        if torch.amp.is_autocast_available(device):
+            dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+            ctx.autocast = partial(torch.autocast, device, dtype=dtype, enabled=enabled)
         return tuple(steering)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        device, dtype, enabled = ctx.autocast
-        with torch.autocast(device, dtype=dtype, enabled=enabled):
+        with ctx.autocast():
             return _backward(ctx, *gradients)
 
 
@@ -215,7 +227,7 @@ def _backward(
             sae_input, scale = sae.process_in(some), sae.token_scale(some)
         read = _read(sae_input.detach(), weight, down)
         g_delta = _delta_gradient(sae, None if g_output is None else g_output[rows], scale)
-        g_read = None
+        g_read = g_some = None
         for features in columns:
             f = None
             if operation.encodes and (needs_x or code is None):
@@ -245,7 +257,8 @@ def _backward(
             if needs_x or g_down.is_needed:
                 g_read = plus(g_read, g_u @ weight[features])
             if g_x is not None and f is not None:
-                g_x[rows] += _pull_back(some, [(f, g_f)])
+                g_some = plus(g_some, _pull_back(some, [(f, g_f)]))
+        g_read = None if g_read is None else g_read.to(weight.dtype)
         if down is not None and g_read is not None:
             g_down.add_product(slice(None), g_read, sae_input.detach().to(weight.dtype))
             g_read = g_read @ down
@@ -254,7 +267,7 @@ def _backward(
             if decoded is not None and g_output is not None:
                 g_scale = (g_output[rows] * decoded[rows]).sum(dim=-1, keepdim=True)
                 paths.append((scale, g_scale))
-            g_x[rows] += _pull_back(some, paths)
+            g_x[rows] += plus(g_some, _pull_back(some, paths))
     g_x = None if g_x is None else g_x.reshape(x.shape)
     return (None, g_x, *(total.value for total in totals))
 
@@ -301,5 +314,6 @@ def _pull_back(x: Tensor, paths: list[tuple[Any, Any]]) -> Tensor:
 def _tiles(
     operation: Operation, tokens: Tensor, weight: Tensor
 ) -> Iterator[tuple[slice, list[slice]]]:
-    is_whole = operation.encodes and not operation.sae.featurewise
-    return tiles(len(tokens), len(weight), tokens.device, is_whole)
+    needs_all = operation.encodes and not operation.sae.featurewise
+    n_encoded = operation.sae.n_encoded if needs_all else None
+    return tiles(len(tokens), len(weight), tokens.device, n_encoded)

@@ -189,7 +189,9 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             sae = self.fsrl_sae[adapter_name] = sae.to(x.device, sae.dtype)
         fast = not self.observers and self._can_fuse(adapter, sae, x)
         steer = self._steer_fused if fast else self._steer_plainly
+        # A compiler cannot follow what the watch notes during a backward pass.
         watched = self.training and adapter.penalised and adapter.weight.requires_grad
+        watched = watched and not is_traced()
         measured = bool(self.observers or self.statistics_observers) or watched
         output, l1, open_gates, describe = steer(adapter_name, adapter, sae, x, measured)
         if watched and l1 is not None and l1.requires_grad:

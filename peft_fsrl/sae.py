@@ -114,6 +114,11 @@ class FrozenSAE:
         return self._W_dec.shape[0]
 
     @property
+    def n_encoded(self) -> int:
+        """How many features its encoder gives: some are dropped where it is not ``featurewise``."""
+        return self.n_features if self._columns is None else self.info.d_sae
+
+    @property
     def feature_index(self) -> Int[Tensor, "n_features"]:
         """The index in the whole SAE of each of its features, ascending, on the CPU."""
         if self.features is None:
