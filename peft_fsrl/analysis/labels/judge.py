@@ -28,7 +28,7 @@ _HOPELESS = 8
 _sent: ContextVar[list[int]] = ContextVar("sent")
 
 
-class JudgeError(RuntimeError):
+class JudgeError(ConnectionError):
     """An endpoint that stopped answering; what it had answered is kept.
 
     Attributes:
