@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,16 @@ class Parts:
     Args:
         folder: where parts are kept; None keeps none.
         inputs: everything that all parts depend on, as JSON.
+
+    Raises:
+        OSError: if nothing can be kept in the folder; before anything is made.
     """
 
     def __init__(self, folder: str | Path | None, inputs: Any) -> None:
         self._folder = None if folder is None else Path(folder)
         self._inputs = inputs
+        if self._folder is not None:
+            _require_folder(self._folder)
 
     def make(self, name: str, kind: Any, compute: Callable[[], Any], *inputs: Any) -> Any:
         """A part, from disk if it is there and nothing that it depends on has changed.
@@ -113,6 +119,18 @@ def digest_model(model: nn.Module, own: str) -> tuple[str, str]:
     adapter = [(name.partition(own)[2], tensor) for name, tensor in named if own in name]
     base = [(name, tensor) for name, tensor in named if own not in name]
     return digest_tensors(adapter), digest_tensors(base, _SAMPLE)
+
+
+def _require_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"Expected a folder that can be written in at {folder}, got {error.strerror!r}. Name "
+            "another one."
+        ) from error
 
 
 def _read(path: Path, key: str, kind: Any) -> tuple[Any] | None:
