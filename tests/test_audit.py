@@ -14,6 +14,7 @@ import pytest
 import torch
 from audits import HOSTILE, make_audit
 from peft import PeftModel
+from tokenizers import Tokenizer
 
 from peft_fsrl.analysis import compute_usage, score_preferences
 from peft_fsrl.analysis.audit import AuditSettings, _stages, compute_audit, trust
@@ -75,7 +76,8 @@ def model() -> PeftModel:
 def audit_of(model: PeftModel, out: Path | None = None, **options: Any) -> Audit:
     options = {"labels": LABELS, "settings": QUICK, "show_progress": False} | options
     rows = options.pop("rows", ROWS)
-    return compute_audit(model, rows, helpers.tiny_tokenizer(), out=out, **options)
+    tokenizer = options.pop("tokenizer", helpers.tiny_tokenizer())
+    return compute_audit(model, rows, tokenizer, out=out, **options)
 
 
 def without_date(audit: Audit) -> Audit:
@@ -180,6 +182,15 @@ def test_changed_inputs_are_noticed(
         "ablate_single_features"
     }
     assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
+    tokenizer = helpers.tiny_tokenizer()
+    tokenizer(["w3 w4"], truncation=True, max_length=1, padding=True)
+    assert made_again(labels=fewer, rows=ROWS[:5], tokenizer=tokenizer) == set(), "used before"
+    words = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["w3"], vocabulary["w4"] = vocabulary["w4"], vocabulary["w3"]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    other = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(words)), **special)
+    assert made_again(labels=fewer, rows=ROWS[:5], tokenizer=other) == set(CALLS)
     with torch.no_grad():
         helpers.only_layer(model).fsrl_adapter["default"].weight[0, 0] += 1
     assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)

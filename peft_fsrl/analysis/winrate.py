@@ -166,7 +166,9 @@ def read_verdict(text: str) -> int | None:
     """
     text = conclusion(text)
     bare = _BARE.fullmatch(text)
-    named = {bare[1]} if bare else {found[found.lastgroup] for found in _VERDICT.finditer(text)}
+    named = (
+        {bare[1]} if bare else {found[found.lastgroup or 0] for found in _VERDICT.finditer(text)}
+    )
     named = {name.lower() for name in named}
     return {"a": 1, "b": -1, "tie": 0}[named.pop()] if len(named) == 1 else None
 

@@ -37,7 +37,7 @@ from ..single import ablate_single_features
 from ..static_dynamic import compare_static_dynamic
 from ..usage import compute_usages
 from .info import describe_adapter, feature_url, version_of
-from .parts import Parts, compute_digest, digest_model, digest_rows
+from .parts import Parts, compute_digest, digest_model, digest_rows, digest_tokenizer
 from .settings import AuditSettings
 
 SEGMENTS = ("chosen", "prompt", "prompt_chosen", "prompt_rejected")
@@ -76,6 +76,7 @@ class Stages:
             "version": version_of("peft-fsrl"),
             "adapter": [weights, to_plain(self.info)],
             "base": base,
+            "tokenizer": digest_tokenizer(tokenizer),
             "dataset": digest_rows(dataset, ("prompt", "chosen", "rejected")),
             "seed": settings.seed,
             "preferences": [settings.beta, settings.gamma],

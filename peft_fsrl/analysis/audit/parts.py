@@ -90,6 +90,18 @@ def digest_rows(rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> st
     return digest.hexdigest()
 
 
+def digest_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 of what decides which tokens a text has: the whole tokenizer, or its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return compute_digest([sorted(tokenizer.get_vocab().items()), tokenizer.all_special_ids])
+    described = json.loads(backend.to_str())
+    # Left behind by whoever called it last.
+    described.pop("truncation", None)
+    described.pop("padding", None)
+    return compute_digest([described, tokenizer.all_special_ids])
+
+
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]], sample: int | None = None) -> str:
     """SHA-256 over tensors: name, dtype, shape and bytes.
 
