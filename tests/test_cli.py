@@ -127,6 +127,10 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_diff(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_adapter(tmp_path / "other", seed=1)
     arguments = ["diff", str(adapter), str(other), *DATA, "--labels", "organism"]
+    assert "--n-features of 0 or more, got -1" in refusal(capsys, *arguments, "--n-features", -1)
+    foreign = tmp_path / "foreign.json"
+    save_labels(replace(organism_labels(organism.load()), fingerprint="0" * 64), foreign)
+    assert "this one has" in refusal(capsys, *arguments[:-1], foreign)
     assert main([*arguments, "--n-features", "3"]) == 0
     said = capsys.readouterr().out
     assert f"A  {adapter}" in said
