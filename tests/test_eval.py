@@ -351,6 +351,16 @@ def test_held_out_pairs_by_length(
     assert f"{base.accuracy:.1%}" in capsys.readouterr().out
 
 
+def test_an_output_that_is_a_file_is_refused_before_any_work(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "score_preferences", None)
+    (tmp_path / "file").touch()
+    more = ["--dataset", str(place / "pairs.json"), "--device", "cpu"]
+    with pytest.raises(OSError, match="Expected a folder that can be written in"):
+        command.run(arguments(place, tmp_path / "file", *more))
+
+
 def test_an_endpoint_that_is_down_is_one_line(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ from ..analysis import (
     score_preferences,
     statistics,
 )
-from ..analysis.audit.parts import write_whole
+from ..analysis.audit.parts import require_folder, write_whole
 from ..analysis.harness import Harness, harness_version
 from ..analysis.records import Evaluation, PreferenceComparison, TaskScores, WinRate
 from ..analysis.report import render_buckets, render_tasks, render_win_rate
@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     tasks = [name.strip() for name in args.tasks.split(",")] if args.tasks else []
     harness = Harness(tasks, args.include_path) if tasks else None
     model, tokenizer, base_name = load_adapter(args.adapter, args)
-    # Read before anything takes hours.
+    # Before anything takes hours.
+    require_folder(args.out)
     rows, name = load_rows(args, tokenizer) if args.dataset else ([], "")
     scores = [] if harness is None else run_tasks(harness, model, tokenizer, base_name, args)
     preferences = compare_preferences(model, tokenizer, rows, name, args) if rows else None

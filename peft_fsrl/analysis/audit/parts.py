@@ -36,7 +36,7 @@ class Parts:
         self._folder = None if folder is None else Path(folder)
         self._inputs = inputs
         if self._folder is not None:
-            _require_folder(self._folder)
+            require_folder(self._folder)
 
     def make(self, name: str, kind: Any, compute: Callable[[], Any], *inputs: Any) -> Any:
         """A part, from disk if it is there and nothing that it depends on has changed.
@@ -58,6 +58,24 @@ class Parts:
         value = compute()
         write_whole(path, json.dumps({"key": key, "value": to_plain(value)}, indent=1))
         return value
+
+
+def require_folder(folder: str | Path) -> None:
+    """Make a folder, before anything is made that is to lie in it.
+
+    Raises:
+        OSError: if nothing can be written there.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"Expected a folder that can be written in at {folder}, got {error.strerror!r}. Name "
+            "another one."
+        ) from error
 
 
 def write_whole(path: str | Path, text: str) -> None:
@@ -131,18 +149,6 @@ def digest_model(model: nn.Module, own: str) -> tuple[str, str]:
     adapter = [(name.partition(own)[2], tensor) for name, tensor in named if own in name]
     base = [(name, tensor) for name, tensor in named if own not in name]
     return digest_tensors(adapter), digest_tensors(base, _SAMPLE)
-
-
-def _require_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise type(error)(
-            f"Expected a folder that can be written in at {folder}, got {error.strerror!r}. Name "
-            "another one."
-        ) from error
 
 
 def _read(path: Path, key: str, kind: Any) -> tuple[Any] | None:
