@@ -14,6 +14,7 @@ import pytest
 import torch
 from audits import HOSTILE, make_audit
 from peft import PeftModel
+from tokenizers import Tokenizer
 
 from peft_fsrl.analysis import compute_usage, score_preferences
 from peft_fsrl.analysis.audit import AuditSettings, _stages, compute_audit, trust
@@ -75,7 +76,8 @@ def model() -> PeftModel:
 def audit_of(model: PeftModel, out: Path | None = None, **options: Any) -> Audit:
     options = {"labels": LABELS, "settings": QUICK, "show_progress": False} | options
     rows = options.pop("rows", ROWS)
-    return compute_audit(model, rows, helpers.tiny_tokenizer(), out=out, **options)
+    tokenizer = options.pop("tokenizer", helpers.tiny_tokenizer())
+    return compute_audit(model, rows, tokenizer, out=out, **options)
 
 
 def without_date(audit: Audit) -> Audit:
@@ -180,6 +182,15 @@ def test_changed_inputs_are_noticed(
         "ablate_single_features"
     }
     assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
+    tokenizer = helpers.tiny_tokenizer()
+    tokenizer(["w3 w4"], truncation=True, max_length=1, padding=True)
+    assert made_again(labels=fewer, rows=ROWS[:5], tokenizer=tokenizer) == set(), "used before"
+    words = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["w3"], vocabulary["w4"] = vocabulary["w4"], vocabulary["w3"]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    other = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(words)), **special)
+    assert made_again(labels=fewer, rows=ROWS[:5], tokenizer=other) == set(CALLS)
     with torch.no_grad():
         helpers.only_layer(model).fsrl_adapter["default"].weight[0, 0] += 1
     assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
@@ -290,6 +301,19 @@ def test_some_categories(model: PeftModel) -> None:
         audit_of(model, settings=replace(QUICK, categories=("colour",)))
 
 
+def test_labels_in_no_category(model: PeftModel) -> None:
+    bare = replace(LABELS, features=tuple(replace(f, categories=()) for f in LABELS.features))
+    audit = audit_of(model, labels=bare)
+    for part in ("compositions", "ablations"):
+        assert "put no feature into a category" in audit.note(part)
+    assert audit.findings[2].answer == "No feature has a category, so nobody can say."
+
+
+def test_labels_are_no_witness_for_themselves(model: PeftModel) -> None:
+    with pytest.raises(ValueError, match="the same labels again"):
+        audit_of(model, reference_labels=replace(LABELS, source="a copy"))
+
+
 def test_too_little_to_audit(model: PeftModel) -> None:
     with pytest.raises(ValueError, match="at least two held-out preference pairs, found 1"):
         audit_of(model, rows=ROWS[:1])
@@ -327,6 +351,30 @@ def test_limits_of_a_gain(low: float, high: float, verdict: str) -> None:
     assert judge_gain(audit.base, audit.trained, gain).verdict == verdict
 
 
+def test_a_category_of_everything_has_nothing_to_be_compared_with() -> None:
+    audit = make_audit()
+    sure = Interval(3, 2.5, 3.5)
+    ablation = replace(audit.ablations[0], rise=sure, excess_count=None, excess_mass=None)
+    finding = judge_categories(audit.base, audit.trained, [ablation])
+    assert finding.verdict == "unsure"
+    assert "no other features" in finding.answer
+
+
+@pytest.mark.parametrize(("n", "verdict"), [(2, "unsure"), (5, "unsure"), (6, "yes")])
+def test_a_handful_of_pairs_proves_nothing(n: int, verdict: str) -> None:
+    # All of n pairs on one side, by chance alone: less often than one in twenty from six on.
+    assert (2 / 2**n < 0.05) == (verdict == "yes")
+    audit = make_audit()
+    few = {
+        name: getattr(audit.trained, name)[:n]
+        for name in ("losses", "margins", "chosen_tokens", "rejected_tokens")
+    }
+    trained, sure = replace(audit.trained, **few), Interval(3, 2.5, 3.5)
+    assert judge_gain(audit.base, trained, sure).verdict == verdict
+    ablation = replace(audit.ablations[0], rise=sure, excess_count=sure, excess_mass=sure)
+    assert judge_categories(audit.base, trained, [ablation]).verdict == verdict
+
+
 @pytest.mark.parametrize(
     ("rise", "excess", "verdict"),
     [
@@ -349,6 +397,23 @@ def test_limits_of_what_carries_the_gain(rise: Interval, excess: Interval, verdi
     assert finding.verdict == verdict
     assert "as many random features" in finding.answer
     assert judge_categories(audit.trained, audit.base, [ablation]).verdict == "unsure"
+
+
+def test_a_few_draws_are_not_enough_to_trust() -> None:
+    audit = make_audit()
+    for n, verdict in ((19, "unsure"), (20, "yes")):
+        drawn = [replace(each, kept=1.0, n_draws=n) for each in audit.robustness]
+        assert judge_labels(LABELS, audit.agreements, drawn).verdict == verdict
+
+
+def test_losses_that_are_no_numbers(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(*args: Any, **options: Any) -> PreferenceScores:
+        scores = score_preferences(*args, **options)
+        return replace(scores, losses=(float("nan"), *scores.losses[1:]))
+
+    monkeypatch.setattr(_stages, "score_preferences", score)
+    with pytest.raises(ValueError, match="found nan or inf on 1 of 6 pairs"):
+        audit_of(model)
 
 
 @pytest.mark.parametrize(("kept", "verdict"), [(0.95, "yes"), (0.94, "unsure"), (0.79, "no")])

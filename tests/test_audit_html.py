@@ -15,6 +15,7 @@ from audits import HOSTILE, make_audit
 from peft_fsrl.analysis.plots import draw_audit
 from peft_fsrl.analysis.records import Audit, Setting
 from peft_fsrl.analysis.rendering import render_audit_html
+from peft_fsrl.analysis.rendering._formats import signed_seen
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
@@ -334,3 +335,18 @@ def test_a_wide_sae_gives_a_page_that_opens(open_page: Callable[..., Any]) -> No
     page = open_page(render_audit_html(audit, draw_audit(audit)))
     assert page.locator("section").count() == 13
     assert page.locator("#known").evaluate("e => Object.keys(JSON.parse(e.textContent)).length") > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "seen"),
+    [
+        (-3.2e-6, "\N{MINUS SIGN}3e\N{MINUS SIGN}06"),
+        (4.9e-5, "+5e\N{MINUS SIGN}05"),
+        (5.1e-5, "+0.0001"),
+        (0.0, "+0.0000"),
+        (-0.5, "\N{MINUS SIGN}0.5000"),
+        (float("nan"), "\N{EN DASH}"),
+    ],
+)
+def test_what_is_not_zero_does_not_look_it(value: float, seen: str) -> None:
+    assert signed_seen(value, 4) == seen

@@ -7,16 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from peft_fsrl import FSRLConfig, organism
 from peft_fsrl.analysis import statistics
+from peft_fsrl.analysis.labels import organism_labels, save_labels
 from peft_fsrl.analysis.records import AdapterDifference, Audit, Checkup
 from peft_fsrl.cli.main import COMMANDS, main
 
@@ -61,7 +64,9 @@ def test_audit(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     copy = shutil.copytree(adapter, tmp_path / "adapter")
     out = tmp_path / "report"
     command = ["audit", str(copy), "--out", str(out), *DATA, *QUICK, "--labels", "organism"]
-    command += ["--categories", "style,honesty", "--reference-labels", "organism"]
+    truth, other = organism_labels(organism.load()), tmp_path / "other.json"
+    save_labels(replace(truth, features=truth.features[:-1], source="others"), other)
+    command += ["--categories", "style,honesty", "--reference-labels", str(other)]
     assert main([*command, "--update-card", "--name", "mine"]) == 0
     said = capsys.readouterr().out
     audit = Audit.from_json((out / "audit.json").read_text())
@@ -122,6 +127,10 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_diff(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_adapter(tmp_path / "other", seed=1)
     arguments = ["diff", str(adapter), str(other), *DATA, "--labels", "organism"]
+    assert "--n-features of 0 or more, got -1" in refusal(capsys, *arguments, "--n-features", -1)
+    foreign = tmp_path / "foreign.json"
+    save_labels(replace(organism_labels(organism.load()), fingerprint="0" * 64), foreign)
+    assert "this one has" in refusal(capsys, *arguments[:-1], foreign)
     assert main([*arguments, "--n-features", "3"]) == 0
     said = capsys.readouterr().out
     assert f"A  {adapter}" in said
@@ -163,8 +172,15 @@ def test_damaged_adapters(
     assert "is not what was saved" in refusal(capsys, "audit", copy, *out)
     (copy / "SHA256SUMS").unlink()
     assert "cannot be read" in refusal(capsys, "audit", copy, *out)
+    rows = {name: tensor[:10].clone() for name, tensor in load_file(adapter / weights.name).items()}
+    save_file(rows, weights)
+    assert "do not fit its config" in refusal(capsys, "audit", copy, *out)
 
     config = copy / "adapter_config.json"
+    whole = config.read_text()
+    config.write_text(whole[:20])
+    assert f"The config in {copy} cannot be read" in refusal(capsys, "audit", copy, *out)
+    config.write_text(whole)
     settings = json.loads(config.read_text()) | {"base_model_name_or_path": "/nowhere/at/all"}
     config.write_text(json.dumps(settings))
     assert "--base-model" in refusal(capsys, "audit", copy, *out)
@@ -184,8 +200,44 @@ def test_data_that_nobody_can_audit(
     assert "cannot be read as a data set" in refused("broken.jsonl", '{"prompt": "a", ')
     assert "no row" in refused("empty.csv", "prompt,chosen,rejected\n")
     assert "ends in .json" in refused("pairs.txt", "hello")
+    assert "no row" in refused("empty.jsonl", "")
+    assert "no row" in refused("blank.json", "\n")
+    out = ["--out", tmp_path / "out"]
+    missing = tmp_path / "missing.jsonl"
+    assert "no such file" in refusal(capsys, "audit", adapter, *out, "--dataset", missing)
+    DatasetDict(train=organism.preferences(2)).save_to_disk(tmp_path / "splits")
+    line = refusal(capsys, "audit", adapter, *out, "--dataset", tmp_path / "splits")
+    assert "Expected a split 'test'" in line
+    assert "['train']" in line
     one = json.dumps(organism.preferences(1)[0])
     assert "at least two held-out" in refused("one.jsonl", f"{one}\n")
+
+
+def test_amounts_out_of_range(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for option, value in (
+        ("--batch-size", 0), ("--n-generations", -1), ("--max-new-tokens", 0), ("--beta", "nan"),
+    ):  # fmt: skip
+        line = refusal(capsys, "audit", adapter, "--out", out, *DATA, option, value)
+        assert option[2:].replace("-", "_") in line
+        assert str(value) in line
+    assert not out.exists()
+
+
+def test_an_out_that_is_a_file_is_refused_before_any_work(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def work(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr("peft_fsrl.analysis.audit._stages.score_preferences", work)
+    (tmp_path / "file").write_text("mine")
+    line = refusal(capsys, "audit", adapter, "--out", tmp_path / "file", *DATA)
+    assert "Expected a folder that can be written in" in line
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_labels_that_do_not_belong(

@@ -351,6 +351,29 @@ def test_held_out_pairs_by_length(
     assert f"{base.accuracy:.1%}" in capsys.readouterr().out
 
 
+def test_an_output_that_is_a_file_is_refused_before_any_work(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "score_preferences", None)
+    (tmp_path / "file").touch()
+    more = ["--dataset", str(place / "pairs.json"), "--device", "cpu"]
+    with pytest.raises(OSError, match="Expected a folder that can be written in"):
+        command.run(arguments(place, tmp_path / "file", *more))
+
+
+def test_an_endpoint_that_is_down_is_one_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve(lambda prompt: Reply(status=401)) as endpoint:
+        words = [str(place / "adapter"), "--out", str(tmp_path), "--device", "cpu"]
+        words += ["--dataset", str(place / "pairs.json"), "--max-new-tokens", "2"]
+        words += ["--judge-url", endpoint.url, "--judge-model", "j"]
+        assert main(["eval", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    [line] = [line for line in lines if line.startswith("error: ")]
+    assert "stopped after 0 of" in line
+
+
 def test_a_judge_at_an_endpoint_that_fails_half_way(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,6 +390,10 @@ def test_a_judge_at_an_endpoint_that_fails_half_way(
         more += ["--judge-url", endpoint.url, "--judge-model", "j", "--judge-prompts", "5"]
         with pytest.raises(JudgeError):
             command.run(arguments(place, tmp_path, *more))
+        # What came before the judge is there.
+        unfinished = Evaluation.from_json((tmp_path / "evaluation.json").read_text())
+        assert unfinished.preferences is not None
+        assert unfinished.win_rate is None
         kept = len((tmp_path / "judge.jsonl").read_text().splitlines())
         assert kept >= 4
         served = -100

@@ -140,6 +140,8 @@ def test_csv_that_is_refused(tmp_path: Path, case: str) -> None:
 JSON_ERRORS = {
     "cut off": (LABELS.to_json()[:-200], r"line \d+: not JSON"),
     "a list": ("[1, 2]", "found a list"),
+    "deep": ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+    "endless digits": ('{"%s": "style"}' % ("9" * 5000), "expected a feature's index"),
     "twice": ('{"1": "style", "1": "tone"}', r"entry '1': it stands there twice"),
     "no index": ('{"one": "style"}', r"entry 'one': expected a feature's index"),
     "a number": ('{"1": 2}', r"entry '1': expected a category.*found 2"),

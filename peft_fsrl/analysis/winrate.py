@@ -12,11 +12,18 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
+from .labels._prompts import conclusion
 from .records import Interval, WinRate
 from .sampling import BASE, TRAINED, model_variants, sample_answers
 
-_VERDICT = re.compile(r"\bverdict\W*(a|b|tie)\b", re.IGNORECASE)
-_BARE = re.compile(r"\W*(a|b|tie)\W*", re.IGNORECASE)
+# A small "a" may be an article ("a tie", "to reach a verdict, a look at both"): it names an answer
+# only where the line ends.
+_VERDICT = re.compile(
+    r"\b(?i:verdict)\W*(?:(?i:an?\s+)?(?i:(?P<tie>tie))\b|(?P<capital>[AB])\b"
+    r"|(?P<small>[ab])\b(?=\W*$))",
+    flags=re.MULTILINE,
+)
+_BARE = re.compile(r"\W*(?:an?\s+)?(a|b|tie)\W*", re.IGNORECASE)
 
 
 class Asker(Protocol):
@@ -153,9 +160,16 @@ def compute_win_rate(
 
 
 def read_verdict(text: str) -> int | None:
-    """1 for A, -1 for B, 0 for a tie, None where a judge's answer names none of them or several."""
+    """1 for A, -1 for B, 0 for a tie, None where a judge's answer names none of them or several.
+
+    What a reasoning model thinks aloud, between ``<think>`` marks, does not count.
+    """
+    text = conclusion(text)
     bare = _BARE.fullmatch(text)
-    named = {bare[1].lower()} if bare else {found.lower() for found in _VERDICT.findall(text)}
+    named = (
+        {bare[1]} if bare else {found[found.lastgroup or 0] for found in _VERDICT.finditer(text)}
+    )
+    named = {name.lower() for name in named}
     return {"a": 1, "b": -1, "tie": 0}[named.pop()] if len(named) == 1 else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,10 @@ def read_config(adapter: str) -> Any:
     """
     from peft import PeftConfig
 
-    config = PeftConfig.from_pretrained(adapter)
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The config in {adapter} cannot be read: {error}.") from error
     if getattr(config, "peft_type", None) != "FSRL":
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(
@@ -106,6 +110,11 @@ def load_adapter(adapter: str, args: argparse.Namespace) -> tuple[PeftModel, Any
         steered = PeftModel.from_pretrained(model, adapter)
     except SafetensorError as error:
         raise ValueError(f"The weights in {adapter} cannot be read: {error}.") from error
+    except RuntimeError as error:
+        # torch's only sign of tensors of another shape.
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(f"The weights in {adapter} do not fit its config: {error}") from error
     own = Path(adapter, "tokenizer_config.json").is_file()
     return steered.eval(), load_tokenizer(adapter if own else base), base
 
@@ -193,10 +202,23 @@ def _find_dataset(args: argparse.Namespace) -> tuple[Any, str]:
                 raise ValueError(
                     f"Expected a file that ends in {', '.join(_FILES)}, got {path}. Convert it."
                 )
-            return load_dataset(kind, data_files=str(path), split="train"), path.name
+            try:
+                return load_dataset(kind, data_files=str(path), split="train"), path.name
+            except StopIteration:
+                # What `datasets` lets through for a file without a row.
+                return (), path.name
+        if path.suffix.lower() in _FILES and not path.exists():
+            raise FileNotFoundError(f"Expected a data set in {path}, found no such file.")
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             found = load_from_disk(str(path))
-            return (found[args.split] if isinstance(found, Mapping) else found), path.name
+            if not isinstance(found, Mapping):
+                return found, path.name
+            if args.split not in found:
+                raise ValueError(
+                    f"Expected a split {args.split!r} in {path}, found {sorted(found)}. Name one "
+                    "with --split."
+                )
+            return found[args.split], path.name
         return load_dataset(args.dataset, split=args.split), f"{args.dataset} ({args.split})"
     except DatasetGenerationError as error:
         cause = error.__cause__ or error

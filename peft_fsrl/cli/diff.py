@@ -10,6 +10,8 @@ from ..analysis import statistics
 from ..analysis.audit.parts import write_whole
 from ..analysis.audit_report import render_difference
 from ..analysis.diff import compute_difference
+from ..analysis.labels import require_fit
+from ..analysis.segments import only_layer
 from ._inputs import (
     add_data_arguments,
     add_model_arguments,
@@ -38,11 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print."""
+    if args.n_features < 0:
+        raise ValueError(f"Expected --n-features of 0 or more, got {args.n_features}.")
     statistics.require()
     labels = load_label_file(args.labels)
     one, other = (read_config(name) for name in (args.first, args.second))
     _require_same_sae(args, one.sae_info, other.sae_info)
     model, tokenizer, _ = load_adapter(args.first, args)
+    if labels is not None:
+        info = only_layer(model).fsrl_sae["default"].info
+        require_fit(labels, d_sae=info.d_sae, fingerprint=info.fingerprint)
     model.load_adapter(args.second, adapter_name=_SECOND)
     rows, dataset_name = load_rows(args, tokenizer)
     difference = compute_difference(

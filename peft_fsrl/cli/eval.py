@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..analysis import (
     score_preferences,
     statistics,
 )
-from ..analysis.audit.parts import write_whole
+from ..analysis.audit.parts import require_folder, write_whole
 from ..analysis.harness import Harness, harness_version
 from ..analysis.records import Evaluation, PreferenceComparison, TaskScores, WinRate
 from ..analysis.report import render_buckets, render_tasks, render_win_rate
@@ -69,18 +70,28 @@ def run(args: argparse.Namespace) -> int:
     tasks = [name.strip() for name in args.tasks.split(",")] if args.tasks else []
     harness = Harness(tasks, args.include_path) if tasks else None
     model, tokenizer, base_name = load_adapter(args.adapter, args)
-    # Read before anything takes hours.
+    # Before anything takes hours.
+    require_folder(args.out)
     rows, name = load_rows(args, tokenizer) if args.dataset else ([], "")
     scores = [] if harness is None else run_tasks(harness, model, tokenizer, base_name, args)
     preferences = compare_preferences(model, tokenizer, rows, name, args) if rows else None
     prompts = [row["prompt"] for row in rows]
-    win_rate = ask_judge(model, tokenizer, prompts, args) if args.judge_url else None
-    found = Evaluation(args.adapter, base_name, tuple(scores), preferences, win_rate)
-    write_whole(args.out / "evaluation.json", found.to_json())
-    text = render(found)
-    write_whole(args.out / "evaluation.txt", text)
+    found = Evaluation(args.adapter, base_name, tuple(scores), preferences, None)
+    # A judge may fail, and what is measured already is not its to lose.
+    text = write_evaluation(found, args.out)
+    if args.judge_url:
+        win_rate = ask_judge(model, tokenizer, prompts, args)
+        text = write_evaluation(replace(found, win_rate=win_rate), args.out)
     sys.stdout.write(text)
     return 0
+
+
+def write_evaluation(found: Evaluation, out: Path) -> str:
+    """Write an evaluation as JSON and as text; returns the text."""
+    text = render(found)
+    write_whole(out / "evaluation.json", found.to_json())
+    write_whole(out / "evaluation.txt", text)
+    return text
 
 
 def run_tasks(

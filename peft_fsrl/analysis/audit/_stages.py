@@ -37,11 +37,12 @@ from ..single import ablate_single_features
 from ..static_dynamic import compare_static_dynamic
 from ..usage import compute_usages
 from .info import describe_adapter, feature_url, version_of
-from .parts import Parts, compute_digest, digest_model, digest_rows
+from .parts import Parts, compute_digest, digest_model, digest_rows, digest_tokenizer
 from .settings import AuditSettings
 
 SEGMENTS = ("chosen", "prompt", "prompt_chosen", "prompt_rejected")
 _NO_LABELS = "The features have no labels: nobody said what they mean."
+_NO_CATEGORY = "The labels put no feature into a category that was asked for."
 _NOT_ASKED = "Not asked for."
 _NO_STEERING = "The adapter steers fewer than two features on the chosen answers."
 
@@ -75,6 +76,7 @@ class Stages:
             "version": version_of("peft-fsrl"),
             "adapter": [weights, to_plain(self.info)],
             "base": base,
+            "tokenizer": digest_tokenizer(tokenizer),
             "dataset": digest_rows(dataset, ("prompt", "chosen", "rejected")),
             "seed": settings.seed,
             "preferences": [settings.beta, settings.gamma],
@@ -86,6 +88,12 @@ class Stages:
         # Seconds, and it may find that the two sources have nothing in common.
         self.agreements: tuple[Agreement, ...] = ()
         if labels is not None and reference is not None:
+            if labels.features == reference.features:
+                raise ValueError(
+                    f"Expected a second source to check {labels.source} against, got the same "
+                    "labels again: they agree with themselves, right or wrong. Leave it out, or "
+                    "give labels that were made independently."
+                )
             shared = [name for name in self.categories if name in reference.categories]
             self.agreements = compare_labels(labels, reference, shared, seed=settings.seed)
 
@@ -115,6 +123,10 @@ class Stages:
             )
         found = {name: self.labels.members(name) for name in wanted or names}
         return {name: members for name, members in found.items() if members}
+
+    @property
+    def no_category(self) -> str:
+        return _NO_LABELS if self.labels is None else _NO_CATEGORY
 
     @cached_property
     def texts(self) -> dict[int, str]:
@@ -161,7 +173,7 @@ class Stages:
 
     def compositions(self) -> tuple[Composition, ...]:
         if not self.categories:
-            return self.skip("compositions", _NO_LABELS)
+            return self.skip("compositions", self.no_category)
 
         def compose() -> tuple[Composition, ...]:
             return self.run(
@@ -177,7 +189,7 @@ class Stages:
     @cached_property
     def ablations(self) -> tuple[Ablation, ...]:
         if not self.categories:
-            return self.skip("ablations", _NO_LABELS)
+            return self.skip("ablations", self.no_category)
 
         def ablate() -> tuple[Ablation, ...]:
             return self.run(

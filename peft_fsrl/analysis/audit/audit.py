@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..buckets import compute_gain, score_by_length
 from ..curves import load_training_curves
-from ..records import Audit, Labels, Setting, TrainingCurves, Usage
+from ..records import Audit, Labels, PreferenceScores, Setting, TrainingCurves, Usage
 from ..usage import compute_rank_frequency
 from ._stages import Stages
 from .findings import judge_categories, judge_coherence, judge_gain, judge_labels
@@ -55,7 +56,9 @@ def compute_audit(
         show_progress: show progress bars.
 
     Raises:
-        ValueError: for more than one FSRL layer, fewer than two rows, or labels of another SAE.
+        ValueError: for more than one FSRL layer, fewer than two rows, losses that are not finite,
+            labels of another SAE, or a reference that is the labels themselves.
+        OSError: if nothing can be written to ``out``.
         ImportError: without the ``audit`` extra.
     """
     if len(dataset) < 2:
@@ -68,6 +71,8 @@ def compute_audit(
         model, dataset, tokenizer, labels, reference_labels, out, settings, show_progress
     )
     base, trained = stages.base, stages.trained
+    _require_finite(base, "base")
+    _require_finite(trained, "trained")
     gain = compute_gain(base, trained, seed=settings.seed)
     ablations, compositions = stages.ablations, stages.compositions()
     coherence = stages.coherence()
@@ -108,6 +113,15 @@ def compute_audit(
         curves=_curves(run_folder, stages),
         notes=tuple(Setting(name, why) for name, why in stages.notes.items()),
     )
+
+
+def _require_finite(scores: PreferenceScores, name: str) -> None:
+    bad = sum(not math.isfinite(loss) for loss in scores.losses)
+    if bad:
+        raise ValueError(
+            f"Expected finite losses of the {name} model, found nan or inf on {bad} of {scores.n} "
+            "pairs. Look at its weights, or try --dtype float32."
+        )
 
 
 def _cut(usage: Usage, n: int) -> Usage:

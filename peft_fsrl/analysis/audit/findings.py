@@ -16,6 +16,9 @@ from ..records import (
     VariantCoherence,
 )
 
+# Below so many pairs one verdict of chance in twenty cannot be ruled out: even if all pairs agree,
+# 2 / 2 ** 5 is more.
+ENOUGH_PAIRS = 6
 # Perplexity of the trained model's answers under the base model, over that of the base model's own
 # answers: language as before up to the first, something else above the second.
 COHERENT_PERPLEXITY, INCOHERENT_PERPLEXITY = 1.5, 3.0
@@ -27,19 +30,23 @@ CARRIES = 0.5
 SAME_MASS = 0.9
 # Share of redrawn labels under which conclusions must keep their side.
 ROBUST, FRAGILE = 0.95, 0.8
+# So many draws at least, or a share of 95 % cannot be told from all.
+ENOUGH_DRAWS = 20
 # Without redrawn labels, agreement with a reference.
 TRUSTED_MCC, DISTRUSTED_MCC = 0.7, 0.3
 
 
 def judge_gain(base: PreferenceScores, trained: PreferenceScores, gain: Interval) -> Finding:
-    """Yes if the interval of the loss's fall lies above zero, no if below."""
+    """Yes if the interval of the loss's fall lies above zero, no if below, over enough pairs."""
     verdict = "yes" if gain.low > 0 else "no" if gain.high < 0 else "unsure"
+    few = trained.n < ENOUGH_PAIRS
+    warning = f" So few pairs prove nothing: give {ENOUGH_PAIRS} at the very least." if few else ""
     return Finding(
         "Does it beat the base model?",
-        verdict,
+        "unsure" if few else verdict,
         f"The SimPO loss on {trained.n:,} held-out pairs goes from {base.loss:.2f} to "
         f"{trained.loss:.2f}, a fall of {_interval(gain, '.2f')}; accuracy from "
-        f"{base.accuracy:.1%} to {trained.accuracy:.1%}.",
+        f"{base.accuracy:.1%} to {trained.accuracy:.1%}.{warning}",
     )
 
 
@@ -75,13 +82,17 @@ def judge_categories(
     question = "Does a category of features carry it?"
     gain = base.loss - trained.loss
     if not ablations:
-        return Finding(question, "unsure", "The features have no labels, so nobody can say.")
+        return Finding(question, "unsure", "No feature has a category, so nobody can say.")
     if gain <= 0:
         return Finding(question, "unsure", "There is no gain to be carried.")
+    if trained.n < ENOUGH_PAIRS:
+        return Finding(question, "unsure", f"{trained.n} pairs are too few to say.")
     ordered = sorted(ablations, key=lambda ablation: -ablation.rise.value)
     carrying = [a for a in ordered if a.rise.low > CARRIES * gain and _beats_random(a)]
     touching = [a for a in ordered if a.rise.low > 0 and _beats_random(a)]
-    verdict = "yes" if carrying else "unsure" if touching else "no"
+    # Of a category beside which nothing is steered nobody knows what other features would cost.
+    alone = [a for a in ordered if a.rise.low > 0 and _control(a)[0] is None]
+    verdict = "yes" if carrying else "unsure" if touching or alone else "no"
     shown = ordered[:3]
     return Finding(question, verdict, " ".join(_describe(a, gain) for a in shown))
 
@@ -117,8 +128,10 @@ def judge_labels(
     if robustness:
         robustness = _concluded(robustness, ablations)
         kept = min(each.kept for each in robustness)
-        verdict = "yes" if kept >= ROBUST else "unsure" if kept >= FRAGILE else "no"
         weakest = min(robustness, key=lambda each: each.kept)
+        enough = min(each.n_draws for each in robustness) >= ENOUGH_DRAWS
+        sure = kept >= ROBUST and enough
+        verdict = "yes" if sure else "unsure" if kept >= FRAGILE else "no"
         parts.append(
             f"with labels redrawn by these error rates, the conclusions about what carries the "
             f"gain hold in {kept:.0%} of {weakest.n_draws} draws at least (the least: "

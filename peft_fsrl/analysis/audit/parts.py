@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,16 @@ class Parts:
     Args:
         folder: where parts are kept; None keeps none.
         inputs: everything that all parts depend on, as JSON.
+
+    Raises:
+        OSError: if nothing can be kept in the folder; before anything is made.
     """
 
     def __init__(self, folder: str | Path | None, inputs: Any) -> None:
         self._folder = None if folder is None else Path(folder)
         self._inputs = inputs
+        if self._folder is not None:
+            require_folder(self._folder)
 
     def make(self, name: str, kind: Any, compute: Callable[[], Any], *inputs: Any) -> Any:
         """A part, from disk if it is there and nothing that it depends on has changed.
@@ -52,6 +58,24 @@ class Parts:
         value = compute()
         write_whole(path, json.dumps({"key": key, "value": to_plain(value)}, indent=1))
         return value
+
+
+def require_folder(folder: str | Path) -> None:
+    """Make a folder, before anything is made that is to lie in it.
+
+    Raises:
+        OSError: if nothing can be written there.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"Expected a folder that can be written in at {folder}, got {error.strerror!r}. Name "
+            "another one."
+        ) from error
 
 
 def write_whole(path: str | Path, text: str) -> None:
@@ -82,6 +106,18 @@ def digest_rows(rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> st
         cells = [row.get(name) for name in columns]
         digest.update(json.dumps(cells, default=str).encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
+
+
+def digest_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 of what decides which tokens a text has: the whole tokenizer, or its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return compute_digest([sorted(tokenizer.get_vocab().items()), tokenizer.all_special_ids])
+    described = json.loads(backend.to_str())
+    # Left behind by whoever called it last.
+    described.pop("truncation", None)
+    described.pop("padding", None)
+    return compute_digest([described, tokenizer.all_special_ids])
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]], sample: int | None = None) -> str:

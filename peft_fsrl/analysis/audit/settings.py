@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+_AT_LEAST_ONE = ("max_new_tokens", "n_listed", "batch_size")
+_NONE_OR_MORE = ("n_generations", "n_coherence", "n_random", "n_single", "n_cards", "n_draws")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,9 @@ class AuditSettings:
         n_draws: draws of the labels' errors.
         batch_size: pairs per forward pass.
         seed: of everything that is drawn.
+
+    Raises:
+        ValueError: for an amount out of range.
     """
 
     categories: tuple[str, ...] | None = None
@@ -38,3 +45,15 @@ class AuditSettings:
     n_draws: int = 200
     batch_size: int = 16
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for least, names in ((1, _AT_LEAST_ONE), (0, _NONE_OR_MORE)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(
+                        f"Expected {name} of {least} or more, got {getattr(self, name)}."
+                    )
+        if not (math.isfinite(self.beta) and self.beta > 0 and math.isfinite(self.gamma)):
+            raise ValueError(
+                f"Expected a beta above 0 and a finite gamma, got {self.beta} and {self.gamma}."
+            )

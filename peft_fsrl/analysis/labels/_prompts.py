@@ -13,7 +13,10 @@ from ..records import Context, FeatureEvidence
 
 # A token is marked from this share of its context's strongest activation.
 _MARKED = 0.5
-_REASONING = re.compile(r"<think>.*?(</think>|\Z)", flags=re.DOTALL | re.IGNORECASE)
+# Some chat templates write the opening mark into the prompt: the answer has the closing one alone.
+_REASONING = re.compile(
+    r"<think>.*?(?:</think>|\Z)|\A(?:(?!<think>).)*?</think>", flags=re.DOTALL | re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

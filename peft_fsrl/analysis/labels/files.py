@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from .source import require_fit, select
 
 # A file may name what is in no category by this word.
 _NO_CATEGORY = "other"
+# More than any SAE needs, and fewer than Python refuses to read.
+_INDEX_DIGITS = 100
 _COLUMNS = ("feature", "category", "description", "quality")
 
 
@@ -153,8 +156,10 @@ class _Collected:
 
     def _index(self, where: str, value: Any) -> int:
         text = str(value).strip()
-        if isinstance(value, bool) or not text.isascii() or not text.isdigit():
-            raise self.problem(where, f"expected a feature's index (0 or more), found {value!r}")
+        plain = text.isascii() and text.isdigit() and len(text) <= _INDEX_DIGITS
+        if isinstance(value, bool) or not plain:
+            found = repr(value)[:_INDEX_DIGITS]
+            raise self.problem(where, f"expected a feature's index (0 or more), found {found}")
         return int(text)
 
     def _quality(self, where: str, value: Any) -> float | None:
@@ -221,8 +226,8 @@ def _from_json(text: str, path: Path) -> Labels:
     collected = _Collected(path)
 
     def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        repeated = next((name for name in names if names.count(name) > 1), None)
+        counts = Counter(name for name, _ in pairs)
+        repeated = next((name for name, count in counts.items() if count > 1), None)
         if repeated is not None and repeated.isdigit():
             raise collected.problem(f"entry {repeated!r}", "it stands there twice")
         return dict(pairs)
@@ -232,6 +237,10 @@ def _from_json(text: str, path: Path) -> Labels:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {error.lineno}: not JSON ({error.msg}). Was it written to the end?"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{path}: nested too deeply to be labels. Is it the right file?"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(

@@ -10,7 +10,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from . import _formats
 
 TEMPLATES = Path(__file__).parent / "templates"
-_FILTERS = ("fixed", "signed", "short", "percent", "between", "thousands", "shades", "safe_url")
+_FILTERS = (
+    "fixed",
+    "signed",
+    "signed_seen",
+    "short",
+    "percent",
+    "between",
+    "thousands",
+    "shades",
+    "safe_url",
+)
 
 
 def make_environment(**options: Any) -> Environment:

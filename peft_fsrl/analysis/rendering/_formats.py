@@ -32,6 +32,12 @@ def signed(value: float | None, digits: int = 3) -> str:
     return _finish(value, f"+.{digits}f")
 
 
+def signed_seen(value: float | None, digits: int = 3) -> str:
+    """Like ``signed``, but what is not zero does not look it: ``+3e-06``."""
+    small = value is not None and 0 < abs(value) < 0.5 * 10**-digits
+    return _finish(value, "+.1g") if small else signed(value, digits)
+
+
 def short(value: float | None, digits: int = 3) -> str:
     """With so many significant digits, ``0.00314``."""
     return _finish(value, f".{digits}g")
