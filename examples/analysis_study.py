@@ -134,7 +134,7 @@ def robustness(
     """The true labels, treated as if they were no better than the paper's judge."""
     labels = organism_labels(organism.load())
     labels = replace(labels, categories=CATEGORIES)
-    n_features = len(organism.load().feature_labels)
+    n_features = len(labels.features)
     rates = [
         error_rates_for_mcc(
             name, PAPER_MCC, judged_share=len(labels.members(name)) / n_features, n=n_features

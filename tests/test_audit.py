@@ -264,6 +264,21 @@ def test_labels_of_another_sae(model: PeftModel, change: dict[str, Any], message
         audit_of(model, labels=replace(LABELS, **change))
 
 
+def test_labels_no_better_than_a_known_judge(model: PeftModel, tmp_path: Path) -> None:
+    perfect = audit_of(model, settings=replace(QUICK, label_mcc=1.0, n_draws=20))
+    assert perfect.agreements == ()
+    assert len(perfect.robustness) >= 2
+    for figure in perfect.robustness:
+        assert figure.propagated.low == figure.propagated.high == pytest.approx(figure.measured)
+        assert figure.kept == 1
+    assert "redrawn by the given error rates" in perfect.findings[3].answer
+    useless = audit_of(model, settings=replace(QUICK, label_mcc=0.0, n_draws=20))
+    spread = [figure.propagated.high - figure.propagated.low for figure in useless.robustness]
+    assert max(spread) > 0.05
+    with pytest.raises(ValueError, match=r"from 0 to 1, got 1\.5"):
+        replace(QUICK, label_mcc=1.5)
+
+
 def test_a_reference_says_how_far_to_trust(
     model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

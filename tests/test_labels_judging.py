@@ -268,6 +268,8 @@ def test_categories_of_ones_own(tmp_path: Path) -> None:
         judge_features([], None, judge)
     with pytest.raises(ValueError, match="at least one sample"):
         judge_features([evidence(1, "a")], None, judge, samples=0)
+    with pytest.raises(ValueError, match="samples that can differ, got 2 at temperature 0"):
+        judge_features([evidence(1, "a")], None, judge, samples=2)
 
 
 def test_descriptions() -> None:

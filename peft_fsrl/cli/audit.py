@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default = getattr(_DEFAULTS, name)
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, type=int, default=default, help=f"{text} ({default})")
+    group.add_argument(
+        "--label-mcc",
+        type=float,
+        help="correlation of the labels with the truth, known from elsewhere (the paper: 0.448)",
+    )
     group.add_argument("--beta", type=float, default=_DEFAULTS.beta, help="SimPO's reward scale")
     group.add_argument("--gamma", type=float, default=_DEFAULTS.gamma, help="and target margin")
 

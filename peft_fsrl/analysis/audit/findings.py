@@ -132,8 +132,9 @@ def judge_labels(
         enough = min(each.n_draws for each in robustness) >= ENOUGH_DRAWS
         sure = kept >= ROBUST and enough
         verdict = "yes" if sure else "unsure" if kept >= FRAGILE else "no"
+        whose = "these" if agreements else "the given"
         parts.append(
-            f"with labels redrawn by these error rates, the conclusions about what carries the "
+            f"with labels redrawn by {whose} error rates, the conclusions about what carries the "
             f"gain hold in {kept:.0%} of {weakest.n_draws} draws at least (the least: "
             f"{weakest.figure})"
         )

@@ -25,6 +25,8 @@ class AuditSettings:
         n_cards: features to show from near, promoted and suppressed.
         n_listed: features to keep in each table of use.
         n_draws: draws of the labels' errors.
+        label_mcc: Matthews correlation of the labels' source with the truth, where it is known from
+            elsewhere and there is no reference to find it by; None does not redraw the labels then.
         batch_size: pairs per forward pass.
         seed: of everything that is drawn.
 
@@ -43,6 +45,7 @@ class AuditSettings:
     n_cards: int = 8
     n_listed: int = 200
     n_draws: int = 200
+    label_mcc: float | None = None
     batch_size: int = 16
     seed: int = 0
 
@@ -53,6 +56,8 @@ class AuditSettings:
                     raise ValueError(
                         f"Expected {name} of {least} or more, got {getattr(self, name)}."
                     )
+        if self.label_mcc is not None and not 0 <= self.label_mcc <= 1:
+            raise ValueError(f"Expected a label_mcc from 0 to 1, got {self.label_mcc}.")
         if not (math.isfinite(self.beta) and self.beta > 0 and math.isfinite(self.gamma)):
             raise ValueError(
                 f"Expected a beta above 0 and a finite gamma, got {self.beta} and {self.gamma}."

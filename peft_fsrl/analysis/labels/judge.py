@@ -101,6 +101,11 @@ class Judge:
         return f"Judge({self.base_url!r}, {self.model!r})"
 
     @property
+    def repeats_itself(self) -> bool:
+        """Whether the same prompt is to get the same answer: it was asked for no randomness."""
+        return self._settings.get("temperature") == 0
+
+    @property
     def spend(self) -> Spend:
         """What all calls together have cost since this object was made."""
         return Spend(**self._counts)

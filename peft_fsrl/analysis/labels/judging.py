@@ -207,6 +207,11 @@ def _judgements(
 ) -> tuple[Judgement, ...]:
     if samples < 1:
         raise ValueError(f"Expected at least one sample, got {samples}.")
+    if samples > 1 and judge.repeats_itself:
+        raise ValueError(
+            f"Expected samples that can differ, got {samples} at temperature 0, whose agreement "
+            "says nothing. Give the judge a temperature above 0, or ask once."
+        )
     frame = read_prompt("categorise")
     systems = {
         c.name: fill(frame, {"category": c.name, "definition": c.definition.strip()})
