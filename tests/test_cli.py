@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from judge_server import Reply, serve
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_fsrl import FSRLConfig, organism
 from peft_fsrl.analysis import statistics
-from peft_fsrl.analysis.labels import organism_labels, save_labels
+from peft_fsrl.analysis.labels import load_labels, organism_labels, save_labels
 from peft_fsrl.analysis.records import AdapterDifference, Audit, Checkup
 from peft_fsrl.cli.main import COMMANDS, main
 
@@ -122,6 +123,47 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = organism.preferences(8, seed=2)["chosen"]
     Dataset.from_list([{"text": each} for each in (*said, "", None)]).to_json(text)
     assert main([*command[:5], "--dataset", str(text)]) == 0
+
+
+def test_labels(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    served = 0
+
+    def answer(prompt: str) -> Reply | str:
+        nonlocal served
+        served += 1
+        if served > most:
+            return Reply(status=401)
+        if "Description: bullet points" not in prompt:
+            return "DESCRIPTION: bullet points"
+        return "ACTIVE: 1" if "\nTexts:\n" in prompt else "ANSWER: yes\nCONFIDENCE: 90"
+
+    out = tmp_path / "new" / "labels.json"
+    with serve(answer) as endpoint:
+        request = ["labels", str(adapter), *DATA[:3], "40", "--out", str(out), "--n-features", "3"]
+        request += ["--judge-url", endpoint.url, "--judge-model", "m"]
+        most = 4
+        assert "the same call asks for the rest alone" in refusal(capsys, *request)
+        assert not out.exists()
+        most = 99
+        assert main(request) == 0
+        # A description, two categories and a test of three features.
+        answers = out.with_suffix(".answers.jsonl").read_text().splitlines()
+        assert len(answers) == 3 * 4
+        before = served
+        assert main(request) == 0
+        assert served == before, "answers are remembered"
+    text = capsys.readouterr().out
+    assert "3 features labelled: 3 alignment, 3 style" in text
+    assert "held-out texts apart with accuracy" in text
+    labels = load_labels(out)
+    assert [each.description for each in labels.features] == ["bullet points"] * 3
+    assert labels.d_sae == organism.load().manifest["sae"]["d_sae"]
+    assert labels.fingerprint is not None
+    assert all(0 <= each.quality <= 1 for each in labels.features if each.quality is not None)
+    audit = ["audit", str(adapter), *DATA, *QUICK, "--out", str(tmp_path / "audit")]
+    assert main([*audit, "--labels", str(out)]) == 0
+    assert "ending .json or .csv" in refusal(capsys, *request, "--out", tmp_path / "x.txt")
+    assert "n-features of 0 or more" in refusal(capsys, *request, "--n-features", "-1")
 
 
 def test_diff(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

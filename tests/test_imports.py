@@ -153,6 +153,7 @@ ALLOWED = {
     "cli.audit": {"analysis", "cli._inputs"},
     "cli.diff": {"analysis", "cli._inputs"},
     "cli.doctor": {"analysis", "cli._inputs", "organism"},
+    "cli.labels": {"analysis", "cli._inputs"},
     "cli.lm_eval": {"analysis.harness"},
     "cli": set(),
     "organism": {"", "config", "equivalence", "functional", "layer", "model", "organism", "sae"}

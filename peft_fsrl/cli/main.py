@@ -16,6 +16,7 @@ OK, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
 COMMANDS = {
     "audit": "what an adapter changed, whether it helps, and what carries it",
     "doctor": "whether an SAE fits a model and its data, before any training",
+    "labels": "what the features that an adapter steers mean, by a judge",
     "diff": "two adapters on the same SAE, feature by feature",
     "eval": "an adapter beside its base model, on tests that other people wrote",
     "lm-eval": "lm-evaluation-harness's own program, with peft= an adapter: lm-eval run ...",

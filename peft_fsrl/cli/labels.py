@@ -1,0 +1,128 @@
+"""``peft-fsrl labels``: a judge's labels for the features that an adapter steers most."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..analysis import compute_usage
+from ..analysis.labels import (
+    Category,
+    Judge,
+    collect_evidence,
+    collect_held_out,
+    default_categories,
+    describe_features,
+    detection_quality,
+    for_model,
+    judge_features,
+    load_neuronpedia,
+    save_labels,
+    with_quality,
+)
+from ..analysis.records import FeatureEvidence, Labels
+from ._inputs import (
+    add_data_arguments,
+    add_model_arguments,
+    load_adapter,
+    load_rows,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``peft-fsrl labels``."""
+    add = parser.add_argument
+    add("adapter", help="folder or Hub repository of a trained adapter")
+    add("--out", type=Path, required=True, help="labels, .json or .csv; answers are kept beside it")
+    add("--judge-url", required=True, help="an OpenAI-compatible endpoint, http://host:8000/v1")
+    add("--judge-model", required=True, help="the judge's name there")
+    add(
+        "--category",
+        action="append",
+        metavar="FILE",
+        help="Markdown file that defines a category of that name, once for each; default: the "
+        "package's own 'alignment' and 'style'",
+    )
+    add("--neuronpedia", metavar="PATH", help="descriptions: a downloaded export, file or folder")
+    add("--n-features", type=int, default=200, help="those with the most steering (200); 0 for all")
+    add("--no-quality", action="store_true", help="do not test the descriptions on held-out texts")
+    add("--base-model", help="base model; by default the one that the adapter names")
+    add_data_arguments(parser, n_pairs=400)
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask, write, say what it cost; what was answered once is not asked again."""
+    if args.n_features < 0:
+        raise ValueError(f"Expected --n-features of 0 or more, got {args.n_features}.")
+    if args.out.suffix not in (".json", ".csv"):
+        raise ValueError(f"Expected --out with the ending .json or .csv, got {args.out}.")
+    categories = _categories(args.category)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    answers = args.out.with_suffix(".answers.jsonl")
+    judge = Judge(args.judge_url, args.judge_model, cache=answers)
+    model, tokenizer, _ = load_adapter(args.adapter, args)
+    rows, _ = load_rows(args, tokenizer)
+    usage = compute_usage(
+        model, rows, tokenizer, batch_size=args.batch_size, description="feature use"
+    )
+    features = [use.feature for use in usage.features][: args.n_features or None]
+    evidence = collect_evidence(model, rows, tokenizer, features, description="contexts")
+    # Of a feature without a context there is nothing to ask.
+    seen = tuple(each for each in evidence if each.contexts)
+    described = _describe(args, seen, judge)
+    labels = judge_features(
+        seen, categories, judge, descriptions=described, description="categories"
+    )
+    if not args.no_quality:
+        held_out = collect_held_out(
+            model, rows, tokenizer, [each.feature for each in seen], description="held-out contexts"
+        )
+        detections = detection_quality(
+            described, held_out, judge, evidence=seen, seed=args.seed, description="detection"
+        )
+        labels = with_quality(labels, detections)
+    labels = for_model(labels, model)
+    save_labels(labels, args.out)
+    sys.stdout.write(_render(labels, judge, len(features) - len(seen), args.out, answers))
+    return 0
+
+
+def _categories(paths: Sequence[str] | None) -> tuple[Category, ...]:
+    return tuple(map(Category.from_file, paths)) if paths else default_categories()
+
+
+def _describe(
+    args: argparse.Namespace, evidence: Sequence[FeatureEvidence], judge: Judge
+) -> Labels:
+    if args.neuronpedia is not None:
+        return load_neuronpedia(args.neuronpedia)
+    return describe_features(evidence, judge, description="descriptions")
+
+
+def _render(labels: Labels, judge: Judge, n_unseen: int, out: Path, answers: Path) -> str:
+    qualities = [each.quality for each in labels.features if each.quality is not None]
+    counts: dict[str, Any] = {name: len(labels.members(name)) for name in labels.categories}
+    lines = [
+        f"{len(labels.features)} features labelled: "
+        + ", ".join(f"{count} {name}" for name, count in counts.items())
+    ]
+    if labels.undecided:
+        lines.append(f"{len(labels.undecided)} undecided: answers that cannot be read")
+    if n_unseen:
+        lines.append(f"{n_unseen} not asked about: never active in these texts")
+    if qualities:
+        mean = sum(qualities) / len(qualities)
+        lines.append(
+            f"descriptions tell held-out texts apart with accuracy {mean:.2f} on average "
+            f"({len(qualities)} features; chance is 0.50)"
+        )
+    spend = judge.spend
+    lines.append(
+        f"cost: {spend.requests} requests, {spend.cached} answers from {answers}, "
+        f"{spend.prompt_tokens} + {spend.completion_tokens} tokens"
+    )
+    return "\n".join([*lines, f"The labels are {out}", ""])
