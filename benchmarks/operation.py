@@ -104,7 +104,11 @@ def measure_sizes(found: argparse.Namespace) -> tuple[list[list[Any]], list[dict
             case.set_density(density)
             cases = steps(case)
             seconds = alternate(cases, found.repeats, found.device)
-            peak = {name: peak_memory(cases[name], found.device) for name in ("ours", "plain")}
+            peak = {}
+            for name in ("ours", "plain"):
+                for parameter in case.parameters:
+                    parameter.grad = None
+                peak[name] = peak_memory(cases[name], found.device)
             memory = kept(case)
             over = ratio(seconds["ours"], seconds["floor"])
             speed = ratio(seconds["plain"], seconds["ours"])
