@@ -13,9 +13,9 @@ import pytest
 from audits import HOSTILE, make_audit
 
 from peft_fsrl.analysis.plots import draw_audit
-from peft_fsrl.analysis.records import Audit, Setting
+from peft_fsrl.analysis.records import Audit, Interval, Setting
 from peft_fsrl.analysis.rendering import render_audit_html
-from peft_fsrl.analysis.rendering._formats import signed_seen
+from peft_fsrl.analysis.rendering._formats import between, signed_seen
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
@@ -350,3 +350,4 @@ def test_a_wide_sae_gives_a_page_that_opens(open_page: Callable[..., Any]) -> No
 )
 def test_what_is_not_zero_does_not_look_it(value: float, seen: str) -> None:
     assert signed_seen(value, 4) == seen
+    assert between(Interval(value, value, value), "seen", 4) == f"{seen} [{seen}, {seen}]"

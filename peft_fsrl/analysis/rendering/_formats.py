@@ -54,7 +54,8 @@ def between(interval: Interval | None, style: str = "signed", digits: int = 3) -
     """An estimate and its interval, ``+0.31 [+0.22, +0.40]``."""
     if interval is None:
         return MISSING
-    write = {"signed": signed, "fixed": fixed, "percent": percent, "short": short}[style]
+    styles = {"signed": signed, "seen": signed_seen, "fixed": fixed}
+    write = {**styles, "percent": percent, "short": short}[style]
     low, high = write(interval.low, digits), write(interval.high, digits)
     return f"{write(interval.value, digits)} [{low}, {high}]"
 
