@@ -47,6 +47,7 @@ from peft_fsrl.analysis.labels import (
     propagate_ablation,
     propagate_composition,
 )
+from peft_fsrl.analysis.writing import write_whole
 from peft_fsrl.steering import ablate_features, scale_steering
 
 CATEGORIES = ("style", "honesty")
@@ -173,9 +174,7 @@ def finished_study(setting: str, seed: int, args: argparse.Namespace) -> Study:
     file = run_folder(args.runs, setting, seed) / "analysis_study.json"
     if not file.exists():
         record = study(setting, seed, args.runs, args.pairs, args.truth_pairs)
-        unfinished = file.with_suffix(".tmp")
-        unfinished.write_text(record.to_json())
-        unfinished.replace(file)
+        write_whole(file, record.to_json())
     return Study.from_json(file.read_text())
 
 

@@ -24,7 +24,6 @@ import copy
 import csv
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +46,7 @@ from peft_fsrl.analysis.divergence import compute_divergence
 from peft_fsrl.analysis.preferences import batched, mean_log_probability, pad, tokenize_pairs
 from peft_fsrl.analysis.records import Record
 from peft_fsrl.analysis.sampling import sample_answers
+from peft_fsrl.analysis.writing import write_whole
 from peft_fsrl.data import pair_texts, prepare_preferences
 from peft_fsrl.objectives import simpo_loss
 from peft_fsrl.simpo import SimPOConfig, SimPOTrainer
@@ -489,14 +489,6 @@ def render(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}.new")
-    new.write_text(text)
-    new.replace(path)
-
-
 def write_table(out: Path, rows: Sequence[Row]) -> str:
     """All rows as `compare.csv`, `compare.json` and, returned too, `compare.md`."""
     names = [each.name for each in fields(Row)]
@@ -504,14 +496,14 @@ def write_table(out: Path, rows: Sequence[Row]) -> str:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    write(out / "compare.json", json.dumps([asdict(row) for row in rows], indent=2))
+    write_whole(out / "compare.json", json.dumps([asdict(row) for row in rows], indent=2))
     objectives = dict.fromkeys(row.objective for row in rows)
     text = "\n\n".join(
         f"### {objective.upper() if objective == 'dpo' else 'SimPO'}\n\n"
         + render([row for row in rows if row.objective == objective])
         for objective in objectives
     )
-    write(out / "compare.md", text + "\n")
+    write_whole(out / "compare.md", text + "\n")
     return text
 
 
@@ -521,7 +513,7 @@ def check_settings(args: argparse.Namespace) -> None:
     path = args.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != chosen:
         raise SystemExit(f"{args.out} holds rows of other settings: choose another --out.")
-    write(path, json.dumps(chosen, indent=2))
+    write_whole(path, json.dumps(chosen, indent=2))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -570,7 +562,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not path.exists():
                 torch.manual_seed(args.seed)
                 row = make()
-                write(path, row.to_json())
+                write_whole(path, row.to_json())
             rows[name] = Row.from_json(path.read_text())
             print(f"{objective:5} {name:30} loss {rows[name].loss:.3f} KL {rows[name].kl:.4f}")
         table += rows.values()

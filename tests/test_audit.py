@@ -25,7 +25,6 @@ from peft_fsrl.analysis.audit.findings import (
     judge_gain,
     judge_labels,
 )
-from peft_fsrl.analysis.audit.parts import write_whole
 from peft_fsrl.analysis.audit_report import render_audit
 from peft_fsrl.analysis.records import (
     Audit,
@@ -36,6 +35,7 @@ from peft_fsrl.analysis.records import (
     VariantCoherence,
 )
 from peft_fsrl.analysis.rendering import render_audit_html, render_card_section
+from peft_fsrl.analysis.writing import write_whole
 from peft_fsrl.steering import scale_steering
 
 ROWS = list(helpers.tiny_preferences(6))

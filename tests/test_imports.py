@@ -119,6 +119,7 @@ ALLOWED = {
     "analysis.audit.card": {"_card_section", "_checkpoints", "analysis"},
     "analysis.audit.findings": {"analysis.records"},
     "analysis.audit_report": {"analysis.layout", "analysis.records", "analysis.report"},
+    "analysis.writing": set(),
     "analysis.checkup": {"analysis.records"},
     "analysis.diff": {"analysis", "layer"},
     "analysis.doctor": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 import types
 import typing
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .records import SweepPoint
+from .writing import write_whole
 
 _COLUMNS = [field.name for field in fields(SweepPoint)]
 _KINDS = typing.get_type_hints(SweepPoint)
@@ -19,16 +20,11 @@ _KINDS = typing.get_type_hints(SweepPoint)
 
 def save_sweep(path: str | Path, points: Iterable[SweepPoint]) -> None:
     """Write a sweep's table; whoever reads meanwhile finds the old one or the new one, whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        writer.writerows(asdict(point) for point in points)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, _COLUMNS)
+    writer.writeheader()
+    writer.writerows(asdict(point) for point in points)
+    write_whole(path, file.getvalue())
 
 
 def load_sweep(path: str | Path) -> tuple[SweepPoint, ...]:

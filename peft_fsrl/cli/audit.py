@@ -9,10 +9,10 @@ from pathlib import Path
 from ..analysis import statistics
 from ..analysis.audit import AuditSettings, compute_audit
 from ..analysis.audit.card import add_audit
-from ..analysis.audit.parts import write_whole
 from ..analysis.audit_report import render_audit
 from ..analysis.plots import draw_audit, require_plots
 from ..analysis.rendering import render_audit_html
+from ..analysis.writing import write_whole
 from ._inputs import (
     add_data_arguments,
     add_model_arguments,

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from ..analysis import statistics
-from ..analysis.audit.parts import write_whole
 from ..analysis.audit_report import render_difference
 from ..analysis.diff import compute_difference
 from ..analysis.labels import require_fit
 from ..analysis.segments import only_layer
+from ..analysis.writing import write_whole
 from ._inputs import (
     add_data_arguments,
     add_model_arguments,

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..analysis.audit.parts import write_whole
 from ..analysis.audit_report import render_checkup
 from ..analysis.doctor import compute_checkup
+from ..analysis.writing import write_whole
 from ._inputs import (
     ORGANISM,
     add_data_arguments,

@@ -24,11 +24,11 @@ from ..analysis import (
     score_preferences,
     statistics,
 )
-from ..analysis.audit.parts import require_folder, write_whole
 from ..analysis.harness import Harness, harness_version
 from ..analysis.records import Evaluation, PreferenceComparison, TaskScores, WinRate
 from ..analysis.report import render_buckets, render_tasks, render_win_rate
 from ..analysis.winrate import Asker
+from ..analysis.writing import require_folder, write_whole
 from ..steering import scale_steering
 from ._inputs import add_data_arguments, add_model_arguments, load_adapter, load_rows
 

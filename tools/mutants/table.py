@@ -833,7 +833,7 @@ MUTANTS = (
     ),
     Mutant(
         "a file is written in place",
-        "analysis/audit/parts.py",
+        "analysis/writing.py",
         "        os.replace(unfinished, path)",
         "        path.write_text(text)",
         ("test_audit.py::test_a_file_is_old_or_new",),

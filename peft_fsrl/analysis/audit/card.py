@@ -8,7 +8,7 @@ from ..._card_section import put_section, weights_digest
 from ..._checkpoints import CARD, CONFIG, finish_save
 from ..records import Audit
 from ..rendering import render_card_section
-from .parts import write_whole
+from ..writing import write_whole
 
 
 def add_audit(folder: str | Path, audit: Audit) -> None:

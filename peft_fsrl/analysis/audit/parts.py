@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records import from_plain, to_plain
+from ..writing import require_folder, write_whole
 
 logger = logging.getLogger(__name__)
 # Of a base model so many numbers per tensor are read: enough to notice another one.
@@ -58,39 +57,6 @@ class Parts:
         value = compute()
         write_whole(path, json.dumps({"key": key, "value": to_plain(value)}, indent=1))
         return value
-
-
-def require_folder(folder: str | Path) -> None:
-    """Make a folder, before anything is made that is to lie in it.
-
-    Raises:
-        OSError: if nothing can be written there.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise type(error)(
-            f"Expected a folder that can be written in at {folder}, got {error.strerror!r}. Name "
-            "another one."
-        ) from error
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a file, with its folder; whoever reads meanwhile finds the old one or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def compute_digest(value: Any) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records import FeatureLabel, Labels
+from ..writing import write_whole
 from .source import require_fit, select
 
 # A file may name what is in no category by this word.
@@ -87,13 +88,7 @@ def save_labels(labels: Labels, path: str | os.PathLike[str]) -> None:
         text = _to_csv(labels)
     else:
         raise ValueError(f"Expected a path that ends in .csv or .json, got {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        staged.write_text(text, encoding="utf-8", newline="")
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    write_whole(path, text)
 
 
 class _Collected:
