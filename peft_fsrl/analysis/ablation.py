@@ -15,6 +15,7 @@ from . import statistics
 from .buckets import length_groups, mean_lengths
 from .preferences import score_preferences
 from .records import Ablation, Interval, PreferenceScores, StratumEffect, Usage
+from .usage import require_chosen
 
 _log = logging.getLogger(__name__)
 # Random orders tried for one draw of equal mass; the nearest sum is taken.
@@ -73,11 +74,7 @@ def ablate_categories(
             f"Expected at least one category, each with {n_features or 'some'} features; got "
             f"{sizes}."
         )
-    if usage.segment != "chosen":
-        raise ValueError(
-            f"Expected the use of features on the chosen answers, got {usage.segment!r}. Make it "
-            'with compute_usage(..., segment="chosen").'
-        )
+    require_chosen(usage)
 
     def score_without(features: Sequence[int], name: str) -> PreferenceScores:
         with ablate_features(model, features):

@@ -15,6 +15,7 @@ from . import statistics
 from .preferences import score_preferences
 from .records import PreferenceScores, StaticDynamic, SteeringLevel, Usage
 from .segments import TokenChunk, active_sae, stream_tokens
+from .usage import require_chosen
 
 _SHARES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
 
@@ -64,11 +65,7 @@ def compare_static_dynamic(
     statistics.require()
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ValueError(f"Expected shares above 0 and up to 1, got {tuple(shares)}.")
-    if usage.segment != "chosen":
-        raise ValueError(
-            f"Expected the use of features on the chosen answers, got {usage.segment!r}. Make it "
-            'with compute_usage(..., segment="chosen").'
-        )
+    require_chosen(usage)
 
     def bar(text: str) -> str | None:
         return None if description is None else f"{description} {text}"

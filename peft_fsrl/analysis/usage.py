@@ -83,6 +83,19 @@ def compute_usages(
     return totals.to_usages(segments, index, labels or {})
 
 
+def require_chosen(usage: Usage) -> None:
+    """Refuse use on other tokens than the chosen answers'.
+
+    Raises:
+        ValueError: for another segment.
+    """
+    if usage.segment != "chosen":
+        raise ValueError(
+            f"Expected the use of features on the chosen answers, got {usage.segment!r}. Make it "
+            'with compute_usage(..., segment="chosen").'
+        )
+
+
 def compute_rank_frequency(usage: Usage, *, n_ranks: int = 200) -> RankFrequency:
     """Frequencies by rank and ``amplitude * exp(-rate * rank)`` through all of them (figure 5).
 
