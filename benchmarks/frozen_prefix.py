@@ -30,9 +30,9 @@ def measure(layer: int, cut: bool, checkpointing: bool, steps: int) -> dict[str,
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from peft_fsrl import FSRLConfig
-    from peft_fsrl._prefix import without_prefix_graph
-    from peft_fsrl.penalty import SparsityPenalty
     from peft_fsrl.steering import SteeringMonitor
+    from peft_fsrl.training.penalty import SparsityPenalty
+    from peft_fsrl.training.prefix import without_prefix_graph
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

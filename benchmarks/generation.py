@@ -79,7 +79,7 @@ def measure(found: argparse.Namespace) -> tuple[list[list[str]], list[dict[str, 
 
 def _time(case: Any, found: argparse.Namespace) -> dict[str, list[float]]:
     def dense() -> None:
-        with patch("peft_fsrl.layer.can_select", lambda *_: False):
+        with patch("peft_fsrl.tuner.layer.can_select", lambda *_: False):
             case.layer(case.x)
 
     with torch.no_grad():

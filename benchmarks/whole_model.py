@@ -33,9 +33,9 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from peft_fsrl import FSRLConfig, FSRLLayer
-from peft_fsrl._prefix import without_prefix_graph
-from peft_fsrl.penalty import SparsityPenalty
 from peft_fsrl.steering import SteeringMonitor
+from peft_fsrl.training.penalty import SparsityPenalty
+from peft_fsrl.training.prefix import without_prefix_graph
 
 LAYERS, LAYER, SAE_PER_WIDTH, VOCABULARY_PER_WIDTH = 26, 12, 65536 / 2304, 256000 / 2304
 DENSITY = 0.01

@@ -39,20 +39,20 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from peft_fsrl import FSRLConfig, load_sae, organism
+from peft_fsrl import FSRLConfig, load_sae, organism, with_fsrl
 from peft_fsrl.analysis import compute_usage
-from peft_fsrl.analysis.coherence import measure_answers
 from peft_fsrl.analysis.divergence import compute_divergence
-from peft_fsrl.analysis.preferences import batched, mean_log_probability, pad, tokenize_pairs
+from peft_fsrl.analysis.preferences import tokenize_pairs
 from peft_fsrl.analysis.records import Record
-from peft_fsrl.analysis.sampling import sample_answers
 from peft_fsrl.analysis.writing import write_whole
-from peft_fsrl.data import pair_texts, prepare_preferences
-from peft_fsrl.objectives import simpo_loss
-from peft_fsrl.simpo import SimPOConfig, SimPOTrainer
 from peft_fsrl.steering import edit_steering, observe
-from peft_fsrl.targets import decoder_layers
-from peft_fsrl.trl import with_fsrl
+from peft_fsrl.training.coherence import measure_answers
+from peft_fsrl.training.data import pair_texts, prepare_preferences
+from peft_fsrl.training.likelihood import batched, mean_log_probability, pad
+from peft_fsrl.training.objectives import simpo_loss
+from peft_fsrl.training.sampling import sample_answers
+from peft_fsrl.training.simpo import SimPOConfig, SimPOTrainer
+from peft_fsrl.tuner.placement import decoder_layers
 
 BETA = {"simpo": 10.0, "dpo": 0.1}
 GAMMA = 5.0

@@ -22,7 +22,7 @@ from peft import PeftModel
 
 from peft_fsrl import organism
 from peft_fsrl.analysis import Correspondence, StandIn, score_preferences
-from peft_fsrl.analysis.preferences import pad, tokenize
+from peft_fsrl.analysis.preferences import tokenize
 from peft_fsrl.equivalence import (
     compare,
     explain,
@@ -32,6 +32,7 @@ from peft_fsrl.equivalence import (
     to_lora,
 )
 from peft_fsrl.steering import scale_steering
+from peft_fsrl.training.likelihood import pad
 
 SCRIPT = Path(__file__).parent / "simpo.py"
 RANKS = (1, 2, 4, 8, 16, 32, 96)

@@ -24,13 +24,12 @@ from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
-from peft_fsrl import organism
+from peft_fsrl import organism, with_fsrl
 from peft_fsrl.analysis import compute_summary, render_summary, statistics
-from peft_fsrl.arguments import FSRLArguments
-from peft_fsrl.coherence import CoherenceCallback
-from peft_fsrl.data import prepare_preferences, prompt_texts
-from peft_fsrl.simpo import SimPOConfig, SimPOTrainer
-from peft_fsrl.trl import with_fsrl
+from peft_fsrl.training.arguments import FSRLArguments
+from peft_fsrl.training.coherence import CoherenceCallback
+from peft_fsrl.training.data import prepare_preferences, prompt_texts
+from peft_fsrl.training.simpo import SimPOConfig, SimPOTrainer
 
 ORGANISM = "organism"
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "organism.yaml"

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .events import Observer, SteeringEvent, TokenStatistics, token_statistics
-from .layer import Edit, FSRLLayer
-from .sae import FrozenSAE
+from .sae.frozen import FrozenSAE
+from .tuner.events import Observer, SteeringEvent, TokenStatistics, token_statistics
+from .tuner.layer import Edit, FSRLLayer
 
 if TYPE_CHECKING:
     from jaxtyping import Float

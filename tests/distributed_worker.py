@@ -22,7 +22,6 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset, concatenate_datasets
-from helpers import fsrl_model, tiny_model, tiny_preferences, tiny_tokenizer
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
@@ -31,8 +30,8 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from peft_fsrl import FSRLLayer
-from peft_fsrl.trl import with_fsrl
+from helpers import fsrl_model, tiny_model, tiny_preferences, tiny_tokenizer
+from peft_fsrl import FSRLLayer, with_fsrl
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CONFIGS = EXAMPLES / "accelerate_configs"

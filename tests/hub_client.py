@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, create_repo, upload_folder
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from torch import nn
+from transformers import AutoModelForCausalLM
+
 from helpers import (
     D_IN,
     D_SAE,
@@ -22,12 +28,6 @@ from helpers import (
     tiny_sae,
     token_ids,
 )
-from huggingface_hub import HfApi, create_repo, upload_folder
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
-from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-from torch import nn
-from transformers import AutoModelForCausalLM
-
 from peft_fsrl import load_sae
 
 FOLDER = Path(sys.argv[1])

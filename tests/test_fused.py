@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
 from helpers import (
     D_IN,
     SAE_CASES,
@@ -18,14 +23,10 @@ from helpers import (
     tiny_sae,
     token_ids,
 )
-from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
-
-from peft_fsrl import FrozenSAE, _tiles, freeze_sae, functional, fused, layer
+from peft_fsrl import FrozenSAE, _tiles, freeze_sae, functional, fused
 from peft_fsrl.functional import ACTIVATIONS
 from peft_fsrl.steering import SteeringMonitor, observe
+from peft_fsrl.tuner import layer
 
 BANDWIDTH = 0.4
 D_ODD = 23

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from helpers import (
     ARCHITECTURES,
     SAE_CASES,
@@ -16,14 +20,10 @@ from helpers import (
     randomise_adapter,
     tiny_sae,
 )
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-
 from peft_fsrl import FSRLConfig, FSRLLayer, freeze_sae
 from peft_fsrl.functional import ACTIVATIONS, masked_mean
-from peft_fsrl.layer import SteeringEvent
 from peft_fsrl.steering import token_statistics
+from peft_fsrl.tuner.layer import SteeringEvent
 
 # The same examples in every run: a failure is one of this code, not of the day.
 several = settings(

@@ -6,6 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens import SAE
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
 from helpers import (
     ARCHITECTURES,
     D_IN,
@@ -20,12 +26,6 @@ from helpers import (
     tiny_sae,
     token_ids,
 )
-from sae_lens import SAE
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
-
 from peft_fsrl import FSRLConfig, FSRLLayer, _sparse, freeze_sae, sae
 from peft_fsrl.functional import ACTIVATIONS
 from peft_fsrl.steering import only_features

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
 from helpers import (
     D_IN,
     D_SAE,
@@ -20,9 +23,6 @@ from helpers import (
     tiny_sae,
     token_ids,
 )
-from peft import PeftModel
-from torch import Tensor, nn
-
 from peft_fsrl import FSRLConfig
 from peft_fsrl.functional import ACTIVATIONS, token_l1
 from peft_fsrl.steering import (

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST = (3, 10)
+OLDEST = (3, 11)
 
 
 def create(venv: Path) -> None:

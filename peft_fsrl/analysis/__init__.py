@@ -1,15 +1,15 @@
 """Turn a trained adapter and a preference data set into evidence: records in, records out."""
 
+from ..training.coherence import (
+    compare_coherence,
+    compute_coherence,
+)
 from .ablation import (
     ablate_categories,
 )
 from .buckets import (
     compute_gain,
     score_by_length,
-)
-from .coherence import (
-    compare_coherence,
-    compute_coherence,
 )
 from .composition import (
     FeatureCounts,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..sae import FrozenSAE
+from ..sae.frozen import FrozenSAE
 from . import statistics
 from .records import CategoryShare, Composition, Interval
 from .segments import TokenChunk, active_sae, stream_tokens

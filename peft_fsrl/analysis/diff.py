@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layer import FSRLLayer
+from ..tuner.layer import FSRLLayer
 from . import statistics
 from .records import AdapterDifference, FeatureDifference, FeatureUse
 from .segments import only_layer

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .._running import evaluating
-from .preferences import Batch, batched, pad, tokenize_pairs
+from ..training.likelihood import Batch, batched, pad
+from ..training.running import evaluating
+from .preferences import tokenize_pairs
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._outputs import hidden_states_of
-from .._running import evaluating
-from ..sae import FrozenSAE
-from ..sae_sources import HookPoint, parse_hook, take_sae
-from ..targets import check_hidden_size, decoder_layers, writer_path
-from ..tokens import tokenize
+from ..sae.frozen import FrozenSAE
+from ..sae.loading import HookPoint, parse_hook, take_sae
+from ..training.likelihood import batched, pad
+from ..training.running import evaluating
+from ..training.tokens import tokenize
+from ..tuner.outputs import hidden_states_of
+from ..tuner.placement import check_hidden_size, decoder_layers, writer_path
 from .checkup import judge_fits
-from .preferences import batched, pad
 from .records import Checkup, SAEFit
 from .segments import special_ids
 

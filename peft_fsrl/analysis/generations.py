@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..steering import SteeringEvent, fsrl_layers, observe
+from ..training.sampling import Answer, model_variants, sample_answers
 from .records import Continuation, Generation, SteeredFeature, SteeredToken
-from .sampling import Answer, model_variants, sample_answers
 
 
 def compare_generations(

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._outputs import hidden_states_of
-from ..config import FSRLConfig
-from ..objectives import simpo_loss
-from ..sae import FrozenSAE
-from ..sae_sources import take_sae
-from ..targets import resolve_targets
-from .preferences import batched, preference_margins
+from ..sae.frozen import FrozenSAE
+from ..sae.loading import take_sae
+from ..training.likelihood import batched
+from ..training.objectives import simpo_loss
+from ..tuner.config import FSRLConfig
+from ..tuner.outputs import hidden_states_of
+from ..tuner.placement import resolve_targets
+from .preferences import preference_margins
 from .records import FeatureEffect, LayerEffect
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._running import evaluating
-from ..layer import FSRLLayer
-from ..sae import FrozenSAE
+from ..sae.frozen import FrozenSAE
 from ..steering import SteeringEvent, fsrl_layers, observe
-from ..tokens import tokenize
-from .preferences import Batch, batched, pad
+from ..training.likelihood import Batch, batched, pad
+from ..training.running import evaluating
+from ..training.tokens import tokenize
+from ..tuner.layer import FSRLLayer
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import functional
-from .._outputs import hidden_states_of, replace_hidden_states
-from .._running import evaluating
-from ..layer import FSRLLayer
-from ..objectives import simpo_loss
 from ..steering import SteeringEvent, ablate_features, observe
+from ..training.likelihood import batched
+from ..training.objectives import simpo_loss
+from ..training.running import evaluating
+from ..tuner.layer import FSRLLayer
+from ..tuner.outputs import hidden_states_of, replace_hidden_states
 from . import statistics
-from .preferences import batched, preference_margins, score_preferences
+from .preferences import preference_margins, score_preferences
 from .ranking import steering_gradient
 from .records import FeatureAblation, FeatureAblations, Interval, PreferenceScores, Usage
 from .segments import active_sae, only_layer

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
+from ..training.sampling import BASE, TRAINED, model_variants, sample_answers
 from .labels._prompts import conclusion
 from .records import Interval, WinRate
-from .sampling import BASE, TRAINED, model_variants, sample_answers
 
 # A small "a" may be an article ("a tie", "to reach a verdict, a look at both"): it names an answer
 # only where the line ends.

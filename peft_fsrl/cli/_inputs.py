@@ -127,7 +127,7 @@ def load_rows(args: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, 
     Raises:
         ValueError: for a data set without pairs, without their columns or without a usable row.
     """
-    from ..data import check_columns, pair_texts, prepare_preferences
+    from ..training.data import check_columns, pair_texts, prepare_preferences
 
     dataset, name = _load_dataset(args)
     check_columns(dataset.column_names)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._outputs import hidden_states_of, replace_hidden_states
-from .._running import to_device
+from ..training.running import to_device
+from ..tuner.outputs import hidden_states_of, replace_hidden_states
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._running import evaluating
-from ..layer import FSRLLayer
 from ..steering import SteeringEvent, base_model, fsrl_layers, observe
+from ..training.running import evaluating
+from ..tuner.layer import FSRLLayer
 from .capture import on_output
 from .encoders import NotAffineError
 from .pieces import Piece, PiecewiseAffine

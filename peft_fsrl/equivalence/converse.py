@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ..adapter import SteeringAdapter
-from ..config import FSRLConfig
-from ..layer import FSRLLayer
-from ..sae import FrozenSAE
-from ..sae_sources import take_sae
+from ..sae.frozen import FrozenSAE
+from ..sae.loading import take_sae
 from ..steering import fsrl_layers
+from ..tuner.adapter import SteeringAdapter
+from ..tuner.config import FSRLConfig
+from ..tuner.layer import FSRLLayer
 from .encoders import affine_input
 
 if TYPE_CHECKING:

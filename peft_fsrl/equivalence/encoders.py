@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..sae import FrozenSAE
+from ..sae.frozen import FrozenSAE
 
 if TYPE_CHECKING:
     from jaxtyping import Float

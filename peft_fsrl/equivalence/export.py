@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .._running import evaluating
 from ..steering import SteeringEvent, base_model, observe
+from ..training.running import evaluating
 from .capture import Batches, check_batches, model_inputs, on_output, real_tokens
 from .measure import Comparison, compare
 from .reduced_rank import Moments, ReducedRank, reduced_rank_regression

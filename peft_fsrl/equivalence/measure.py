@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._running import evaluating
 from ..steering import base_model, scale_steering
+from ..training.running import evaluating
 from .capture import Batches, check_batches, model_inputs, scored_tokens
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..adapter import SteeringAdapter
-from ..layer import FSRLLayer
+from ..tuner.adapter import SteeringAdapter
+from ..tuner.layer import FSRLLayer
 from .boundaries import Exit, Geometry, Half
 from .encoders import NotAffineError, affine_input, feature_encoder, ranking_distances
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .._outputs import hidden_states_of, replace_hidden_states
-from .._running import evaluating
-from ..layer import FSRLLayer
 from ..steering import SteeringEvent, base_model, fsrl_layers, observe
+from ..training.running import evaluating
+from ..tuner.layer import FSRLLayer
+from ..tuner.outputs import hidden_states_of, replace_hidden_states
 from .capture import model_inputs, on_output, real_tokens
 
 PROJECTION = "residual_projection"

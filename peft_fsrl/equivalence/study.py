@@ -11,12 +11,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .._running import evaluating
-from ..config import FSRLConfig
-from ..layer import FSRLLayer
-from ..sae_sources import take_sae
+from ..sae.loading import take_sae
 from ..steering import SteeringEvent, base_model
-from ..targets import resolve_targets
+from ..training.running import evaluating
+from ..tuner.config import FSRLConfig
+from ..tuner.layer import FSRLLayer
+from ..tuner.placement import resolve_targets
 from .capture import Batches, check_batches, model_inputs, on_output, real_tokens
 from .converse import LinearAdapter
 from .explanation import Explanation, FeatureShare, Share

@@ -1,7 +1,7 @@
 """Write the golden checkpoints of a release, once: ``python tests/golden/make.py v0.1``.
 
-What is written here binds every later release; see ``tests/test_golden.py``. A folder that exists
-is never written again.
+What is written here binds every later release; see ``tests/tuner/test_golden.py``. A folder that
+exists is never written again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 TESTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
 
-from helpers import D_IN, naive_steer, randomise_adapter, tiny_sae  # noqa: E402
 from test_golden import Stack  # noqa: E402
 
+from helpers import D_IN, naive_steer, randomise_adapter, tiny_sae  # noqa: E402
 from peft_fsrl import FSRLConfig, FSRLLayer  # noqa: E402
 
 HOOK = {"hook_name": "blocks.1.hook_resid_post", "model_name": "stack"}

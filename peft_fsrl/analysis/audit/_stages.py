@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from ...steering import scale_steering
+from ...training.coherence import compare_coherence
 from ..ablation import ablate_categories
-from ..coherence import compare_coherence
 from ..composition import compute_compositions
 from ..generations import compare_generations
 from ..labels import collect_evidence, compare_labels, require_fit

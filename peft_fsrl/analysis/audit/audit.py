@@ -82,7 +82,7 @@ def compute_audit(
         info=replace(stages.info, adapter=adapter),
         dataset=dataset_name,
         n_pairs=trained.n,
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=tuple(_versions()),
         findings=(
             judge_gain(base, trained, gain),

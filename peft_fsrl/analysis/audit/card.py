@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..._card_section import put_section, weights_digest
-from ..._checkpoints import CARD, CONFIG, finish_save
+from ...training.card_section import put_section, weights_digest
+from ...tuner.folder import CARD, CONFIG, finish_save
 from ..records import Audit
 from ..rendering import render_card_section
 from ..writing import write_whole

@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 from torch import nn
 
-from ...layer import FSRLLayer
 from ...steering import adapter_configs, base_model
+from ...tuner.layer import FSRLLayer
 from ..records import AdapterInfo, Setting
 
 _SETTINGS = (

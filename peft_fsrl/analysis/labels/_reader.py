@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..._running import evaluating
 from ...steering import SteeringEvent, base_model, fsrl_layers, observe
-from ...tokens import Tokenized, tokenize
-from ..preferences import batched, pad
+from ...training.likelihood import batched, pad
+from ...training.running import evaluating
+from ...training.tokens import Tokenized, tokenize
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -1,5 +1,7 @@
 """Evidence as plain records: frozen dataclasses that survive a round trip through JSON."""
 
+from ...records import Interval, Record, from_plain, to_plain
+from ...training.coherence import Coherence, VariantCoherence
 from .audit import (
     AdapterDifference,
     AdapterInfo,
@@ -12,7 +14,6 @@ from .audit import (
     Setting,
     Summary,
 )
-from .base import Interval, Record, from_plain, to_plain
 from .benchmarks import Evaluation, PreferenceComparison, TaskFigure, TaskScores
 from .effects import (
     Ablation,
@@ -38,12 +39,10 @@ from .labels import (
 )
 from .preferences import LengthBucket, PreferenceScores, WinRate
 from .texts import (
-    Coherence,
     Continuation,
     Generation,
     SteeredFeature,
     SteeredToken,
-    VariantCoherence,
 )
 from .training import Curve, FeatureEffect, LayerEffect, SweepPoint, TrainingCurves
 from .use import CategoryShare, Composition, FeatureUse, RankFrequency, Usage

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Interval, Record
+from ...records import Interval, Record
+from ...training.coherence import VariantCoherence
 from .effects import Ablation, FeatureAblations, StaticDynamic
 from .labels import Agreement, FeatureEvidence, FeatureLabel, Robustness
 from .preferences import LengthBucket, PreferenceScores
-from .texts import Generation, VariantCoherence
+from .texts import Generation
 from .training import TrainingCurves
 from .use import Composition, FeatureUse, RankFrequency, Usage
 

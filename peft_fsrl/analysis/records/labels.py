@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Interval, Record
+from ...records import Interval, Record
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Record
+from ...records import Record
 
 
 @dataclass(frozen=True)
@@ -62,35 +62,3 @@ class Generation(Record):
             KeyError: if there is none of that name.
         """
         return {answer.name: answer.text for answer in self.continuations}[name]
-
-
-@dataclass(frozen=True)
-class Coherence(Record):
-    """Whether sampled answers are still language. Compare with the base model's own answers.
-
-    Attributes:
-        n: number of answers.
-        perplexity: of all answers' tokens under the base model; rises where the steered model says
-            what the base model would not.
-        repetition: share of an answer's 4-grams that it has said before, mean over answers.
-        distinct_1: different tokens over tokens, of all answers together.
-        distinct_2: the same with pairs of consecutive tokens.
-        mean_length: tokens per answer.
-        ended: share of answers that ended by themselves.
-    """
-
-    n: int
-    perplexity: float
-    repetition: float
-    distinct_1: float
-    distinct_2: float
-    mean_length: float
-    ended: float
-
-
-@dataclass(frozen=True)
-class VariantCoherence(Record):
-    """Coherence of one variant's answers; see ``Continuation`` for the names."""
-
-    name: str
-    coherence: Coherence

@@ -1,0 +1,1 @@
+"""Training with a sparsity penalty: trainer, data, objectives, coherence."""

@@ -1,0 +1,61 @@
+"""The sparsity penalty of one forward pass: what is added to the preference loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import masked_mean
+from ..steering import ForwardRecord, TokenStatistics, adapter_configs
+
+
+class SparsityPenalty:
+    """``l1_coeff * mean_t ||v_t||_1 + l0_coeff * mean_t #open gates``, over real tokens.
+
+    Summed over the layers that an adapter steers. Padding never counts.
+
+    Args:
+        model: a model with FSRL adapters, whose configs give the coefficients. They are read at
+            every call, so that adapters may be added and coefficients changed at any time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(self, record: ForwardRecord, scales: Mapping[str, float] | None = None) -> Tensor:
+        """The penalty of one forward pass, a scalar with that pass's graph.
+
+        Args:
+            record: from a ``SteeringMonitor``.
+            scales: factor of both coefficients by adapter; 1 where it names none.
+
+        Raises:
+            RuntimeError: the pass was made in training mode and steered by a trainable adapter, but
+                the penalty has no graph: nothing would train on it.
+        """
+        configs, terms = adapter_configs(self._model), []
+        for tokens in record.tokens:
+            config = configs[tokens.adapter_name]
+            mask = None if record.mask is None else record.mask.to(tokens.l1.device)
+            term = config.l1_coeff * masked_mean(tokens.l1, mask, config.penalty_reduction)
+            if tokens.gate is not None and config.l0_coeff:
+                gates = masked_mean(tokens.gate, mask, config.penalty_reduction)
+                term = term + config.l0_coeff * gates
+            if record.training and not term.requires_grad:
+                self._require_graph(tokens)
+            terms.append(term * (scales or {}).get(tokens.adapter_name, 1.0))
+        device = terms[0].device
+        return torch.stack([term.to(device) for term in terms]).sum()
+
+    def _require_graph(self, tokens: TokenStatistics) -> None:
+        mark = f".{tokens.adapter_name}."
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and "fsrl_" in name and mark in name:
+                raise RuntimeError(
+                    f"The sparsity penalty of adapter '{tokens.adapter_name}' at "
+                    f"'{tokens.layer_name}' has no graph, so that nothing would train on it. A "
+                    "reentrant gradient checkpoint around that module does this: use "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )

@@ -1,0 +1,1 @@
+"""The PEFT method: configuration, layers, model, placement and saved folders."""

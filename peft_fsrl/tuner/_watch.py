@@ -1,0 +1,54 @@
+"""Notices a penalty that is configured and that nothing trains on."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+
+class PenaltyWatch:
+    """Warns once when gradients reach an adapter and pass its penalty by.
+
+    Hooks on what a training forward pass gave show whether a backward pass came through the steered
+    output, and whether one came through the terms of the penalty. The next training forward pass
+    judges: by then the backward pass, if there was one, is over. Compiled passes are not watched.
+
+    Args:
+        adapter_name: for the message.
+    """
+
+    def __init__(self, adapter_name: str) -> None:
+        self._adapter_name = adapter_name
+        self._trained = self._penalised = self._warned = False
+
+    def follow(self, output: Tensor, *terms: Tensor | None) -> None:
+        """Judge the last training forward pass and watch this one.
+
+        Args:
+            output: the steered output, shape ``(..., d_in)``.
+            terms: what a penalty would be made of, any shape; None for one that does not exist.
+        """
+        if self._trained and not self._penalised and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"FSRL adapter '{self._adapter_name}' has a sparsity penalty in its config, but "
+                "it trains without one: nothing added the penalty to the loss. Make the trainer "
+                "with `with_fsrl` (`from peft_fsrl import with_fsrl`; "
+                "`with_fsrl(CPOTrainer)(...)`), or set l1_coeff=0 and l0_coeff=0.",
+                stacklevel=2,
+            )
+        self._trained = self._penalised = False
+        if self._warned:
+            return
+        output.register_hook(self._see_training)
+        for term in terms:
+            if term is not None and term.requires_grad:
+                term.register_hook(self._see_penalty)
+
+    def _see_training(self, gradient: Tensor | None) -> None:
+        self._trained |= gradient is not None
+
+    def _see_penalty(self, gradient: Tensor | None) -> None:
+        # A hook on one of a function's outputs is called, with None, when another was used.
+        self._penalised |= gradient is not None

@@ -1,0 +1,521 @@
+"""An audit is its analyses, made once each; what it says; where its summary stands."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer
+
+import helpers
+from audits import HOSTILE, make_audit
+from peft_fsrl.analysis import compute_usage, score_preferences
+from peft_fsrl.analysis.audit import AuditSettings, _stages, compute_audit, trust
+from peft_fsrl.analysis.audit.card import add_audit
+from peft_fsrl.analysis.audit.findings import (
+    judge_categories,
+    judge_coherence,
+    judge_gain,
+    judge_labels,
+)
+from peft_fsrl.analysis.audit_report import render_audit
+from peft_fsrl.analysis.records import (
+    Audit,
+    Coherence,
+    FeatureLabel,
+    Interval,
+    Labels,
+    VariantCoherence,
+)
+from peft_fsrl.analysis.rendering import render_audit_html, render_card_section
+from peft_fsrl.analysis.writing import write_whole
+from peft_fsrl.steering import scale_steering
+
+ROWS = list(helpers.tiny_preferences(6))
+QUICK = AuditSettings(
+    n_generations=2, n_coherence=2, max_new_tokens=4, n_random=1, n_single=2, n_cards=2, n_draws=20
+)
+LABELS = Labels(
+    "people",
+    ("style", "tone", "nothing"),
+    helpers.D_SAE,
+    None,
+    (
+        *(FeatureLabel(f, f"kind {f}", ("style",), 0.9) for f in range(6)),
+        *(FeatureLabel(f, None, ("tone",), None) for f in range(6, 9)),
+    ),
+)
+# What each stage calls, in the order of the stages.
+CALLS = (
+    "score_preferences",
+    "compute_usages",
+    "ablate_categories",
+    "compute_compositions",
+    "compare_coherence",
+    "collect_evidence",
+    "ablate_single_features",
+    "compare_static_dynamic",
+    "compare_generations",
+)
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    model = helpers.fsrl_model()
+    model.generation_config.eos_token_id = 2
+    return model
+
+
+def audit_of(model: PeftModel, out: Path | None = None, **options: Any) -> Audit:
+    options = {"labels": LABELS, "settings": QUICK, "show_progress": False} | options
+    rows = options.pop("rows", ROWS)
+    tokenizer = options.pop("tokenizer", helpers.tiny_tokenizer())
+    return compute_audit(model, rows, tokenizer, out=out, **options)
+
+
+def without_date(audit: Audit) -> Audit:
+    return replace(audit, created="")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each analysis has run; an entry of None in ``fail`` lets it run."""
+    counts: dict[str, int] = dict.fromkeys(CALLS, 0)
+    for name in CALLS:
+        original = getattr(_stages, name)
+
+        def count(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(_stages, name, count)
+    return counts
+
+
+def test_an_audit_is_its_analyses(model: PeftModel) -> None:
+    audit = audit_of(model, adapter="mine", dataset_name="pairs")
+    tokenizer = helpers.tiny_tokenizer()
+    assert audit.trained == score_preferences(model, ROWS, tokenizer)
+    with scale_steering(model, 0.0):
+        assert audit.base == score_preferences(model, ROWS, tokenizer)
+    usage = compute_usage(
+        model,
+        ROWS,
+        tokenizer,
+        labels={f: f"kind {f}" for f in range(6)} | dict.fromkeys((6, 7, 8), "tone"),
+    )
+    assert audit.usages[0] == usage
+    assert [a.name for a in audit.ablations] == ["style", "tone"], "a category without features"
+    assert [c.segment for c in audit.compositions] == [u.segment for u in audit.usages]
+    assert {v.name for v in audit.coherence} == {"base", "trained", "without style", "without tone"}
+    steering = {use.feature: use.mean_steering for use in usage.features}
+    shown = [card.use.feature for card in audit.promoted]
+    assert shown == sorted(steering, key=lambda f: -steering[f])[:2]
+    assert [card.use.feature for card in audit.suppressed] == sorted(steering, key=steering.get)[:2]
+    assert all(card.evidence.feature == card.use.feature for card in audit.promoted)
+    assert audit.info.adapter == "mine"
+    assert audit.info.n_parameters == helpers.D_SAE * (helpers.D_IN + 2)
+    assert audit.info.fingerprint == helpers.only_layer(model).fsrl_sae["default"].info.fingerprint
+    assert audit.note("curves")
+    assert Audit.from_json(audit.to_json()) == audit
+    assert "<h1" in render_audit_html(audit)
+    assert max(map(len, render_audit(audit).splitlines())) < 100
+
+
+def test_what_is_finished_is_not_made_again(
+    model: PeftModel, tmp_path: Path, counted: dict[str, int]
+) -> None:
+    first = audit_of(model, tmp_path)
+    assert all(counted.values())
+    before = dict(counted)
+    assert without_date(audit_of(model, tmp_path)) == without_date(first)
+    assert counted == before
+    assert without_date(audit_of(model)) == without_date(first), "and without a folder all is"
+    assert counted == {name: 2 * n for name, n in before.items()}
+
+
+@pytest.mark.parametrize("stage", CALLS)
+def test_a_killed_audit_goes_on_where_it_was(
+    model: PeftModel,
+    tmp_path: Path,
+    counted: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    whole = audit_of(model)
+    counted.update(dict.fromkeys(CALLS, 0))
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_stages, stage, die)
+        with pytest.raises(KeyboardInterrupt):
+            audit_of(model, tmp_path)
+    assert without_date(audit_of(model, tmp_path)) == without_date(whole)
+    expected = dict.fromkeys(CALLS, 1) | {"score_preferences": 2}
+    assert counted == expected, "everything ran once, before the end or after it"
+
+
+def test_changed_inputs_are_noticed(
+    model: PeftModel, tmp_path: Path, counted: dict[str, int]
+) -> None:
+    audit_of(model, tmp_path)
+
+    def made_again(**options: Any) -> set[str]:
+        counted.update(dict.fromkeys(CALLS, 0))
+        audit_of(model, tmp_path, **options)
+        return {name for name, n in counted.items() if n}
+
+    fewer = replace(LABELS, features=LABELS.features[:7])
+    labelled = {"ablate_categories", "compute_compositions", "compare_coherence"}
+    labelled |= {"compare_generations", "ablate_single_features"}
+    assert made_again(labels=fewer) == labelled
+    assert made_again(labels=fewer, settings=replace(QUICK, n_single=3)) == {
+        "ablate_single_features"
+    }
+    assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
+    tokenizer = helpers.tiny_tokenizer()
+    tokenizer(["w3 w4"], truncation=True, max_length=1, padding=True)
+    assert made_again(labels=fewer, rows=ROWS[:5], tokenizer=tokenizer) == set(), "used before"
+    words = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["w3"], vocabulary["w4"] = vocabulary["w4"], vocabulary["w3"]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    other = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(words)), **special)
+    assert made_again(labels=fewer, rows=ROWS[:5], tokenizer=other) == set(CALLS)
+    with torch.no_grad():
+        helpers.only_layer(model).fsrl_adapter["default"].weight[0, 0] += 1
+    assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].mlp.up_proj.weight += 1e-3
+    assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"key": 1}', '{"key": "same", "value": {}}'])
+def test_a_damaged_part_is_made_again(
+    model: PeftModel, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = audit_of(model, tmp_path)
+    part = tmp_path / "parts" / "usages.json"
+    key = json.loads(part.read_text())["key"]
+    part.write_text(damage.replace("same", key))
+    assert without_date(audit_of(model, tmp_path)) == without_date(first)
+    assert json.loads(part.read_text())["key"] == key
+    assert ("cannot be read" in caplog.text) == (damage != '{"key": 1}')
+
+
+def test_a_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    write_whole(path, "old")
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert [each.name for each in path.parent.iterdir()] == ["file.txt"]
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_an_adapter_that_steers_nothing(model: PeftModel) -> None:
+    with torch.no_grad():
+        helpers.only_layer(model).fsrl_adapter["default"].threshold.fill_(100.0)
+    audit = audit_of(model)
+    assert audit.findings[0].verdict == "unsure"
+    assert audit.usages[0].features == ()
+    for part in ("single", "static_dynamic", "promoted"):
+        assert "steers" in audit.note(part)
+    assert "<h1" in render_audit_html(audit)
+    assert render_audit(audit)
+
+
+def test_without_labels(model: PeftModel) -> None:
+    audit = audit_of(model, labels=None)
+    assert audit.ablations == audit.compositions == ()
+    assert "no labels" in audit.note("ablations")
+    assert [finding.verdict for finding in audit.findings[2:]] == ["unsure", "unsure"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_sae": 99}, "99 features, but this one has 24"),
+        ({"fingerprint": "0" * 64}, "SAE with fingerprint 000000000000"),
+        (
+            {"d_sae": None, "features": (FeatureLabel(24, None, ("style",), None),)},
+            "label for feature 24, expected 0 to 23",
+        ),
+    ],
+)
+def test_labels_of_another_sae(model: PeftModel, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        audit_of(model, labels=replace(LABELS, **change))
+
+
+def test_labels_no_better_than_a_known_judge(model: PeftModel, tmp_path: Path) -> None:
+    perfect = audit_of(model, settings=replace(QUICK, label_mcc=1.0, n_draws=20))
+    assert perfect.agreements == ()
+    assert len(perfect.robustness) >= 2
+    for figure in perfect.robustness:
+        assert figure.propagated.low == figure.propagated.high == pytest.approx(figure.measured)
+        assert figure.kept == 1
+    assert "redrawn by the given error rates" in perfect.findings[3].answer
+    useless = audit_of(model, settings=replace(QUICK, label_mcc=0.0, n_draws=20))
+    spread = [figure.propagated.high - figure.propagated.low for figure in useless.robustness]
+    assert max(spread) > 0.05
+    with pytest.raises(ValueError, match=r"from 0 to 1, got 1\.5"):
+        replace(QUICK, label_mcc=1.5)
+
+
+def test_a_reference_says_how_far_to_trust(
+    model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # People call the features 0 to 4 style where the labels have 0 to 5, and know no tone.
+    reference = replace(
+        LABELS,
+        source="others",
+        categories=("style",),
+        features=tuple(FeatureLabel(f, None, ("style",) if f < 5 else (), None) for f in range(9)),
+    )
+    audit = audit_of(model, tmp_path, reference_labels=reference)
+    [agreement] = audit.agreements
+    assert (agreement.both, agreement.only_judged, agreement.only_reference) == (5, 1, 0)
+    figures = [each.figure for each in audit.robustness]
+    assert figures == ["enrichment of style, chosen", "rise of the loss without style"]
+    [enrichment, rise] = audit.robustness
+    [share] = [s for s in audit.compositions[0].shares if s.category == "style"]
+    assert enrichment.measured == pytest.approx(share.enrichment.value)
+    assert rise.measured == pytest.approx(audit.ablations[0].rise.value, abs=1e-5)
+    assert enrichment.n_draws == QUICK.n_draws
+    assert "MCC" in audit.findings[3].answer
+
+    monkeypatch.setattr(trust, "propagate_ablation", None)
+    again = audit_of(model, tmp_path, reference_labels=reference)
+    assert without_date(again) == without_date(audit), "read back"
+    strangers = replace(reference, categories=("colour",), features=())
+    with pytest.raises(ValueError, match="categories that both know"):
+        audit_of(model, reference_labels=strangers)
+
+
+def test_some_categories(model: PeftModel) -> None:
+    audit = audit_of(model, settings=replace(QUICK, categories=("tone",)))
+    assert [ablation.name for ablation in audit.ablations] == ["tone"]
+    with pytest.raises(ValueError, match=r"the labels know, .*got \['colour'\]"):
+        audit_of(model, settings=replace(QUICK, categories=("colour",)))
+
+
+def test_labels_in_no_category(model: PeftModel) -> None:
+    bare = replace(LABELS, features=tuple(replace(f, categories=()) for f in LABELS.features))
+    audit = audit_of(model, labels=bare)
+    for part in ("compositions", "ablations"):
+        assert "put no feature into a category" in audit.note(part)
+    assert audit.findings[2].answer == "No feature has a category, so nobody can say."
+
+
+def test_labels_are_no_witness_for_themselves(model: PeftModel) -> None:
+    with pytest.raises(ValueError, match="the same labels again"):
+        audit_of(model, reference_labels=replace(LABELS, source="a copy"))
+
+
+def test_too_little_to_audit(model: PeftModel) -> None:
+    with pytest.raises(ValueError, match="at least two held-out preference pairs, found 1"):
+        audit_of(model, rows=ROWS[:1])
+
+
+def coherence(perplexity: float, repetition: float) -> tuple[VariantCoherence, ...]:
+    base = Coherence(8, 2.0, 0.1, 0.5, 0.5, 10.0, 1.0)
+    trained = replace(base, perplexity=perplexity, repetition=repetition)
+    return (VariantCoherence("base", base), VariantCoherence("trained", trained))
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "repetition", "verdict"),
+    [
+        (3.0, 0.15, "yes"),
+        (3.01, 0.1, "unsure"),
+        (2.0, 0.16, "unsure"),
+        (6.0, 0.3, "unsure"),
+        (6.01, 0.1, "no"),
+        (2.0, 0.31, "no"),
+        (1.0, 0.0, "yes"),
+        (float("nan"), 0.1, "no"),
+    ],
+)
+def test_limits_of_coherence(perplexity: float, repetition: float, verdict: str) -> None:
+    assert judge_coherence(coherence(perplexity, repetition)).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.1, 1, "yes"), (-0.1, 1, "unsure"), (-1, -0.1, "no")]
+)
+def test_limits_of_a_gain(low: float, high: float, verdict: str) -> None:
+    audit = make_audit()
+    gain = Interval((low + high) / 2, low, high)
+    assert judge_gain(audit.base, audit.trained, gain).verdict == verdict
+
+
+def test_a_category_of_everything_has_nothing_to_be_compared_with() -> None:
+    audit = make_audit()
+    sure = Interval(3, 2.5, 3.5)
+    ablation = replace(audit.ablations[0], rise=sure, excess_count=None, excess_mass=None)
+    finding = judge_categories(audit.base, audit.trained, [ablation])
+    assert finding.verdict == "unsure"
+    assert "no other features" in finding.answer
+
+
+@pytest.mark.parametrize(("n", "verdict"), [(2, "unsure"), (5, "unsure"), (6, "yes")])
+def test_a_handful_of_pairs_proves_nothing(n: int, verdict: str) -> None:
+    # All of n pairs on one side, by chance alone: less often than one in twenty from six on.
+    assert (2 / 2**n < 0.05) == (verdict == "yes")
+    audit = make_audit()
+    few = {
+        name: getattr(audit.trained, name)[:n]
+        for name in ("losses", "margins", "chosen_tokens", "rejected_tokens")
+    }
+    trained, sure = replace(audit.trained, **few), Interval(3, 2.5, 3.5)
+    assert judge_gain(audit.base, trained, sure).verdict == verdict
+    ablation = replace(audit.ablations[0], rise=sure, excess_count=sure, excess_mass=sure)
+    assert judge_categories(audit.base, trained, [ablation]).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("rise", "excess", "verdict"),
+    [
+        # The gain of this audit is about 3.8: half of it is about 1.9.
+        (Interval(3, 2.5, 3.5), Interval(2, 1.5, 2.5), "yes"),
+        (Interval(3, 2.5, 3.5), Interval(0.1, -0.1, 0.3), "no"),
+        (Interval(1, 0.8, 1.2), Interval(0.5, 0.4, 0.6), "unsure"),
+        (Interval(0, -0.2, 0.2), Interval(0, -0.2, 0.2), "no"),
+    ],
+)
+def test_limits_of_what_carries_the_gain(rise: Interval, excess: Interval, verdict: str) -> None:
+    audit = make_audit()
+    ablation = replace(audit.ablations[0], rise=rise, excess_mass=excess, excess_count=excess)
+    finding = judge_categories(audit.base, audit.trained, [ablation])
+    assert finding.verdict == verdict
+    assert "same steering mass" in finding.answer
+    # Where random features cannot reach the mass, the comparison is with as many of them.
+    short = replace(ablation, random_masses=(0.1,), excess_mass=Interval(9, 9, 9))
+    finding = judge_categories(audit.base, audit.trained, [short])
+    assert finding.verdict == verdict
+    assert "as many random features" in finding.answer
+    assert judge_categories(audit.trained, audit.base, [ablation]).verdict == "unsure"
+
+
+def test_a_few_draws_are_not_enough_to_trust() -> None:
+    audit = make_audit()
+    for n, verdict in ((19, "unsure"), (20, "yes")):
+        drawn = [replace(each, kept=1.0, n_draws=n) for each in audit.robustness]
+        assert judge_labels(LABELS, audit.agreements, drawn).verdict == verdict
+
+
+def test_losses_that_are_no_numbers(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(*args: Any, **options: Any) -> PreferenceScores:
+        scores = score_preferences(*args, **options)
+        return replace(scores, losses=(float("nan"), *scores.losses[1:]))
+
+    monkeypatch.setattr(_stages, "score_preferences", score)
+    with pytest.raises(ValueError, match="found nan or inf on 1 of 6 pairs"):
+        audit_of(model)
+
+
+@pytest.mark.parametrize(("kept", "verdict"), [(0.95, "yes"), (0.94, "unsure"), (0.79, "no")])
+def test_limits_of_trust(kept: float, verdict: str) -> None:
+    audit = make_audit()
+    robust = replace(audit.robustness[0], kept=kept)
+    better = replace(robust, kept=1.0)
+    assert judge_labels(LABELS, audit.agreements, [better, robust]).verdict == verdict
+    assert judge_labels(LABELS, (), ()).verdict == "unsure"
+    low = replace(audit.agreements[0], mcc=Interval(0.2, 0.1, 0.3))
+    assert judge_labels(LABELS, [*audit.agreements, low], ()).verdict == "no"
+    assert judge_labels(LABELS, audit.agreements, ()).verdict == "yes"
+
+
+def save(model: PeftModel, folder: Path) -> str:
+    model.save_pretrained(str(folder))
+    return (folder / "README.md").read_text()
+
+
+def test_the_summary_in_the_model_card(model: PeftModel, tmp_path: Path) -> None:
+    before = save(model, tmp_path)
+    first = make_audit()
+    add_audit(tmp_path, first)
+    once = (tmp_path / "README.md").read_text()
+    assert once.startswith(before.rstrip())
+    assert f"{first.trained.loss:.3f}" in once
+    add_audit(tmp_path, first)
+    assert (tmp_path / "README.md").read_text() == once
+    add_audit(tmp_path, make_audit(n_pairs=123))
+    again = (tmp_path / "README.md").read_text()
+    assert again.count("fsrl-audit:start") == again.count("fsrl-audit:end") == 1
+    assert "On 123 held-out" in again
+    assert "On 400 held-out" not in again
+
+    assert "On 123 held-out" in save(model, tmp_path), "the same weights"
+    with torch.no_grad():
+        helpers.only_layer(model).fsrl_adapter["default"].weight += 1
+    changed = save(model, tmp_path)
+    assert "fsrl-audit" not in changed
+    assert "held-out" not in changed
+    assert changed.split() == before.split()
+
+
+def test_only_an_adapters_folder_has_a_card(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected an adapter's folder"):
+        add_audit(tmp_path, make_audit())
+
+
+def test_the_card_cannot_be_broken_from_inside(model: PeftModel, tmp_path: Path) -> None:
+    evil = f"{HOSTILE}\n| a | b |\n<!-- fsrl-audit:end -->\n# Title"
+    section = render_card_section(make_audit(text=evil))
+    assert "<!--" not in section
+    assert "<script" not in section
+    assert "\n#" not in section.replace("\n## ", "", 1) or section.count("\n#") == 0
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    widths = [line.replace("\\|", "").count("|") for line in rows]
+    assert set(widths) <= {4, 5, 6}
+    save(model, tmp_path)
+    add_audit(tmp_path, make_audit(text=evil))
+    add_audit(tmp_path, make_audit())
+    text = (tmp_path / "README.md").read_text()
+    assert "window.pwned" not in text
+
+
+def test_the_trainers_card_keeps_it(tmp_path: Path, make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.save_model()
+    add_audit(tmp_path, make_audit())
+    trainer.save_model()
+    assert "fsrl-audit:start" in (tmp_path / "README.md").read_text()
+    trainer.create_model_card()
+    assert "fsrl-audit:start" in (tmp_path / "README.md").read_text()
+    with torch.no_grad():
+        helpers.only_layer(trainer.model).fsrl_adapter["default"].weight += 1
+    trainer.save_model()
+    assert "fsrl-audit:start" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.fixture
+def make_trainer() -> Callable[..., Any]:
+    def make(folder: Path) -> Any:
+        from transformers import Trainer, TrainingArguments
+
+        from peft_fsrl import with_fsrl
+
+        args = TrainingArguments(str(folder), report_to="none", use_cpu=True)
+        model = helpers.fsrl_model(l1_coeff=0.0)
+        return with_fsrl(Trainer)(model=model, args=args)
+
+    return make

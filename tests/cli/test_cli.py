@@ -1,0 +1,379 @@
+"""The commands as people run them, on the model organism, and what they say when they cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from judge_server import Reply, serve
+from peft_fsrl import FSRLConfig, organism
+from peft_fsrl.analysis import statistics
+from peft_fsrl.analysis.labels import load_labels, organism_labels, save_labels
+from peft_fsrl.analysis.records import AdapterDifference, Audit, Checkup
+from peft_fsrl.cli.main import COMMANDS, main
+
+DATA = ["--dataset", "organism", "--n-pairs", "6"]
+QUICK = ["--n-generations", "1", "--n-coherence", "2", "--max-new-tokens", "4"]
+QUICK += ["--n-random", "1", "--n-single", "1", "--n-cards", "2", "--n-draws", "10"]
+
+
+def make_adapter(folder: Path, seed: int = 0, sae: Any = None) -> Path:
+    """An adapter that steers some features of the organism, untrained."""
+    built = organism.load()
+    config = FSRLConfig(
+        layer=built.layer,
+        sae=str(built.sae_path) if sae is None else sae,
+        init_scale=0.02,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    model = get_peft_model(built.load_model(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "fsrl_adapter" in name and name.endswith("threshold"):
+                parameter.fill_(0.35)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("adapter"))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a wrong request is answered with."""
+    capsys.readouterr()
+    assert main([str(each) for each in arguments]) == 2
+    [line] = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+    return line
+
+
+def test_audit(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    out = tmp_path / "report"
+    command = ["audit", str(copy), "--out", str(out), *DATA, *QUICK, "--labels", "organism"]
+    truth, other = organism_labels(organism.load()), tmp_path / "other.json"
+    save_labels(replace(truth, features=truth.features[:-1], source="others"), other)
+    command += ["--categories", "style,honesty", "--reference-labels", str(other)]
+    assert main([*command, "--update-card", "--name", "mine"]) == 0
+    said = capsys.readouterr().out
+    audit = Audit.from_json((out / "audit.json").read_text())
+    page = (out / "audit.html").read_text()
+    for finding in audit.findings:
+        assert finding.question in said
+        assert finding.question in page
+    assert max(map(len, said.splitlines()[:-1])) < 100
+    assert audit.n_pairs == 6
+    assert audit.info.adapter == "mine"
+    assert [ablation.name for ablation in audit.ablations] == ["style", "honesty"]
+    assert "style 0.9" in audit.dataset
+    assert str(Path.cwd()) not in page, "where things lay on this machine is nobody's business"
+    assert page.count('class="plot"') == 2
+    assert "fsrl-audit:start" in (copy / "README.md").read_text()
+
+    parts = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+    assert main(command) == 0
+    assert parts == {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet", ""])
+def test_data_sets_on_disk(
+    adapter: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = organism.preferences(5, seed=1).select_columns(["prompt", "chosen", "rejected"])
+    path = tmp_path / f"pairs{suffix}"
+    {
+        ".json": lambda: pairs.to_json(path),
+        ".jsonl": lambda: pairs.to_json(path),
+        ".csv": lambda: pairs.to_csv(path),
+        ".parquet": lambda: pairs.to_parquet(path),
+        "": lambda: pairs.save_to_disk(path),
+    }[suffix]()
+    found = tmp_path / "diff.json"
+    arguments = ["--dataset", str(path), "--n-pairs", "0", "--json", str(found)]
+    assert main(["diff", str(adapter), str(adapter), *arguments]) == 0
+    record = AdapterDifference.from_json(found.read_text())
+    assert record.dataset == path.name
+    assert record.n_tokens > 0
+
+
+def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = tmp_path / "checkup.json"
+    command = ["doctor", "--model", "organism", "--sae", "organism", *DATA]
+    assert main([*command, "--json", str(found)]) == 0
+    said = capsys.readouterr().out
+    record = Checkup.from_json(found.read_text())
+    assert all(finding.answer.split()[0] in said for finding in record.findings)
+    assert main([*command, "--layer", "3"]) == 1
+    assert "It fits better nearby" in capsys.readouterr().out
+    text = tmp_path / "plain.jsonl"
+    said = organism.preferences(8, seed=2)["chosen"]
+    Dataset.from_list([{"text": each} for each in (*said, "", None)]).to_json(text)
+    assert main([*command[:5], "--dataset", str(text)]) == 0
+
+
+def test_labels(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    served = 0
+
+    def answer(prompt: str) -> Reply | str:
+        nonlocal served
+        served += 1
+        if served > most:
+            return Reply(status=401)
+        if "Description: bullet points" not in prompt:
+            return "DESCRIPTION: bullet points"
+        return "ACTIVE: 1" if "\nTexts:\n" in prompt else "ANSWER: yes\nCONFIDENCE: 90"
+
+    out = tmp_path / "new" / "labels.json"
+    with serve(answer) as endpoint:
+        request = ["labels", str(adapter), *DATA[:3], "40", "--out", str(out), "--n-features", "3"]
+        request += ["--judge-url", endpoint.url, "--judge-model", "m"]
+        most = 4
+        assert "the same call asks for the rest alone" in refusal(capsys, *request)
+        assert not out.exists()
+        most = 99
+        assert main(request) == 0
+        # A description, two categories and a test of three features.
+        answers = out.with_suffix(".answers.jsonl").read_text().splitlines()
+        assert len(answers) == 3 * 4
+        before = served
+        assert main(request) == 0
+        assert served == before, "answers are remembered"
+    text = capsys.readouterr().out
+    assert "3 features labelled: 3 alignment, 3 style" in text
+    assert "held-out texts apart with accuracy" in text
+    labels = load_labels(out)
+    assert [each.description for each in labels.features] == ["bullet points"] * 3
+    assert labels.d_sae == organism.load().manifest["sae"]["d_sae"]
+    assert labels.fingerprint is not None
+    assert all(0 <= each.quality <= 1 for each in labels.features if each.quality is not None)
+    audit = ["audit", str(adapter), *DATA, *QUICK, "--out", str(tmp_path / "audit")]
+    assert main([*audit, "--labels", str(out)]) == 0
+    assert "ending .json or .csv" in refusal(capsys, *request, "--out", tmp_path / "x.txt")
+    assert "n-features of 0 or more" in refusal(capsys, *request, "--n-features", "-1")
+
+
+def test_diff(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_adapter(tmp_path / "other", seed=1)
+    arguments = ["diff", str(adapter), str(other), *DATA, "--labels", "organism"]
+    assert "--n-features of 0 or more, got -1" in refusal(capsys, *arguments, "--n-features", -1)
+    foreign = tmp_path / "foreign.json"
+    save_labels(replace(organism_labels(organism.load()), fingerprint="0" * 64), foreign)
+    assert "this one has" in refusal(capsys, *arguments[:-1], foreign)
+    assert main([*arguments, "--n-features", "3"]) == 0
+    said = capsys.readouterr().out
+    assert f"A  {adapter}" in said
+    assert len(said.split("cosine")[1].strip().splitlines()) == 3
+
+
+def test_adapters_that_cannot_be_compared(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(organism.load().sae_path)
+    with torch.no_grad():
+        sae.W_enc[0, 0] += 1
+    foreign = make_adapter(tmp_path / "foreign", sae=sae)
+    assert "on the same SAE, found" in refusal(capsys, "diff", adapter, foreign, *DATA)
+
+
+def test_what_is_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", tmp_path / "out", *DATA]
+    (tmp_path / "empty").mkdir()
+    assert "adapter_config.json" in refusal(capsys, "audit", tmp_path / "empty", *out)
+    built = organism.load()
+    lora = get_peft_model(built.load_model(), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(str(tmp_path / "lora"))
+    line = refusal(capsys, "audit", tmp_path / "lora", *out)
+    assert "Expected an FSRL adapter" in line
+    assert "LORA" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_adapters(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", tmp_path / "out", *DATA]
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    weights = copy / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "is not what was saved" in refusal(capsys, "audit", copy, *out)
+    (copy / "SHA256SUMS").unlink()
+    assert "cannot be read" in refusal(capsys, "audit", copy, *out)
+    rows = {name: tensor[:10].clone() for name, tensor in load_file(adapter / weights.name).items()}
+    save_file(rows, weights)
+    assert "do not fit its config" in refusal(capsys, "audit", copy, *out)
+
+    config = copy / "adapter_config.json"
+    whole = config.read_text()
+    config.write_text(whole[:20])
+    assert f"The config in {copy} cannot be read" in refusal(capsys, "audit", copy, *out)
+    config.write_text(whole)
+    settings = json.loads(config.read_text()) | {"base_model_name_or_path": "/nowhere/at/all"}
+    config.write_text(json.dumps(settings))
+    assert "--base-model" in refusal(capsys, "audit", copy, *out)
+
+
+def test_data_that_nobody_can_audit(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(name: str, content: str) -> str:
+        (tmp_path / name).write_text(content)
+        out = tmp_path / "out"
+        return refusal(capsys, "audit", adapter, "--out", out, "--dataset", tmp_path / name)
+
+    assert "'rejected'" in refused("columns.jsonl", '{"prompt": "a", "chosen": "b"}\n')
+    same = '{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
+    assert "at least one usable preference pair" in refused("same.jsonl", same)
+    assert "cannot be read as a data set" in refused("broken.jsonl", '{"prompt": "a", ')
+    assert "no row" in refused("empty.csv", "prompt,chosen,rejected\n")
+    assert "ends in .json" in refused("pairs.txt", "hello")
+    assert "no row" in refused("empty.jsonl", "")
+    assert "no row" in refused("blank.json", "\n")
+    out = ["--out", tmp_path / "out"]
+    missing = tmp_path / "missing.jsonl"
+    assert "no such file" in refusal(capsys, "audit", adapter, *out, "--dataset", missing)
+    DatasetDict(train=organism.preferences(2)).save_to_disk(tmp_path / "splits")
+    line = refusal(capsys, "audit", adapter, *out, "--dataset", tmp_path / "splits")
+    assert "Expected a split 'test'" in line
+    assert "['train']" in line
+    one = json.dumps(organism.preferences(1)[0])
+    assert "at least two held-out" in refused("one.jsonl", f"{one}\n")
+
+
+def test_amounts_out_of_range(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for option, value in (
+        ("--batch-size", 0), ("--n-generations", -1), ("--max-new-tokens", 0), ("--beta", "nan"),
+    ):  # fmt: skip
+        line = refusal(capsys, "audit", adapter, "--out", out, *DATA, option, value)
+        assert option[2:].replace("-", "_") in line
+        assert str(value) in line
+    assert not out.exists()
+
+
+def test_an_out_that_is_a_file_is_refused_before_any_work(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def work(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr("peft_fsrl.analysis.audit._stages.score_preferences", work)
+    (tmp_path / "file").write_text("mine")
+    line = refusal(capsys, "audit", adapter, "--out", tmp_path / "file", *DATA)
+    assert "Expected a folder that can be written in" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_labels_that_do_not_belong(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(name: str, content: str) -> str:
+        (tmp_path / name).write_text(content)
+        out = ["--out", tmp_path / "out", *DATA]
+        return refusal(capsys, "audit", adapter, *out, "--labels", tmp_path / name)
+
+    assert "not JSON" in refused("labels.json", '{"1": ["style"')
+    assert "expected the columns" in refused("labels.csv", "a,b\n1,style\n")
+    assert "expected 0 to 383" in refused("foreign.csv", "feature,category\n99999,style\n")
+    assert "Expected a file of labels" in refusal(
+        capsys, "audit", adapter, "--out", tmp_path, *DATA, "--labels", tmp_path / "none.csv"
+    )
+    line = refusal(
+        capsys, "audit", adapter, "--out", tmp_path, *DATA,
+        "--labels", "organism", "--categories", "colour",
+    )  # fmt: skip
+    assert "colour" in line
+
+
+def test_a_missing_extra_is_said_at_once(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    out = tmp_path / "out"
+    assert "pip install peft-fsrl[audit]" in refusal(capsys, "audit", adapter, "--out", out, *DATA)
+    assert not out.exists()
+    monkeypatch.undo()
+    statistics.require()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = refusal(capsys, "audit", adapter, "--out", out, *DATA)
+    assert "matplotlib" in line
+
+
+def test_an_interrupted_audit_keeps_what_it_has(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from peft_fsrl.analysis.audit import _stages
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_stages, "compare_generations", interrupt)
+    out = tmp_path / "out"
+    assert main(["audit", str(adapter), "--out", str(out), *DATA, *QUICK]) == 130
+    assert "go on from the last finished stage" in capsys.readouterr().err
+    kept = {path.stem for path in (out / "parts").iterdir()}
+    assert {"scores_base", "scores_trained", "usages", "coherence", "single"} <= kept
+    assert not (out / "audit.json").exists()
+
+
+@pytest.mark.slow
+def test_an_audit_that_is_killed_goes_on(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["audit", str(adapter), "--out", str(out), *DATA, *QUICK]
+    code = f"""
+import os, signal
+from peft_fsrl.analysis.audit import _stages
+from peft_fsrl.cli.main import main
+_stages.compare_static_dynamic = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+main({command!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    parts = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+    assert {"scores_base", "usages", "single"} <= {path.stem for path in parts}
+    assert not list(out.glob("audit.*"))
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts, "nothing was made twice"
+    assert Audit.from_json((out / "audit.json").read_text()).static_dynamic is not None
+
+
+def test_debug_shows_where(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="file of labels"):
+        main(["audit", str(adapter), "--out", str(tmp_path), *DATA, "--labels", "x.csv", "--debug"])
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_fsrl", "doctor"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "--model" in done.stderr

@@ -1,0 +1,389 @@
+"""The penalty in real trainers: one optimiser step against gradients derived in loops."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+from helpers import (
+    fsrl_model,
+    naively_steered,
+    only_layer,
+    tiny_model,
+    tiny_preferences,
+    tiny_sae,
+    tiny_tokenizer,
+    token_ids,
+)
+from peft_fsrl.training.support import CHECKPOINTS_HOOKS
+from peft_fsrl.training.trainer import FSRLTrainerMixin, with_fsrl
+
+BETA, GAMMA, LR = 10.0, 5.0, 0.5
+# SGD without clipping: a parameter's change is its gradient times the learning rate.
+COMMON = {
+    "optim": "sgd",
+    "learning_rate": LR,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "max_steps": 1,
+    "logging_steps": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "dataloader_pin_memory": False,
+}
+
+
+needs_hooks_outside = pytest.mark.skipif(
+    CHECKPOINTS_HOOKS, reason="this transformers recomputes hooks inside a gradient checkpoint"
+)
+
+
+class Reporter(TrainerCallback):
+    """What a logging integration is given."""
+
+    def __init__(self) -> None:
+        self.logs: dict[str, float] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.update(logs)
+
+
+def cpo_trainer(
+    model: PeftModel, directory: Path, batch_size: int = 4, accumulation: int = 1, **settings: Any
+) -> tuple[Any, Reporter]:
+    rows, reporter = tiny_preferences(4), Reporter()
+    args = CPOConfig(
+        str(directory),
+        loss_type="simpo",
+        cpo_alpha=0.0,
+        beta=BETA,
+        simpo_gamma=GAMMA,
+        max_length=64,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=3,
+        gradient_accumulation_steps=accumulation,
+        **{**COMMON, "gradient_checkpointing": False, **settings},
+    )
+    trainer = with_fsrl(CPOTrainer)(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        callbacks=[reporter],
+    )
+    return trainer, reporter
+
+
+def snapshot(model: PeftModel) -> dict[str, Tensor]:
+    adapter = only_layer(model).fsrl_adapter["default"]
+    return {name: p.detach().clone() for name, p in adapter.named_parameters()}
+
+
+def sequences(trainer: Any) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of every chosen and then every rejected text, without any padding."""
+    found = []
+    for kind in ("chosen", "rejected"):
+        for row in trainer.train_dataset:
+            labels = row[f"{kind}_labels"]
+            found.append((row[f"{kind}_input_ids"], labels))
+    return found
+
+
+class Naive:
+    """The objective of one step, sequence by sequence, token by token."""
+
+    def __init__(self, model: PeftModel, texts: list[tuple[list[int], list[int]]]) -> None:
+        layer = only_layer(model)
+        config = model.peft_config["default"]
+        dtype = layer.fsrl_adapter["default"].weight.dtype
+        base = tiny_model().to(dtype)
+        base.requires_grad_(False)
+        self.parameters = {n: p.requires_grad_() for n, p in snapshot(model).items()}
+        self.log_probabilities, l1_means, gate_means = [], [], []
+        self.tokens: dict[str, list[float]] = {"l0": [], "l1": [], "l2": []}
+        sae = tiny_sae(dtype=str(dtype).removeprefix("torch."))
+        for ids, labels in texts:
+            with naively_steered(base, layer, sae, self.parameters) as steered:
+                logits = base(torch.tensor([ids])).logits[0]
+            [(_, v, gate)] = steered
+            terms = [
+                logits[t].log_softmax(-1)[labels[t + 1]]
+                for t in range(len(ids) - 1)
+                if labels[t + 1] != -100
+            ]
+            self.log_probabilities.append(terms)
+            norms = [v[0, t].abs().sum() for t in range(len(ids))]
+            l1_means.append(sum(norms) / len(ids))
+            if gate is not None:
+                gate_means.append(sum(gate[0, t].sum() for t in range(len(ids))) / len(ids))
+            self.tokens["l1"] += [norm.item() for norm in norms]
+            self.tokens["l0"] += [float((v[0, t] != 0).sum()) for t in range(len(ids))]
+            self.tokens["l2"] += [v[0, t].norm().item() for t in range(len(ids))]
+        self.penalty = config.l1_coeff * sum(l1_means) / len(l1_means)
+        if gate_means:
+            self.penalty = self.penalty + config.l0_coeff * sum(gate_means) / len(gate_means)
+
+    def simpo(self) -> Tensor:
+        means = [sum(terms) / len(terms) for terms in self.log_probabilities]
+        pairs = len(means) // 2
+        losses = [
+            -F.logsigmoid(BETA * (means[row] - means[pairs + row]) - GAMMA) for row in range(pairs)
+        ]
+        return sum(losses) / pairs
+
+    def cross_entropy(self) -> Tensor:
+        terms = [term for sequence in self.log_probabilities for term in sequence]
+        return -sum(terms) / len(terms)
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        names = list(self.parameters)
+        found = torch.autograd.grad(loss, [self.parameters[n] for n in names], retain_graph=True)
+        return dict(zip(names, found, strict=True))
+
+    def mean(self, name: str) -> float:
+        return sum(self.tokens[name]) / len(self.tokens[name])
+
+
+def assert_stepped(
+    model: PeftModel, before: dict[str, Tensor], gradients: dict[str, Tensor], **lrs: float
+) -> None:
+    """Every parameter moved by the negative gradient times its learning rate."""
+    for name, after in snapshot(model).items():
+        assert gradients[name].abs().max() > 1e-3, f"{name}: the test needs a gradient"
+        moved = (before[name] - after) / lrs.get(name, LR)
+        torch.testing.assert_close(moved, gradients[name], rtol=1e-5, atol=1e-8, msg=name)
+
+
+def double_model(**settings: Any) -> PeftModel:
+    return fsrl_model(tiny_model().double(), sae=tiny_sae(dtype="float64"), **settings)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (1, 4), (2, 2)])
+def test_simpo_step_equals_the_gradient_by_hand(
+    batch_size: int, accumulation: int, tmp_path: Path
+) -> None:
+    model = double_model(l1_coeff=0.7)
+    trainer, reporter = cpo_trainer(model, tmp_path, batch_size, accumulation)
+    naive = Naive(model, sequences(trainer))
+    assert len({len(ids) for ids, _ in sequences(trainer)}) > 1, "the test needs padding"
+    before = snapshot(model)
+    gradients = naive.gradients(naive.simpo() + naive.penalty)
+    penalty_alone = naive.gradients(naive.penalty)
+    assert all(g.abs().max() > 0 for g in penalty_alone.values())
+    trainer.train()
+    assert_stepped(model, before, gradients)
+    assert reporter.logs["loss"] == pytest.approx((naive.simpo() + naive.penalty).item(), rel=1e-4)
+    assert reporter.logs["fsrl/penalty"] == pytest.approx(naive.penalty.item(), rel=1e-5)
+    for name in ("l0", "l1", "l2"):
+        assert reporter.logs[f"fsrl/{name}"] == pytest.approx(naive.mean(name), rel=1e-5)
+
+
+def test_evaluation_is_the_preference_loss_alone(tmp_path: Path) -> None:
+    metrics = {}
+    for coefficient in (0.0, 5.0):
+        model = double_model(l1_coeff=coefficient)
+        trainer, reporter = cpo_trainer(model, tmp_path)
+        metrics[coefficient] = trainer.evaluate()
+    assert metrics[0.0]["eval_loss"] == metrics[5.0]["eval_loss"]
+    naive = Naive(model, sequences(trainer))
+    # Batches of three and one: the trainer's own mean over samples.
+    assert metrics[5.0]["eval_loss"] == pytest.approx(naive.simpo().item(), rel=1e-5)
+    for name in ("l0", "l1", "l2"):
+        expected = pytest.approx(naive.mean(name), rel=1e-5)
+        assert metrics[5.0][f"eval_fsrl/{name}"] == expected
+        assert reporter.logs[f"eval_fsrl/{name}"] == expected
+    assert "eval_fsrl/penalty" not in reporter.logs
+    assert "fsrl/l0" not in reporter.logs
+
+
+def test_jump_relu_with_both_coefficients(tmp_path: Path) -> None:
+    model = double_model(activation="jump_relu", bandwidth=0.4, l1_coeff=0.3, l0_coeff=0.9)
+    trainer, reporter = cpo_trainer(model, tmp_path, batch_size=2, accumulation=2)
+    naive = Naive(model, sequences(trainer))
+    before, gradients = snapshot(model), naive.gradients(naive.simpo() + naive.penalty)
+    trainer.train()
+    assert_stepped(model, before, gradients)
+    assert reporter.logs["fsrl/penalty"] == pytest.approx(naive.penalty.item(), rel=1e-5)
+
+
+def test_token_reduction_within_a_batch(tmp_path: Path) -> None:
+    model = double_model(l1_coeff=0.7, penalty_reduction="token")
+    trainer, _ = cpo_trainer(model, tmp_path)
+    naive = Naive(model, sequences(trainer))
+    before = snapshot(model)
+    with_tokens = 0.7 * token_mean_l1(model, sequences(trainer), naive)
+    gradients = naive.gradients(naive.simpo() + with_tokens)
+    trainer.train()
+    assert_stepped(model, before, gradients)
+
+
+def token_mean_l1(
+    model: PeftModel, texts: list[tuple[list[int], list[int]]], naive: Naive
+) -> Tensor:
+    base, norms = tiny_model().double().requires_grad_(False), []
+    for ids, _ in texts:
+        sae = tiny_sae(dtype="float64")
+        with naively_steered(base, only_layer(model), sae, naive.parameters) as steered:
+            base(torch.tensor([ids]))
+        norms += [steered[0][1][0, t].abs().sum() for t in range(len(ids))]
+    return sum(norms) / len(norms)
+
+
+@needs_hooks_outside
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_keeps_the_step(use_reentrant: bool, tmp_path: Path) -> None:
+    model = double_model(l1_coeff=0.7)
+    trainer, reporter = cpo_trainer(
+        model,
+        tmp_path,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+    )
+    naive = Naive(model, sequences(trainer))
+    before, gradients = snapshot(model), naive.gradients(naive.simpo() + naive.penalty)
+    trainer.train()
+    assert_stepped(model, before, gradients)
+    assert reporter.logs["fsrl/l0"] == pytest.approx(naive.mean("l0"), rel=1e-5)
+
+
+def test_thresholds_have_their_own_learning_rate(tmp_path: Path) -> None:
+    model = double_model(l1_coeff=0.7, threshold_lr_multiplier=0.25)
+    trainer, _ = cpo_trainer(model, tmp_path, weight_decay=0.5)
+    naive = Naive(model, sequences(trainer))
+    before, gradients = snapshot(model), naive.gradients(naive.simpo() + naive.penalty)
+    gradients["weight"] = gradients["weight"] + 0.5 * before["weight"]
+    trainer.train()
+    assert_stepped(model, before, gradients, threshold=0.25 * LR)
+    groups = [
+        (g["lr"], g["weight_decay"], len(g["params"])) for g in trainer.optimizer.param_groups
+    ]
+    assert sorted(groups) == [(0.25 * LR, 0.0, 1), (LR, 0.0, 1), (LR, 0.5, 1)]
+
+
+def labelled_rows() -> Dataset:
+    rows = []
+    for row in range(4):
+        length = 4 + row
+        ids = token_ids(1, length, seed=row)[0].tolist()
+        labels = [-100, -100, *ids[2:]]
+        padding = 7 - length
+        rows.append(
+            {
+                "input_ids": ids + [0] * padding,
+                "attention_mask": [1] * length + [0] * padding,
+                "labels": labels + [-100] * padding,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (1, 4)])
+def test_plain_trainer(batch_size: int, accumulation: int, tmp_path: Path) -> None:
+    model, rows, reporter = double_model(l1_coeff=0.7), labelled_rows(), Reporter()
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        **COMMON,
+    )
+    trainer = with_fsrl(Trainer)(
+        model=model, args=args, train_dataset=rows, eval_dataset=rows, callbacks=[reporter]
+    )
+    texts = [
+        (
+            row["input_ids"][: sum(row["attention_mask"])],
+            row["labels"][: sum(row["attention_mask"])],
+        )
+        for row in rows
+    ]
+    naive = Naive(model, texts)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(naive.cross_entropy().item(), rel=1e-5)
+    assert reporter.logs["eval_fsrl/l0"] == pytest.approx(naive.mean("l0"), rel=1e-5)
+    before, gradients = snapshot(model), naive.gradients(naive.cross_entropy() + naive.penalty)
+    trainer.train()
+    assert_stepped(model, before, gradients)
+    assert reporter.logs["fsrl/penalty"] == pytest.approx(naive.penalty.item(), rel=1e-5)
+
+
+def test_training_sparsifies_with_a_penalty(tmp_path: Path) -> None:
+    model = fsrl_model(l1_coeff=3.0)
+    trainer, _ = cpo_trainer(model, tmp_path, max_steps=12, learning_rate=0.05, optim="adamw_torch")
+    trainer.train()
+    history = [row for row in trainer.state.log_history if "fsrl/l1" in row]
+    assert len(history) == 12
+    assert all(math.isfinite(row["loss"]) for row in history)
+    assert history[-1]["fsrl/l1"] < 0.5 * history[0]["fsrl/l1"]
+    assert history[-1]["fsrl/l0"] < history[0]["fsrl/l0"]
+
+
+def test_a_trainer_leaves_the_model_as_it_found_it(tmp_path: Path) -> None:
+    model = fsrl_model()
+    trainer, _ = cpo_trainer(model, tmp_path)
+    trainer.train()
+    assert only_layer(model).observers == []
+    assert all(not isinstance(value, FSRLTrainerMixin) for value in vars(model).values())
+    expected = model.eval()(token_ids()).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(token_ids()).logits, expected)
+    forgotten = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert forgotten() is None
+
+
+def test_with_fsrl_is_one_class_per_trainer() -> None:
+    first = with_fsrl(CPOTrainer)
+    assert first is with_fsrl(CPOTrainer) is with_fsrl(first)
+    assert first.__name__ == "FSRLCPOTrainer"
+    assert issubclass(first, CPOTrainer)
+    assert issubclass(first, FSRLTrainerMixin)
+
+
+def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), **COMMON)
+    with pytest.raises(ValueError, match="has no FSRL adapter"):
+        with_fsrl(Trainer)(model=tiny_model(), args=args, train_dataset=labelled_rows())
+
+
+@needs_hooks_outside
+def test_the_adapter_is_made_by_the_trainer(tmp_path: Path) -> None:
+    from peft_fsrl import FSRLConfig
+
+    base = tiny_model()
+    args = CPOConfig(
+        str(tmp_path), max_length=64, per_device_train_batch_size=4, **{**COMMON, "max_steps": 1}
+    )
+    trainer = with_fsrl(CPOTrainer)(
+        model=base,
+        args=args,
+        train_dataset=tiny_preferences(4),
+        processing_class=tiny_tokenizer(),
+        peft_config=FSRLConfig(layer=1, sae=tiny_sae(), task_type="CAUSAL_LM"),
+    )
+    assert isinstance(trainer.model, nn.Module)
+    trainer.train()
+    trained = snapshot(trainer.model)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved")
+    for name, value in snapshot(loaded).items():
+        assert torch.equal(value, trained[name])

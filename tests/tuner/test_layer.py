@@ -1,0 +1,387 @@
+"""``FSRLLayer`` against the naive formula: values, gradients, identity, placement."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import (
+    ARCHITECTURES,
+    D_IN,
+    D_SAE,
+    SAE_CASES,
+    VARIANTS,
+    bare_layer,
+    naive_steer,
+    randomise_adapter,
+    tiny_sae,
+)
+from peft_fsrl import FSRLConfig, FSRLLayer, freeze_sae
+from peft_fsrl.functional import ACTIVATIONS
+from peft_fsrl.tuner.layer import SteeringEvent
+
+BANDWIDTH = 0.4
+
+
+def tokens(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 5, D_IN, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def agree(sae: Any, activation: str, non_negative: bool = True) -> None:
+    """Compare the layer with the naive formula: output, ``v``, gate, and every gradient."""
+    layer = bare_layer(sae, activation=activation, bandwidth=BANDWIDTH, non_negative=non_negative)
+    adapter = layer.fsrl_adapter["default"]
+    events: list[SteeringEvent] = []
+    layer.observers.append(events.append)
+
+    x = tokens().requires_grad_()
+    output = layer(x)
+    [event] = events
+    naive_x = tokens().requires_grad_()
+    naive = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
+    threshold = naive.get("threshold", naive.get("log_threshold"))
+    expected, v, gate = naive_steer(
+        sae,
+        naive_x,
+        naive["weight"],
+        naive["bias"],
+        threshold,
+        activation,
+        BANDWIDTH,
+        non_negative,
+    )
+
+    def same(actual: Tensor | None, wanted: Tensor | None) -> None:
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-11)
+
+    same(event.steering_vector, v)
+    same(event.gate, gate) if gate is not None else None
+    same(output, expected)
+    assert (v != 0).any()
+    assert (v == 0).any() or activation == "soft_threshold"
+    clamped = (v < 0) & (v < -sae.encode(x))
+    assert clamped.any() == (activation == "soft_threshold")
+
+    # Weights tell tokens, features and directions apart, so that errors cannot cancel in a sum.
+    g, g_v = torch.randn_like(x), torch.randn_like(v)
+    loss = (output * g).sum() + (event.steering_vector * g_v).sum()
+    naive_loss = (expected * g).sum() + (v * g_v).sum()
+    if gate is not None:
+        assert event.gate is not None
+        loss = loss + (event.gate * g_v).sum()
+        naive_loss = naive_loss + (gate * g_v).sum()
+    loss.backward()
+    naive_loss.backward()
+    same(x.grad, naive_x.grad)
+    for name, parameter in adapter.named_parameters():
+        assert naive[name].grad.abs().max() > 0
+        same(parameter.grad, naive[name].grad)
+    assert all(p.grad is None for p in layer.fsrl_sae["default"].module.parameters())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("architecture", "normalisation"), SAE_CASES)
+def test_agrees_with_the_formula(architecture: str, normalisation: str, activation: str) -> None:
+    agree(tiny_sae(architecture, normalisation, dtype="float64"), activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_agree_with_the_formula(variant: str, activation: str) -> None:
+    architecture, settings = VARIANTS[variant]
+    agree(tiny_sae(architecture, dtype="float64", **settings), activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_without_the_clamp_agrees_with_the_formula(architecture: str, activation: str) -> None:
+    for normalisation in ("none", "layer_norm"):
+        agree(tiny_sae(architecture, normalisation, dtype="float64"), activation, False)
+
+
+def test_without_the_clamp_the_encoder_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = bare_layer(tiny_sae(seed=22), non_negative=False)
+
+    def encode(*_: object) -> Tensor:
+        raise AssertionError("the encoder was called")
+
+    monkeypatch.setattr(layer.fsrl_sae["default"].module, "encode", encode)
+    assert (layer(tokens()) != tokens()).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_identity_where_nothing_is_steered(architecture: str, dtype: torch.dtype) -> None:
+    for normalisation in [n for a, n in SAE_CASES if a == architecture]:
+        layer = bare_layer(tiny_sae(architecture, normalisation), torch.float32)
+        with torch.no_grad():
+            layer.fsrl_adapter["default"].threshold.fill_(1e4)
+        x = tokens(dtype) * 10
+        assert torch.equal(layer(x), x)
+        layer.to(dtype)
+        assert torch.equal(layer(x), x)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jump_relu"])
+def test_identity_of_activations_that_only_promote(activation: str) -> None:
+    layer = bare_layer(tiny_sae(), torch.float32, activation=activation)
+    with torch.no_grad():
+        layer.fsrl_adapter["default"].bias.fill_(-1e4)
+    x = tokens(torch.float32)
+    assert torch.equal(layer(x), x)
+
+
+def test_only_the_tokens_where_v_is_not_zero_change() -> None:
+    layer = bare_layer(tiny_sae("gated", dtype="float64"))
+    events: list[SteeringEvent] = []
+    layer.observers.append(events.append)
+    x, threshold = tokens(), layer.fsrl_adapter["default"].threshold
+    with torch.no_grad():
+        threshold.zero_()
+        layer(x)
+        # Half of the tokens have no feature beyond the median of the largest.
+        threshold.fill_(events.pop().steering_vector.abs().amax(dim=-1).median())
+    output = layer(x)
+    silent = (events[0].steering_vector == 0).all(dim=-1)
+    assert 0 < silent.sum() < silent.numel()
+    assert torch.equal(output[silent], x[silent])
+    assert (output[~silent] != x[~silent]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_dtype_is_close_to_the_formula(activation: str, dtype: torch.dtype) -> None:
+    sae = tiny_sae("jumprelu", dtype="float64")
+    exact = bare_layer(sae, activation=activation, bandwidth=BANDWIDTH)
+    layer = copy.deepcopy(exact).to(dtype)
+    x = tokens(dtype)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float16: 2e-2}[dtype]
+    output = layer(x)
+    assert output.dtype == dtype
+    error = (output.double() - exact(x.double())).abs()
+    # Near a threshold a rounded pre-activation takes the other branch: judge the bulk.
+    assert error.median() < tolerance / 4
+    assert error.mean() < tolerance
+
+
+def test_float32_adapter_on_a_bfloat16_module() -> None:
+    layer = bare_layer(tiny_sae("topk"), torch.float32)
+    x = tokens(torch.bfloat16)
+    output = layer(x)
+    delta = layer(x.float()) - x.float()
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, x + delta.bfloat16())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_autocast(architecture: str, activation: str) -> None:
+    # What trainers do under `bf16=True`, TRL's default.
+    layer = bare_layer(tiny_sae(architecture, "layer_norm"), torch.float32, activation=activation)
+    x = tokens(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    output.sum().backward()
+    assert output.dtype == torch.float32
+    assert (output - layer(x)).abs().mean() < 0.2
+    assert all(
+        p.grad.isfinite().all() for p in layer.fsrl_adapter.parameters() if p.grad is not None
+    )
+
+
+class Outputs(NamedTuple):
+    hidden: Tensor
+    other: str
+
+
+@pytest.mark.parametrize(
+    ("wrap", "unwrap"),
+    [
+        (lambda x: x, lambda out: out),
+        (lambda x: (x, "other"), lambda out: out[0]),
+        (lambda x: [x, "other"], lambda out: out[0]),
+        (lambda x: Outputs(x, "other"), lambda out: out.hidden),
+    ],
+    ids=["tensor", "tuple", "list", "namedtuple"],
+)
+def test_kinds_of_output(wrap: Any, unwrap: Any) -> None:
+    class Wrapping(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return wrap(x)
+
+    sae = tiny_sae()
+    layer = FSRLLayer(Wrapping(), "wrapping")
+    layer.update_layer("default", FSRLConfig(layer=0, sae=sae), freeze_sae(sae))
+    randomise_adapter(layer)
+    x = tokens(torch.float32)
+    output = layer(x)
+    assert type(output) is type(wrap(x))
+    assert torch.equal(unwrap(output), bare_layer(sae, torch.float32)(x))
+    assert isinstance(output, Tensor) or output[1] == "other"
+
+
+def test_later_hooks_see_the_steered_output() -> None:
+    sae, module, seen = tiny_sae(), nn.Identity(), []
+    module.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    layer = FSRLLayer(module, "identity")
+    layer.update_layer("default", FSRLConfig(layer=0, sae=sae), freeze_sae(sae))
+    randomise_adapter(layer)
+    output = layer(tokens(torch.float32))
+    assert seen[0] is output
+
+
+def test_the_sae_is_no_parameter_and_no_buffer() -> None:
+    layer = bare_layer(tiny_sae("gated", "layer_norm"))
+    names = {f"fsrl_adapter.default.{name}" for name in ("weight", "bias", "threshold")}
+    assert set(dict(layer.named_parameters())) == names == set(layer.state_dict())
+    assert dict(layer.named_buffers()) == {}
+    assert not any("sae" in name for name, _ in layer.named_modules())
+
+
+@pytest.mark.parametrize(
+    ("activation", "names"),
+    [
+        ("soft_threshold", {"weight", "bias", "threshold"}),
+        ("jump_relu", {"weight", "bias", "log_threshold"}),
+        ("relu", {"weight", "bias"}),
+    ],
+)
+def test_parameters_at_the_start(activation: str, names: set[str]) -> None:
+    sae = tiny_sae()
+    layer = FSRLLayer(nn.Identity(), "identity")
+    config = FSRLConfig(layer=0, sae=sae, activation=activation, init_scale=0.5, bandwidth=0.25)
+    layer.update_layer("default", config, freeze_sae(sae))
+    parameters = dict(layer.fsrl_adapter["default"].named_parameters())
+    assert set(parameters) == names
+    assert parameters["weight"].shape == (D_SAE, D_IN)
+    assert 0.4 < parameters["weight"].abs().max() <= 0.5
+    assert parameters["bias"].tolist() == [0.0] * D_SAE
+    start = {"threshold": 0.0, "log_threshold": pytest.approx(torch.tensor(0.25).log().item())}
+    for name in names & start.keys():
+        assert parameters[name].tolist() == [start[name]] * D_SAE
+
+
+@pytest.mark.parametrize(("settings", "scale"), [({}, 0.01 / 4), ({"init_threshold": 0.4}, 0.1)])
+def test_jump_relu_starts_with_open_gates(settings: dict[str, Any], scale: float) -> None:
+    sae = tiny_sae()
+    layer = FSRLLayer(nn.Identity(), "identity")
+    config = FSRLConfig(layer=0, sae=sae, activation="jump_relu", **settings)
+    layer.update_layer("default", config, freeze_sae(sae))
+    adapter = layer.fsrl_adapter["default"]
+    assert 0.9 * scale < adapter.weight.abs().max() <= scale
+    # Residual streams are of this size and larger.
+    x = 10 * torch.randn(4, 5, D_IN)
+    events: list[SteeringEvent] = []
+    layer.observers.append(events.append)
+    layer(x).square().sum().backward()
+    v = events[0].steering_vector
+    assert 0.05 < (v != 0).float().mean() < 0.95
+    # Every feature whose gate was open at some token learns.
+    assert torch.equal(adapter.weight.grad.abs().sum(1) > 0, (v != 0).flatten(0, 1).any(0))
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"), [("soft_threshold", 0.125), ("jump_relu", -2.0794415)]
+)
+def test_init_threshold(activation: str, expected: float) -> None:
+    sae = tiny_sae()
+    layer = FSRLLayer(nn.Identity(), "identity")
+    config = FSRLConfig(layer=0, sae=sae, activation=activation, init_threshold=0.125)
+    layer.update_layer("default", config, freeze_sae(sae))
+    assert layer.fsrl_adapter["default"].threshold_parameter[0].item() == pytest.approx(expected)
+
+
+def test_follows_to_and_frees_the_old_copy() -> None:
+    # A seed of its own: nothing else in the process may hold this SAE.
+    layer = bare_layer(tiny_sae("standard", "layer_norm", seed=21), torch.float32)
+    gc.collect()
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        old = layer.fsrl_sae["default"]
+        wrapper, tensor = weakref.ref(old), weakref.ref(old.W_dec)
+        del old
+        layer.to(dtype)
+        assert layer.fsrl_sae["default"].dtype == dtype
+        assert layer(tokens(dtype)).dtype == dtype
+        assert wrapper() is None
+        gc.collect()
+        assert tensor() is None
+
+
+def test_meta_leaves_the_sae_where_it_is() -> None:
+    layer = bare_layer(tiny_sae(), torch.float32).to("meta")
+    assert layer.fsrl_adapter["default"].weight.is_meta
+    assert layer.fsrl_sae["default"].device.type == "cpu"
+
+
+def test_two_layers_share_one_sae_and_move_apart() -> None:
+    first, second = bare_layer(tiny_sae(), torch.float32), bare_layer(tiny_sae(), torch.float32)
+    assert first.fsrl_sae["default"] is second.fsrl_sae["default"]
+    first.to(torch.bfloat16)
+    assert second.fsrl_sae["default"].dtype == torch.float32
+    second.to(torch.bfloat16)
+    assert first.fsrl_sae["default"] is second.fsrl_sae["default"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_steer_on_their_own(duplicate: Any) -> None:
+    layer = bare_layer(tiny_sae("gated", "constant_norm_rescale"), torch.float32)
+    x = tokens(torch.float32)
+    expected = layer(x)
+    other = duplicate(layer)
+    assert torch.equal(other(x), expected)
+    assert other.fsrl_sae["default"] is layer.fsrl_sae["default"]
+    with torch.no_grad():
+        other.fsrl_adapter["default"].bias.add_(1.0)
+    assert torch.equal(layer(x), expected)
+    assert not torch.equal(other(x), expected)
+    other.detach_hook()
+    assert torch.equal(other(x), x)
+    assert torch.equal(layer(x), expected)
+
+
+def test_second_adapter_on_a_layer() -> None:
+    sae = tiny_sae()
+    layer = bare_layer(sae, torch.float32)
+    x = tokens(torch.float32)
+    expected = layer(x)
+    layer.update_layer("second", FSRLConfig(layer=0, sae=sae), freeze_sae(sae))
+    assert layer.fsrl_sae["second"] is layer.fsrl_sae["default"]
+    with pytest.raises(ValueError, match=r"Only one FSRL adapter.*\['default', 'second'\]"):
+        layer.set_adapter(["default", "second"])
+    layer.set_adapter("default")
+    assert torch.equal(layer(x), expected)
+    layer.delete_adapter("second")
+    assert set(layer.fsrl_sae) == set(layer.fsrl_adapter) == {"default"}
+
+
+def test_width_of_the_sae_is_checked() -> None:
+    layer = bare_layer(tiny_sae(), torch.float32)
+    with pytest.raises(
+        ValueError, match=r"'identity' gives activations of width 8.*reads width 16"
+    ):
+        layer(torch.randn(1, 2, 8))
+
+
+def test_merging_is_refused() -> None:
+    layer = bare_layer(tiny_sae(), torch.float32)
+    for method in (layer.merge, layer.unmerge):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            method()
+
+
+def test_public_attributes_are_forwarded_and_private_ones_are_not() -> None:
+    module = nn.Identity()
+    module.attention_type, module._hf_hook = "sliding", "private"
+    layer = FSRLLayer(module, "identity")
+    assert layer.attention_type == "sliding"
+    for name in ("_hf_hook", "absent"):
+        with pytest.raises(AttributeError):
+            getattr(layer, name)
