@@ -60,20 +60,20 @@ FAMILIES = {
         first={"l1_coeff": 0.1, "learning_rate": 5e-3, "threshold_lr_multiplier": 1.0},
         flags=lambda settings: settings,
     ),
-    "jump_relu": Family(
+    "jumprelu": Family(
         ranges={
             "l0_coeff": (1e-3, 0.5),
             "learning_rate": (1e-3, 2e-2),
             "threshold_lr_multiplier": (1.0, 100.0),
             "init_threshold": (1e-3, 0.3),
-            "bandwidth": (1e-2, 3.0),
+            "jumprelu_bandwidth": (1e-2, 3.0),
         },
         first={
             "l0_coeff": 0.05,
             "learning_rate": 5e-3,
             "threshold_lr_multiplier": 10.0,
             "init_threshold": 0.05,
-            "bandwidth": 0.5,
+            "jumprelu_bandwidth": 0.5,
         },
         # A gate that is closed everywhere passes no gradient to the weight behind it, ever: the
         # start has to be as large as the threshold.

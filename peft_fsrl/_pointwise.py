@@ -31,8 +31,8 @@ def advance(
         f: feature activations of that shape; None where nothing is clamped.
         threshold: see ``functional.steering_vector``.
         activation: one of ``functional.ACTIVATIONS``.
-        bandwidth: kernel width of ``jump_relu``.
-        code: receives what ``retreat`` needs. For ``jump_relu``, bit 0 says that the gate is open
+        bandwidth: kernel width of ``jumprelu``.
+        code: receives what ``retreat`` needs. For ``jumprelu``, bit 0 says that the gate is open
             and bit 1 that ``u`` lies inside the kernel; for the others it is the sign of ``v``,
             and twice that where ``v`` is clamped.
         measured: gets ``||v||_1``, the count of ``v != 0`` and ``||v||_2 ** 2`` added, shape
@@ -41,7 +41,7 @@ def advance(
     dtype = _common_dtype(activation, u, f, threshold)
     u, bound = u.to(dtype), _bound(threshold, activation, dtype)
     sign = u
-    if activation == "jump_relu":
+    if activation == "jumprelu":
         assert bound is not None
         distance = u.relu_() - bound
         is_open = distance > 0
@@ -103,7 +103,7 @@ def retreat(
     dtype = _common_dtype(activation, g, g_l1, threshold)
     g, bound = g.to(dtype), _bound(threshold, activation, dtype)
     passes = (code & 1).to(dtype)
-    if activation == "jump_relu":
+    if activation == "jumprelu":
         assert bound is not None
         if g_l1 is not None:
             g.addcmul_(passes, g_l1)
@@ -124,7 +124,7 @@ def retreat(
 
 def _common_dtype(activation: str, *tensors: Tensor | None) -> torch.dtype:
     dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
-    if activation == "jump_relu":
+    if activation == "jumprelu":
         dtypes.append(torch.float32)
     common = dtypes[0]
     for dtype in dtypes:
@@ -137,4 +137,4 @@ def _bound(threshold: Tensor | None, activation: str, dtype: torch.dtype) -> Ten
     if threshold is None:
         return None
     threshold = threshold.detach().to(dtype)
-    return threshold.exp() if activation == "jump_relu" else threshold.clamp(min=0)
+    return threshold.exp() if activation == "jumprelu" else threshold.clamp(min=0)

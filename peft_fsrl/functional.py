@@ -25,7 +25,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-ACTIVATIONS = ("soft_threshold", "relu", "jump_relu")
+ACTIVATIONS = ("soft_threshold", "relu", "jumprelu")
 
 
 class Steered(NamedTuple):
@@ -34,7 +34,7 @@ class Steered(NamedTuple):
     Attributes:
         output: the steered ``x'``, shape ``(..., d_in)``, dtype of ``x``.
         steering_vector: ``v`` in feature space, shape ``(..., d_sae)``, dtype of the adapter.
-        gate: the differentiable count ``1[u > theta]`` of ``jump_relu`` for an L0 penalty, shape
+        gate: the differentiable count ``1[u > theta]`` of ``jumprelu`` for an L0 penalty, shape
             ``(..., d_sae)``, or None for the other activations.
     """
 
@@ -105,7 +105,7 @@ def straight_through_step(
     return step
 
 
-def jump_relu(
+def jumprelu(
     u: Float[Tensor, "*batch d_sae"], log_threshold: Float[Tensor, "#d_sae"], bandwidth: float
 ) -> tuple[Float[Tensor, "*batch d_sae"], Float[Tensor, "*batch d_sae"]]:
     """``relu(u) * 1[relu(u) > exp(log_threshold)]``, in float32 or wider.
@@ -146,13 +146,13 @@ def steering_vector(
 
     Args:
         u: pre-activations, shape ``(..., d_sae)``.
-        threshold: ``theta`` for ``soft_threshold``, ``log(theta)`` for ``jump_relu``, None for
+        threshold: ``theta`` for ``soft_threshold``, ``log(theta)`` for ``jumprelu``, None for
             ``relu``; shape ``(d_sae,)``.
         activation: one of ``ACTIVATIONS``.
-        bandwidth: kernel width of ``jump_relu``; the others ignore it.
+        bandwidth: kernel width of ``jumprelu``; the others ignore it.
 
     Returns:
-        ``v`` of the shape of ``u``, and the gate of ``jump_relu`` or None.
+        ``v`` of the shape of ``u``, and the gate of ``jumprelu`` or None.
 
     Raises:
         ValueError: if ``activation`` is not one of ``ACTIVATIONS``.
@@ -162,9 +162,9 @@ def steering_vector(
     if activation == "soft_threshold":
         assert threshold is not None
         return soft_threshold(u, threshold), None
-    if activation == "jump_relu":
+    if activation == "jumprelu":
         assert threshold is not None
-        return jump_relu(u, threshold, bandwidth)
+        return jumprelu(u, threshold, bandwidth)
     raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}.")
 
 
@@ -276,7 +276,7 @@ def steer(
         u: pre-activations, from ``steering_pre``, shape ``(..., d_sae)``.
         threshold: see ``steering_vector``.
         activation: one of ``ACTIVATIONS``.
-        bandwidth: kernel width of ``jump_relu``.
+        bandwidth: kernel width of ``jumprelu``.
         encode: gives ``f`` for ``x``, shape ``(..., d_sae)``, from ``v``: where ``v >= 0`` anything
             not negative will do, for nothing is clamped there. Called only where a negative ``v``
             is possible. None where nothing is clamped at all and ``f'`` is ``f + v``: for an SAE
@@ -285,7 +285,7 @@ def steer(
         edit: applied to ``v`` before it acts (ablation, scaling, top-k). None leaves ``v`` alone.
 
     Returns:
-        The steered output, the steering vector as it acted, and the gate of ``jump_relu``.
+        The steered output, the steering vector as it acted, and the gate of ``jumprelu``.
     """
     v, gate = steering_vector(u, threshold, activation=activation, bandwidth=bandwidth)
     if edit is not None:

@@ -63,7 +63,7 @@ class Operation(NamedTuple):
     Attributes:
         sae: the dictionary in which is steered.
         activation: one of ``functional.ACTIVATIONS``.
-        bandwidth: kernel width of ``jump_relu``.
+        bandwidth: kernel width of ``jumprelu``.
         clamps: ``f' = relu(f + v)`` rather than ``f + v``.
         measures: also return the norms of ``v``.
         recomputes: keep nothing as wide as the SAE for the backward pass.
@@ -90,7 +90,7 @@ class Steering(NamedTuple):
         l1: ``||v||_1`` of each token, shape ``(...)``, float32 or wider; differentiable.
         l0: number of features with ``v != 0``, shape ``(...)``; nan counts as none.
         l2: ``||v||_2``, shape ``(...)``.
-        open_gates: number of open gates of ``jump_relu``, shape ``(...)``; differentiable. None for
+        open_gates: number of open gates of ``jumprelu``, shape ``(...)``; differentiable. None for
             the other activations. This and the norms are None where nothing is measured.
     """
 
@@ -177,7 +177,7 @@ def _forward(
         return Steering(output, None, None, None, None), code, decoded
     measured[2].sqrt_()
     l1, l0, l2 = (row.reshape(x.shape[:-1]).clone() for row in measured)
-    gates = l0.clone() if operation.activation == "jump_relu" else None
+    gates = l0.clone() if operation.activation == "jumprelu" else None
     return Steering(output, l1, l0, l2, gates), code, decoded
 
 

@@ -199,7 +199,7 @@ def randomise_adapter(layer: FSRLLayer, adapter_name: str = "default", seed: int
         adapter.bias.copy_(draw(adapter.bias, 0.3))
         if adapter.activation == "soft_threshold":
             adapter.threshold.copy_(draw(adapter.threshold, 0.3).abs())
-        elif adapter.activation == "jump_relu":
+        elif adapter.activation == "jumprelu":
             adapter.log_threshold.copy_(draw(adapter.log_threshold, 0.3) - 1.0)
 
 
@@ -245,11 +245,11 @@ class _NaiveJump(torch.autograd.Function):
 def naive_vector(
     u: Tensor, threshold: Tensor | None, activation: str, bandwidth: float
 ) -> tuple[Tensor, Tensor | None]:
-    """``act_theta(u)``, and the gate of ``jump_relu``, from the definitions."""
+    """``act_theta(u)``, and the gate of ``jumprelu``, from the definitions."""
     if activation == "relu":
         return torch.where(u > 0, u, 0.0), None
     assert threshold is not None
-    if activation == "jump_relu":
+    if activation == "jumprelu":
         return _NaiveJump.apply(u, threshold, bandwidth)
     above = torch.where(u > threshold, u - threshold, 0.0)
     below = torch.where(u < -threshold, u + threshold, 0.0)

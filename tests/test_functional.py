@@ -58,11 +58,11 @@ def test_soft_threshold_gradients_by_hand() -> None:
 
 
 @pytest.mark.parametrize("bandwidth", [0.05, 0.8])
-def test_jump_relu_by_loops(bandwidth: float) -> None:
+def test_jumprelu_by_loops(bandwidth: float) -> None:
     u = random(2, 7, 5, scale=0.5).requires_grad_()
     log_theta = (random(5, scale=0.5) - 1).requires_grad_()
     g, g_gate = random(2, 7, 5), random(2, 7, 5)
-    value, gate = functional.jump_relu(u, log_theta, bandwidth)
+    value, gate = functional.jumprelu(u, log_theta, bandwidth)
     torch.autograd.backward([value, gate], [g, g_gate])
     d_log_theta, d_u = [0.0] * 5, torch.zeros_like(u)
     inside = 0
@@ -85,31 +85,31 @@ def test_jump_relu_by_loops(bandwidth: float) -> None:
     torch.testing.assert_close(log_theta.grad, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_jump_relu_ties_do_not_pass() -> None:
-    value, gate = functional.jump_relu(torch.ones(3), torch.zeros(3), 0.1)
+def test_jumprelu_ties_do_not_pass() -> None:
+    value, gate = functional.jumprelu(torch.ones(3), torch.zeros(3), 0.1)
     assert value.tolist() == [0.0] * 3
     assert gate.tolist() == [0.0] * 3
 
 
-def test_jump_relu_kernel_is_open_at_its_ends() -> None:
+def test_jumprelu_kernel_is_open_at_its_ends() -> None:
     log_theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     u = torch.tensor([0.75, 1.25], dtype=torch.float64)
-    functional.jump_relu(u, log_theta, 0.5)[0].sum().backward()
+    functional.jumprelu(u, log_theta, 0.5)[0].sum().backward()
     assert log_theta.grad is not None
     assert log_theta.grad.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_jump_relu_is_wide(dtype: torch.dtype) -> None:
-    value, gate = functional.jump_relu(torch.ones(2, dtype=dtype), torch.zeros(2, dtype=dtype), 0.1)
+def test_jumprelu_is_wide(dtype: torch.dtype) -> None:
+    value, gate = functional.jumprelu(torch.ones(2, dtype=dtype), torch.zeros(2, dtype=dtype), 0.1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert value.dtype == gate.dtype == wide
 
 
-def test_jump_relu_passes_gradcheck_where_it_is_smooth() -> None:
+def test_jumprelu_passes_gradcheck_where_it_is_smooth() -> None:
     log_theta = torch.zeros(5, dtype=torch.float64)
     u = torch.tensor([-2.0, -0.5, 0.5, 1.5, 3.0], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda u: functional.jump_relu(u, log_theta, 0.1)[0], u)
+    assert torch.autograd.gradcheck(lambda u: functional.jumprelu(u, log_theta, 0.1)[0], u)
 
 
 def test_unknown_activation() -> None:
@@ -206,7 +206,7 @@ def test_steer_clamps_what_an_edit_makes_negative() -> None:
     torch.testing.assert_close(edited, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("activation", ["relu", "jump_relu"])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
 def test_promotion_needs_no_encoder(activation: str) -> None:
     def encode(v: Tensor) -> Tensor:
         raise AssertionError("the encoder was called")

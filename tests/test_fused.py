@@ -193,7 +193,7 @@ def test_input_that_is_not_contiguous(activation: str) -> None:
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_each_output_has_its_own_gradient(parts: str, recomputes: bool) -> None:
     sae = freeze_sae(tiny_sae("gated", "layer_norm", dtype="float64", d_sae=D_ODD))
-    for activation in ACTIVATIONS if parts != "open_gates" else ["jump_relu"]:
+    for activation in ACTIVATIONS if parts != "open_gates" else ["jumprelu"]:
         values = tensors((7, D_IN), activation=activation)
         agree(operation(sae, activation, recomputes), values, parts=parts)
 
@@ -223,7 +223,7 @@ def test_values_by_loops(activation: str) -> None:
             if activation == "soft_threshold":
                 v = math.copysign(max(abs(u) - max(theta, 0.0), 0.0), u)
             else:
-                v = u if u > (math.exp(theta) if activation == "jump_relu" else 0.0) else 0.0
+                v = u if u > (math.exp(theta) if activation == "jumprelu" else 0.0) else 0.0
             f = max(0.0, sum(a * W_enc[i][j] for i, a in enumerate(inner)) + b_enc[j])
             clamped += f + v < 0
             change = max(f + v, 0.0) - f
@@ -314,8 +314,8 @@ def test_tiles_do_not_round_the_gradient_of_the_input(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("parts", ["output", "l1", "l0", "l2", "open_gates"])
 @pytest.mark.parametrize("shape", [(7, D_IN), (2, 5, D_IN)])
 def test_what_is_returned_may_be_changed_in_place(parts: str, shape: tuple[int, ...]) -> None:
-    of = operation(freeze_sae(tiny_sae(dtype="float64", d_sae=D_ODD)), "jump_relu")
-    values = leaves(tensors(shape, activation="jump_relu"))
+    of = operation(freeze_sae(tiny_sae(dtype="float64", d_sae=D_ODD)), "jumprelu")
+    values = leaves(tensors(shape, activation="jumprelu"))
     steering = fused.steer(of, *values.values())
     expected = {n: t.detach().clone() for n, t in steering._asdict().items()}
     changed = getattr(steering, parts)
@@ -384,7 +384,7 @@ def test_nan_and_inf_stay_where_they_are() -> None:
         torch.testing.assert_close(found.output[others], clean.output[others])
 
 
-@pytest.mark.parametrize("activation", ["soft_threshold", "jump_relu"])
+@pytest.mark.parametrize("activation", ["soft_threshold", "jumprelu"])
 @pytest.mark.parametrize("name", ["weight", "bias", "threshold"])
 def test_a_parameter_that_is_nan_does_not_pass_unseen(name: str, activation: str) -> None:
     of = operation(freeze_sae(tiny_sae(dtype="float64", d_sae=D_ODD)), activation)
@@ -468,7 +468,7 @@ def cost(step: Callable[[], Any]) -> tuple[float, int, Any]:
     [
         ("soft_threshold", False, False, 3, 2),
         ("relu", False, False, 2, 2),
-        ("jump_relu", False, False, 2, 2),
+        ("jumprelu", False, False, 2, 2),
         ("soft_threshold", True, False, 3, 4),
         ("relu", True, False, 2, 3),
         # Through the adapter, and through the encoder, which is asked once more.
@@ -576,7 +576,9 @@ def test_a_training_step_of_a_model_is_as_by_the_reference(
 ) -> None:
     results = []
     for module in (functional, fused):
-        model = fsrl_model(activation=activation, bandwidth=BANDWIDTH, l1_coeff=0.1).train()
+        model = fsrl_model(
+            activation=activation, jumprelu_bandwidth=BANDWIDTH, l1_coeff=0.1
+        ).train()
         only_layer(model).recomputes_alone = recomputes
         records: list[Any] = []
         with monkeypatch.context() as patch, SteeringMonitor(model, records.append):

@@ -72,7 +72,7 @@ def reference(layer: FSRLLayer, sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
             column = u[..., index]
             if adapter.activation == "relu":
                 chosen = torch.where(column > 0, column, 0.0)
-            elif adapter.activation == "jump_relu":
+            elif adapter.activation == "jumprelu":
                 assert theta is not None
                 chosen = torch.where(column > math.exp(theta[index]), column, 0.0)
             else:
@@ -95,7 +95,7 @@ def odd_sae(architecture: str, normalisation: str, seed: int, d_sae: int = 13) -
 
 
 def make_layer(sae: Any, dtype: torch.dtype, seed: int, **options: Any) -> FSRLLayer:
-    layer = bare_layer(sae, dtype, seed=seed, bandwidth=BANDWIDTH, **options)
+    layer = bare_layer(sae, dtype, seed=seed, jumprelu_bandwidth=BANDWIDTH, **options)
     return layer.requires_grad_(False)
 
 
@@ -183,7 +183,7 @@ def test_output_keeps_its_dtype_and_is_rounded_once(
     theta = layer.fsrl_adapter["default"].threshold_parameter
     if adapter_dtype == torch.float32:
         edge = torch.zeros(()) if theta is None else theta
-        edge = edge.exp() if activation == "jump_relu" else edge
+        edge = edge.exp() if activation == "jumprelu" else edge
         weight, bias = (layer.fsrl_adapter["default"].get_parameter(n) for n in ("weight", "bias"))
         u = sae.process_sae_in(x.double()) @ weight.double().T + bias.double()
         assume(((u.abs() - edge.double()).abs() > 1e-4).all())
@@ -245,7 +245,9 @@ def test_some_features_are_all_features_with_the_other_rows_zero(
     sae = odd_sae(*case, seed)
     rows = sorted(chosen)
     whole = make_layer(sae, torch.float64, seed, activation=activation)
-    config = FSRLConfig(layer=0, sae=sae, features=rows, activation=activation, bandwidth=BANDWIDTH)
+    config = FSRLConfig(
+        layer=0, sae=sae, features=rows, activation=activation, jumprelu_bandwidth=BANDWIDTH
+    )
     some = FSRLLayer(nn.Identity(), "identity")
     some.update_layer("default", config, freeze_sae(sae).restrict(rows))
     some.to(torch.float64).requires_grad_(False)
@@ -279,7 +281,7 @@ def test_state_dicts_go_round(
     file.seek(0)
     state = torch.load(file, weights_only=True)
     names = {"weight", "bias"} | ({"down"} if rank else set())
-    names |= {"soft_threshold": {"threshold"}, "jump_relu": {"log_threshold"}, "relu": set()}[
+    names |= {"soft_threshold": {"threshold"}, "jumprelu": {"log_threshold"}, "relu": set()}[
         activation
     ]
     assert set(state) == {f"fsrl_adapter.default.{name}" for name in names}

@@ -54,7 +54,7 @@ def steered_layer(
     autoencoder: SAE[Any], x: Tensor, density: float, activation: str = "soft_threshold"
 ) -> FSRLLayer:
     """A frozen layer whose thresholds let a share of the features through at these tokens."""
-    layer = bare_layer(autoencoder, activation=activation, bandwidth=0.4)
+    layer = bare_layer(autoencoder, activation=activation, jumprelu_bandwidth=0.4)
     adapter = layer.fsrl_adapter["default"].requires_grad_(False)
     u = F.linear(autoencoder.process_sae_in(x.double()), adapter.weight, adapter.bias).detach()
     size = u.abs() if activation == "soft_threshold" else u.relu()
@@ -62,7 +62,7 @@ def steered_layer(
     level = {0.0: level + 1.0, 1.0: 0.0}.get(density, level)
     if activation == "soft_threshold":
         adapter.threshold.fill_(level)
-    elif activation == "jump_relu":
+    elif activation == "jumprelu":
         adapter.log_threshold.fill_(max(level, 1e-6)).log_()
     return layer
 

@@ -169,7 +169,7 @@ def test_base_model() -> None:
 
 
 def test_what_an_observer_sees() -> None:
-    model, ids, events = fsrl_model(activation="jump_relu"), token_ids(), []
+    model, ids, events = fsrl_model(activation="jumprelu"), token_ids(), []
     with observe(model, events.append):
         model(ids)
         with model.disable_adapter():
@@ -198,7 +198,7 @@ def test_token_statistics_by_loops(dtype: torch.dtype) -> None:
             assert statistics.l1[b, t].item() == pytest.approx(sum(map(abs, values)), rel=1e-5)
             norm = math.sqrt(sum(value * value for value in values))
             assert statistics.l2[b, t].item() == pytest.approx(norm, rel=1e-5)
-            assert statistics.gate[b, t].item() == sum(value > 0 for value in values)
+            assert statistics.open_gates[b, t].item() == sum(value > 0 for value in values)
     assert statistics.l1.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 

@@ -194,7 +194,7 @@ def draw_by_mass(
 
     Args:
         pool: mass of each feature to draw from.
-        target: wished-for sum.
+        target: target sum.
         n_draws: how many sets; one, of all features, where these carry no more than the target.
         rng: draws the orders.
 

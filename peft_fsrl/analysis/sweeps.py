@@ -48,7 +48,7 @@ def load_sweep(path: str | Path) -> tuple[SweepPoint, ...]:
 def by_penalty(points: Iterable[SweepPoint]) -> dict[str, tuple[SweepPoint, ...]]:
     """Runs by what made them sparse, as ``plot_variants`` and ``render_variants`` take them.
 
-    ``"L0 penalty"`` has those with an ``l0_coeff``, which only ``jump_relu`` takes, and
+    ``"L0 penalty"`` has those with an ``l0_coeff``, which only ``jumprelu`` takes, and
     ``"L1 penalty"`` the others. A name without runs is left out.
     """
     points = tuple(points)

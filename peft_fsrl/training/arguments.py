@@ -25,7 +25,7 @@ _SCRIPT_OPTIONS = (
     "threshold_lr_multiplier",
     "init_scale",
     "init_threshold",
-    "bandwidth",
+    "jumprelu_bandwidth",
     "sae_dtype",
 )
 

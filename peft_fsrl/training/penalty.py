@@ -40,8 +40,8 @@ class SparsityPenalty:
             config = configs[tokens.adapter_name]
             mask = None if record.mask is None else record.mask.to(tokens.l1.device)
             term = config.l1_coeff * masked_mean(tokens.l1, mask, config.penalty_reduction)
-            if tokens.gate is not None and config.l0_coeff:
-                gates = masked_mean(tokens.gate, mask, config.penalty_reduction)
+            if tokens.open_gates is not None and config.l0_coeff:
+                gates = masked_mean(tokens.open_gates, mask, config.penalty_reduction)
                 term = term + config.l0_coeff * gates
             if record.training and not term.requires_grad:
                 self._require_graph(tokens)

@@ -1,4 +1,4 @@
-"""How heavy the sparsity penalty is at each step: warm-up, and a search for a wished-for l0."""
+"""How heavy the sparsity penalty is at each step: warm-up, and a search for a target l0."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PenaltySchedule(TrainerCallback, ExportableState):
     """``scale = min(1, step / warm-up steps) * factor`` on both coefficients of an adapter.
 
     ``factor`` is 1, unless the config names a ``target_l0``: nobody can guess a coefficient, but a
-    sparsity can be wished for. After every optimiser step ``log factor`` then moves by
+    sparsity can be named. After every optimiser step ``log factor`` then moves by
     ``pull * log(l0 / target_l0) + damping * change of log l0``, smoothed and limited: up while too
     many features are steered, unless their number is already falling fast enough. Its state is in
     the trainer's checkpoints and continues from there.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import FSRLConfig
 
 _SMALL_START = 1e-9
-_THRESHOLD_NAMES = {"soft_threshold": "threshold", "jump_relu": "log_threshold"}
+_THRESHOLD_NAMES = {"soft_threshold": "threshold", "jumprelu": "log_threshold"}
 
 
 class SteeringAdapter(nn.Module):
@@ -44,14 +44,14 @@ class SteeringAdapter(nn.Module):
         self.activation = config.activation
         # Whether somebody has to add a penalty to the loss; see ``PenaltyWatch``.
         self.penalised = bool(config.l1_coeff or config.l0_coeff)
-        self.bandwidth = config.bandwidth
+        self.bandwidth = config.jumprelu_bandwidth
         self.non_negative = config.non_negative
         width = config.rank or d_in
         self.weight = nn.Parameter(torch.empty(n_features, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(n_features, device=device, dtype=dtype))
         scale = config.init_scale or _SMALL_START
-        if config.activation == "jump_relu" and config.init_scale is None:
-            scale = (config.init_threshold or config.bandwidth) * d_in**-0.5
+        if config.activation == "jumprelu" and config.init_scale is None:
+            scale = (config.init_threshold or config.jumprelu_bandwidth) * d_in**-0.5
         # In float16 a very small start would round to zero, from where nothing trains.
         scale = max(scale, torch.finfo(self.weight.dtype).smallest_normal / 64)
         nn.init.uniform_(self.weight, -scale, scale)
@@ -63,14 +63,14 @@ class SteeringAdapter(nn.Module):
         if config.activation == "relu":
             return
         start = config.init_threshold or 0.0
-        if config.activation == "jump_relu":
-            start = math.log(config.init_threshold or config.bandwidth)
+        if config.activation == "jumprelu":
+            start = math.log(config.init_threshold or config.jumprelu_bandwidth)
         threshold = nn.Parameter(torch.full((n_features,), start, device=device, dtype=dtype))
         self.register_parameter(_THRESHOLD_NAMES[config.activation], threshold)
 
     @property
     def threshold_parameter(self) -> nn.Parameter | None:
-        """``theta`` of ``soft_threshold``, ``log(theta)`` of ``jump_relu``, None for ``relu``."""
+        """``theta`` of ``soft_threshold``, ``log(theta)`` of ``jumprelu``, None for ``relu``."""
         name = _THRESHOLD_NAMES.get(self.activation)
         # Not `get_parameter`: under FSDP, what stands under the name is a view and no parameter.
         return None if name is None else getattr(self, name)

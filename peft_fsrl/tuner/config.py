@@ -30,7 +30,7 @@ from ._fields import (
 )
 from .folder import forget_sums
 
-_ACTIVATIONS = ("soft_threshold", "relu", "jump_relu")
+_ACTIVATIONS = ("soft_threshold", "relu", "jumprelu")
 _REDUCTIONS = ("sequence", "token")
 
 
@@ -57,26 +57,26 @@ class FSRLConfig(PeftConfig):
         exclude_features: Indices of features that are never steered, in the same form.
         rank: Rank of the adapter's weight as a product of two; None for a full one.
         activation: ``"soft_threshold"`` (two-sided: promotes and suppresses), ``"relu"`` (promotes
-            only) or ``"jump_relu"`` (promotes only, learned jump).
+            only) or ``"jumprelu"`` (promotes only, learned jump).
         non_negative: Keep ``f + v`` non-negative: a feature can be lowered to zero, not below. Off,
             ``x' = x + decode(v)``, linear in ``v``, and the SAE's encoder is not needed.
         init_scale: Half-width of the uniform start of the adapter's weight, in units of the
             pre-activation per unit of SAE input. Not zero: the soft threshold has no slope at zero.
-            Defaults to 1e-9, and for ``jump_relu`` to the first threshold over ``sqrt(d_in)``: a
+            Defaults to 1e-9, and for ``jumprelu`` to the first threshold over ``sqrt(d_in)``: a
             gate that never opens passes no gradient to the weight behind it.
         init_threshold: Start of every threshold, in units of the pre-activation. Defaults to 0 for
-            ``soft_threshold`` and to ``bandwidth`` for ``jump_relu``.
-        bandwidth: Width of the rectangle kernel of ``jump_relu``'s straight-through gradient, in
+            ``soft_threshold`` and to ``jumprelu_bandwidth`` for ``jumprelu``.
+        jumprelu_bandwidth: Width of the rectangle kernel of the straight-through gradient, in
             units of the pre-activation.
         l1_coeff: Weight of the mean over tokens of ``||v||_1`` in the training loss.
         l0_coeff: Weight of the mean over tokens of the number of steered features;
-            ``jump_relu`` only.
+            ``jumprelu`` only.
         penalty_reduction: ``"sequence"`` (mean over the real tokens of each sequence, then over
             sequences: independent of batching and accumulation) or ``"token"`` (mean over all real
             tokens of a batch).
         penalty_warmup_ratio: Share of the training steps over which the penalty grows from nothing
             to its full weight.
-        target_l0: Wished-for number of steered features per token. During training the weight of
+        target_l0: Target number of steered features per token. During training the weight of
             the penalty then moves, from the given coefficient on, until this many are steered.
         threshold_lr_multiplier: Learning rate of the thresholds as a multiple of the trainer's.
         sae_dtype: Dtype in which the SAE computes, for example ``"bfloat16"``. Defaults to the
@@ -135,14 +135,14 @@ class FSRLConfig(PeftConfig):
     init_threshold: float | None = field(
         default=None, metadata={"help": "Start of every threshold."}
     )
-    bandwidth: float = field(
+    jumprelu_bandwidth: float = field(
         default=1e-2, metadata={"help": "Kernel width of the straight-through gradient."}
     )
     l1_coeff: float = field(
         default=0.1, metadata={"help": "Weight of the mean L1 norm of the steering vector."}
     )
     l0_coeff: float = field(
-        default=0.0, metadata={"help": "Weight of the mean count of steered features (jump_relu)."}
+        default=0.0, metadata={"help": "Weight of the mean count of steered features (jumprelu)."}
     )
     penalty_reduction: str = field(
         default="sequence", metadata={"help": "'sequence' or 'token': how the penalty is averaged."}
@@ -330,7 +330,7 @@ class FSRLConfig(PeftConfig):
         require_one_of("activation", self.activation, _ACTIVATIONS)
         require_one_of("penalty_reduction", self.penalty_reduction, _REDUCTIONS)
         require_bool("non_negative", self.non_negative)
-        for name in ("bandwidth", "threshold_lr_multiplier"):
+        for name in ("jumprelu_bandwidth", "threshold_lr_multiplier"):
             require_number(name, getattr(self, name), positive=True)
         if self.init_scale is not None:
             require_number("init_scale", self.init_scale, positive=True)
@@ -339,10 +339,10 @@ class FSRLConfig(PeftConfig):
         require_schedule(self)
         if self.init_threshold is not None:
             require_number(
-                "init_threshold", self.init_threshold, positive=self.activation == "jump_relu"
+                "init_threshold", self.init_threshold, positive=self.activation == "jumprelu"
             )
-        if self.l0_coeff and self.activation != "jump_relu":
+        if self.l0_coeff and self.activation != "jumprelu":
             raise ValueError(
-                f"`l0_coeff` needs activation='jump_relu', whose gate has a gradient; got "
+                f"`l0_coeff` needs activation='jumprelu', whose gate has a gradient; got "
                 f"{self.activation!r}. Use `l1_coeff`."
             )

@@ -101,7 +101,7 @@ def _convert_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tens
     if "soft_threshold" in tensors:
         activation = "soft_threshold"
     elif "log_threshold" in tensors:
-        activation = "jump_relu"
+        activation = "jumprelu"
     if activation != "soft_threshold" and bool((magnitude <= 0).any()):
         raise ValueError(
             f"steering_magnitude must be positive to be folded into {activation}, found "
@@ -112,7 +112,7 @@ def _convert_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tens
     if activation == "soft_threshold":
         # Odd in u: a negative magnitude turns u round and leaves the threshold positive.
         parameters["threshold"] = tensors["soft_threshold"].float().expand_as(bias) * rows.abs()
-    elif activation == "jump_relu":
+    elif activation == "jumprelu":
         parameters["log_threshold"] = tensors["log_threshold"].float().expand_as(bias) + rows.log()
     return activation, parameters
 

@@ -23,7 +23,7 @@ class SteeringEvent(NamedTuple):
         hidden_states: the wrapped module's own output, shape ``(batch, seq, d_in)``.
         steering_vector: ``v`` in feature space as it acted, shape ``(batch, seq, n_features)``;
             ``sae.feature_index`` says which features these are.
-        gate: ``jump_relu``'s differentiable gate of the same shape, or None.
+        gate: ``jumprelu``'s differentiable gate of the same shape, or None.
         sae: the SAE whose features are steered, on the device of the layer.
         l1: ``||v||_1`` of each token, shape ``(batch, seq)``, float32 or wider.
         open_gates: sum of ``gate`` over the features, shape ``(batch, seq)``, or None.
@@ -49,7 +49,7 @@ class TokenStatistics:
         l0: number of features with ``v != 0``, shape ``(batch, seq)``.
         l1: ``||v||_1``, shape ``(batch, seq)``; carries the graph when the forward did.
         l2: ``||v||_2``, shape ``(batch, seq)``.
-        gate: differentiable count of open gates of ``jump_relu``, shape ``(batch, seq)``, or None.
+        open_gates: differentiable number of open gates of ``jumprelu``, ``(batch, seq)``, or None.
         nonfinite: 1 for a token with nan or inf in the hidden states or in ``v``, else 0, shape
             ``(batch, seq)``.
     """
@@ -59,7 +59,7 @@ class TokenStatistics:
     l0: Float[Tensor, "batch seq"]
     l1: Float[Tensor, "batch seq"]
     l2: Float[Tensor, "batch seq"]
-    gate: Float[Tensor, "batch seq"] | None
+    open_gates: Float[Tensor, "batch seq"] | None
     nonfinite: Float[Tensor, "batch seq"]
 
 
@@ -77,7 +77,7 @@ def token_statistics(event: SteeringEvent) -> TokenStatistics:
         l0=(v != 0).sum(dim=-1).to(wide.dtype),
         l1=event.l1,
         l2=wide.norm(dim=-1),
-        gate=event.open_gates,
+        open_gates=event.open_gates,
         nonfinite=nonfinite_tokens(event.hidden_states, event.l1),
     )
 

@@ -232,7 +232,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
                 l0=steered.l0,
                 l1=steered.l1,
                 l2=steered.l2,
-                gate=steered.open_gates,
+                open_gates=steered.open_gates,
                 nonfinite=nonfinite_tokens(x, steered.l1),
             )
 

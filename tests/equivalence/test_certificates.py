@@ -183,13 +183,13 @@ def test_the_radius_is_tight(architecture: str, activation: str) -> None:
         assert relative(certificate.apply(beyond), naive(beyond)) > 1e-9
 
 
-# Activation, clamp, and whether there is a threshold: relu has none, that of jump_relu is never 0.
+# Activation, clamp, and whether there is a threshold: relu has none, that of jumprelu is never 0.
 WAYS = [
     ("soft_threshold", True, True),
     ("soft_threshold", True, False),
     ("soft_threshold", False, True),
     ("relu", True, True),
-    ("jump_relu", True, True),
+    ("jumprelu", True, True),
 ]
 
 

@@ -308,7 +308,7 @@ def test_a_search_goes_on_as_if_it_had_not_been_stopped(
     assert run(search, monkeypatch, searched(tmp_path / "whole", 5)) == 0
     whole = asked()
     assert len(whole) == 2 * 5 + 2 * 2
-    only = ["--families", "jump_relu"]
+    only = ["--families", "jumprelu"]
     assert run(search, monkeypatch, [*searched(tmp_path / "parts", 3), *only]) == 0
     (tmp_path / "calls.txt").unlink()
 
@@ -320,7 +320,7 @@ def test_a_search_goes_on_as_if_it_had_not_been_stopped(
         with pytest.raises(KeyboardInterrupt):
             run(search, patch, [*searched(tmp_path / "parts", 5), *only])
     assert run(search, monkeypatch, [*searched(tmp_path / "parts", 5), *only]) == 0
-    tried = [call for call in whole if call["activation"] == "jump_relu" and call["seed"] == "0"]
+    tried = [call for call in whole if call["activation"] == "jumprelu" and call["seed"] == "0"]
     rest = [call for call in asked() if call["seed"] == "0"]
     assert len(rest) == 2
     assert rest == tried[3:]
@@ -332,7 +332,7 @@ def test_a_search_confirms_the_best_within_the_target(
 ) -> None:
     assert run(search, monkeypatch, searched(tmp_path / "out", 4)) == 0
     points = load_sweep(tmp_path / "out" / "sweep.csv")
-    for family in ("soft_threshold", "jump_relu"):
+    for family in ("soft_threshold", "jumprelu"):
         tried = [point for point in points if point.stage == f"search {family}"]
         assert len(tried) == 4
         best = min((point for point in tried if point.l0 <= 200), key=lambda point: point.loss)
@@ -341,10 +341,10 @@ def test_a_search_confirms_the_best_within_the_target(
         assert {(p.l1_coeff, p.l0_coeff) for p in confirmed} == {(best.l1_coeff, best.l0_coeff)}
     made = calls(tmp_path)
     for call in made:
-        if call["activation"] == "jump_relu":
+        if call["activation"] == "jumprelu":
             # Gates that are closed at the start never open.
             assert call["init_scale"] == call["init_threshold"]
             assert float(call["l1_coeff"]) == 0
     tables = (tmp_path / "out" / "tables.md").read_text()
-    assert "| l0 at most | soft_threshold | jump_relu |" in tables
+    assert "| l0 at most | soft_threshold | jumprelu |" in tables
     assert f"{best.loss:.3f}" in tables

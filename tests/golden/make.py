@@ -73,9 +73,9 @@ def main() -> None:
     }
     config = FSRLConfig(
         sae=saes,
-        activation="jump_relu",
+        activation="jumprelu",
         features={0: [1, 2, 23], 2: [0, 5]},
-        bandwidth=0.5,
+        jumprelu_bandwidth=0.5,
         l0_coeff=0.2,
     )
     write(root / "two_layers", config, saes)

@@ -114,7 +114,10 @@ JOBS = [
     Job("thresholds fall", settings=CLIPPED, adapter=FALLING),
     Job("accumulation", settings={"gradient_accumulation_steps": 2}),
     Job("nothing unused", settings=ALL_USED),
-    Job("jump_relu", adapter={"activation": "jump_relu", "l0_coeff": 0.02, "bandwidth": 0.5}),
+    Job(
+        "jumprelu",
+        adapter={"activation": "jumprelu", "l0_coeff": 0.02, "jumprelu_bandwidth": 0.5},
+    ),
     Job("trainer", trainer="trainer"),
     Job("trainer, accumulation", trainer="trainer", settings={"gradient_accumulation_steps": 2}),
     Job("sft", trainer="sft"),

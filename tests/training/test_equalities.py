@@ -110,7 +110,7 @@ def test_padding_of_preferences(side: str, width: int, token: int, tmp_path: Pat
 @pytest.mark.parametrize(("side", "width"), [("right", 3), ("left", 3)])
 def test_padding_of_labelled_text(side: str, width: int, reduction: str, tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), **COMMON)
-    model = double_model(penalty_reduction=reduction, activation="jump_relu", bandwidth=0.5)
+    model = double_model(penalty_reduction=reduction, activation="jumprelu", jumprelu_bandwidth=0.5)
     trainer = with_fsrl(Trainer)(model, args=args)
     ids = token_ids(2, 6)
     # After padding, even a first token has one before it that could predict it.
@@ -181,15 +181,13 @@ def penalised_step(model: PeftModel) -> tuple[Tensor, dict[str, Tensor]]:
 
 @needs_hooks_outside
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize(
-    "settings", [{}, {"activation": "jump_relu", "l0_coeff": 0.4}, {"rank": 3}]
-)
+@pytest.mark.parametrize("settings", [{}, {"activation": "jumprelu", "l0_coeff": 0.4}, {"rank": 3}])
 def test_checkpointing_counts_once_and_changes_nothing(
     settings: dict[str, Any], use_reentrant: bool
 ) -> None:
-    plain = double_model(bandwidth=0.5, **settings)
+    plain = double_model(jumprelu_bandwidth=0.5, **settings)
     expected = penalised_step(plain)
-    model = double_model(bandwidth=0.5, **settings)
+    model = double_model(jumprelu_bandwidth=0.5, **settings)
     applications = []
     with (
         checkpointing(model, use_reentrant),
@@ -220,9 +218,9 @@ def kept_shapes(model: PeftModel, use_reentrant: bool | None) -> list[tuple[int,
 
 
 @needs_hooks_outside
-@pytest.mark.parametrize("activation", ["soft_threshold", "relu", "jump_relu"])
+@pytest.mark.parametrize("activation", ["soft_threshold", "relu", "jumprelu"])
 def test_checkpointing_keeps_nothing_as_wide_as_the_sae(activation: str) -> None:
-    settings = {"l0_coeff": 0.4} if activation == "jump_relu" else {}
+    settings = {"l0_coeff": 0.4} if activation == "jumprelu" else {}
     wide = (2, 5, D_SAE)
     plain = kept_shapes(double_model(activation=activation, **settings), None)
     assert sum(shape == wide for shape in plain) >= 1, "the test must see what is kept"

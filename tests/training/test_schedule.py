@@ -92,7 +92,7 @@ def test_the_controller_by_hand() -> None:
     assert schedule.scale("other", FSRLConfig(layer=0, sae="a/b"), state) == 1.0
 
 
-def test_a_wished_for_sparsity_is_kept_to(tmp_path: Path) -> None:
+def test_a_target_sparsity_is_kept_to(tmp_path: Path) -> None:
     """A coefficient that is too large silences features, unless it may move."""
     reached = {}
     for target in (None, 6.0):

@@ -215,8 +215,8 @@ def test_evaluation_is_the_preference_loss_alone(tmp_path: Path) -> None:
     assert "fsrl/l0" not in reporter.logs
 
 
-def test_jump_relu_with_both_coefficients(tmp_path: Path) -> None:
-    model = double_model(activation="jump_relu", bandwidth=0.4, l1_coeff=0.3, l0_coeff=0.9)
+def test_jumprelu_with_both_coefficients(tmp_path: Path) -> None:
+    model = double_model(activation="jumprelu", jumprelu_bandwidth=0.4, l1_coeff=0.3, l0_coeff=0.9)
     trainer, reporter = cpo_trainer(model, tmp_path, batch_size=2, accumulation=2)
     naive = Naive(model, sequences(trainer))
     before, gradients = snapshot(model), naive.gradients(naive.simpo() + naive.penalty)

@@ -335,7 +335,7 @@ def test_tensors_for_another_place_are_refused(folder: Path) -> None:
     ("changes", "match"),
     [
         ({"activation": "relu"}, r"activation='relu'.*found \[.*threshold"),
-        ({"activation": "jump_relu"}, r"activation='jump_relu'.*expected \[.*log_threshold"),
+        ({"activation": "jumprelu"}, r"activation='jumprelu'.*expected \[.*log_threshold"),
         ({"activation": "tanh"}, "`activation` must be one of"),
         ({"layer": 2}, r"layer=2.*expected \[.*layers\.2"),
         ({"layer": 9}, "Layer 9 does not exist"),
@@ -544,7 +544,7 @@ def kill_at(moment):
 
 
 old = fsrl_model()
-new = fsrl_model(activation="jump_relu", sae=tiny_sae("topk", seed=5), features=[1, 2, 3, 20])
+new = fsrl_model(activation="jumprelu", sae=tiny_sae("topk", seed=5), features=[1, 2, 3, 20])
 expected = {"old": logits(old), "new": logits(new)}
 before = os.path.join(root, "before")
 old.save_pretrained(before)

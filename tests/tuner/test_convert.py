@@ -15,7 +15,7 @@ from torch import Tensor
 import helpers
 from peft_fsrl.tuner.convert import convert_research_checkpoint
 
-THRESHOLDS = {"soft_threshold": "soft_threshold", "log_threshold": "jump_relu", "": "relu"}
+THRESHOLDS = {"soft_threshold": "soft_threshold", "log_threshold": "jumprelu", "": "relu"}
 
 
 def write_checkpoint(

@@ -309,11 +309,13 @@ def test_beam_search_is_that_of_the_formula(family: str, use_cache: bool) -> Non
 # Raised inside torch while it traces any autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-@pytest.mark.parametrize("activation", ["soft_threshold", "relu", "jump_relu"])
+@pytest.mark.parametrize("activation", ["soft_threshold", "relu", "jumprelu"])
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_in_one_graph(family: str, activation: str, training: bool) -> None:
     base = tiny_model(family, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    model = fsrl_model(base, activation=activation, bandwidth=0.5, l1_coeff=0.1).train(training)
+    model = fsrl_model(base, activation=activation, jumprelu_bandwidth=0.5, l1_coeff=0.1).train(
+        training
+    )
     ids = token_ids()
     model(ids).logits.square().mean().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}

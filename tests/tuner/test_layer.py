@@ -37,7 +37,9 @@ def tokens(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
 
 def agree(sae: Any, activation: str, non_negative: bool = True) -> None:
     """Compare the layer with the naive formula: output, ``v``, gate, and every gradient."""
-    layer = bare_layer(sae, activation=activation, bandwidth=BANDWIDTH, non_negative=non_negative)
+    layer = bare_layer(
+        sae, activation=activation, jumprelu_bandwidth=BANDWIDTH, non_negative=non_negative
+    )
     adapter = layer.fsrl_adapter["default"]
     events: list[SteeringEvent] = []
     layer.observers.append(events.append)
@@ -130,7 +132,7 @@ def test_identity_where_nothing_is_steered(architecture: str, dtype: torch.dtype
         assert torch.equal(layer(x), x)
 
 
-@pytest.mark.parametrize("activation", ["relu", "jump_relu"])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
 def test_identity_of_activations_that_only_promote(activation: str) -> None:
     layer = bare_layer(tiny_sae(), torch.float32, activation=activation)
     with torch.no_grad():
@@ -160,7 +162,7 @@ def test_only_the_tokens_where_v_is_not_zero_change() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_dtype_is_close_to_the_formula(activation: str, dtype: torch.dtype) -> None:
     sae = tiny_sae("jumprelu", dtype="float64")
-    exact = bare_layer(sae, activation=activation, bandwidth=BANDWIDTH)
+    exact = bare_layer(sae, activation=activation, jumprelu_bandwidth=BANDWIDTH)
     layer = copy.deepcopy(exact).to(dtype)
     x = tokens(dtype)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float16: 2e-2}[dtype]
@@ -250,14 +252,16 @@ def test_the_sae_is_no_parameter_and_no_buffer() -> None:
     ("activation", "names"),
     [
         ("soft_threshold", {"weight", "bias", "threshold"}),
-        ("jump_relu", {"weight", "bias", "log_threshold"}),
+        ("jumprelu", {"weight", "bias", "log_threshold"}),
         ("relu", {"weight", "bias"}),
     ],
 )
 def test_parameters_at_the_start(activation: str, names: set[str]) -> None:
     sae = tiny_sae()
     layer = FSRLLayer(nn.Identity(), "identity")
-    config = FSRLConfig(layer=0, sae=sae, activation=activation, init_scale=0.5, bandwidth=0.25)
+    config = FSRLConfig(
+        layer=0, sae=sae, activation=activation, init_scale=0.5, jumprelu_bandwidth=0.25
+    )
     layer.update_layer("default", config, freeze_sae(sae))
     parameters = dict(layer.fsrl_adapter["default"].named_parameters())
     assert set(parameters) == names
@@ -270,10 +274,10 @@ def test_parameters_at_the_start(activation: str, names: set[str]) -> None:
 
 
 @pytest.mark.parametrize(("settings", "scale"), [({}, 0.01 / 4), ({"init_threshold": 0.4}, 0.1)])
-def test_jump_relu_starts_with_open_gates(settings: dict[str, Any], scale: float) -> None:
+def test_jumprelu_starts_with_open_gates(settings: dict[str, Any], scale: float) -> None:
     sae = tiny_sae()
     layer = FSRLLayer(nn.Identity(), "identity")
-    config = FSRLConfig(layer=0, sae=sae, activation="jump_relu", **settings)
+    config = FSRLConfig(layer=0, sae=sae, activation="jumprelu", **settings)
     layer.update_layer("default", config, freeze_sae(sae))
     adapter = layer.fsrl_adapter["default"]
     assert 0.9 * scale < adapter.weight.abs().max() <= scale
@@ -289,7 +293,7 @@ def test_jump_relu_starts_with_open_gates(settings: dict[str, Any], scale: float
 
 
 @pytest.mark.parametrize(
-    ("activation", "expected"), [("soft_threshold", 0.125), ("jump_relu", -2.0794415)]
+    ("activation", "expected"), [("soft_threshold", 0.125), ("jumprelu", -2.0794415)]
 )
 def test_init_threshold(activation: str, expected: float) -> None:
     sae = tiny_sae()

@@ -445,8 +445,10 @@ def penalised_gradients(model: PeftModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradient_checkpointing(activation: str, use_reentrant: bool) -> None:
-    settings = {"l0_coeff": 0.3} if activation == "jump_relu" else {}
-    model = fsrl_model(activation=activation, l1_coeff=0.7, bandwidth=0.5, **settings).train()
+    settings = {"l0_coeff": 0.3} if activation == "jumprelu" else {}
+    model = fsrl_model(
+        activation=activation, l1_coeff=0.7, jumprelu_bandwidth=0.5, **settings
+    ).train()
     expected = penalised_gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()

@@ -65,7 +65,7 @@ def test_restriction_refuses_what_is_not_there() -> None:
         sae.restrict(SOME).save("unused")
 
 
-@pytest.mark.parametrize("activation", ["soft_threshold", "relu", "jump_relu"])
+@pytest.mark.parametrize("activation", ["soft_threshold", "relu", "jumprelu"])
 @pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
 def test_steering_some_features_is_steering_all_with_the_others_zeroed(
     architecture: str, activation: str

@@ -39,18 +39,18 @@ def custom_cases(jump_start: float = 1e-9) -> list[Any]:
     """``(test_name, model_id, config_cls, config_kwargs)`` for PEFT's small custom models.
 
     Args:
-        jump_start: where thresholds and weights of ``jump_relu`` start. A gate has a gradient only
+        jump_start: where thresholds and weights of ``jumprelu`` start. A gate has a gradient only
             near its threshold, so that no start both leaves the output unchanged and trains
             thresholds within the three steps that PEFT's tests make.
     """
-    jump = {"activation": "jump_relu", "init_threshold": jump_start, "init_scale": jump_start}
+    jump = {"activation": "jumprelu", "init_threshold": jump_start, "init_scale": jump_start}
     lin0: dict[str, Any] = {"target_modules": ["lin0"], "sae": tiny.tiny_sae(20)}
     rows: dict[str, tuple[str, dict[str, Any]]] = {
         "linear": ("MLP", lin0),
         "linear of width 2": ("MLP", {"target_modules": ["lin1"], "sae": tiny.tiny_sae(2)}),
         "regex": ("MLP", {**lin0, "target_modules": "lin.", "exclude_modules": ["lin1"]}),
         "relu": ("MLP", {**lin0, "activation": "relu"}),
-        "jump_relu": ("MLP", {**lin0, **jump, "bandwidth": 10.0}),
+        "jumprelu": ("MLP", {**lin0, **jump, "jumprelu_bandwidth": 10.0}),
         "features": ("MLP", {**lin0, "features": [0, 3, 4, 11, 29]}),
         "exclude_features": ("MLP", {**lin0, "exclude_features": [1, 2]}),
         "rank": ("MLP", {**lin0, "rank": 4}),
@@ -80,10 +80,10 @@ def decoder_cases() -> list[Any]:
         pytest.param(FSRLConfig, {"task_type": "CAUSAL_LM", **kwargs}, id=name)
         for name, kwargs in {
             "soft_threshold": {"layer": 1, "sae": tiny.tiny_sae()},
-            "jump_relu": {
+            "jumprelu": {
                 "layer": 0,
                 "sae": tiny.tiny_sae(architecture="jumprelu"),
-                "activation": "jump_relu",
+                "activation": "jumprelu",
                 # Close to the base, as PEFT's tests ask, and with gates that are open.
                 "init_threshold": 1e-9,
                 "init_scale": 1e-9,
