@@ -23,7 +23,7 @@ demo: setup ## train an adapter on the built-in model organism and show what it 
 	$(RUN) $(LAUNCH) examples/simpo.py --overwrite_output true $(ARGS)
 
 test: setup ## run the tests, the snippets in the documentation among them
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n $(THREADS) $(ARGS)
 
 docs: setup ## run only the snippets in README.md and docs/
 	$(RUN) pytest tests/test_docs.py $(ARGS)
@@ -31,6 +31,7 @@ docs: setup ## run only the snippets in README.md and docs/
 lint: setup ## check style and formatting
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo
 
 format: setup ## mend what lint can mend by itself
 	$(RUN) ruff check --fix .

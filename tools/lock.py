@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("audit", "dev", "eval", "judge", "plots", "sweep")
 CUDA_ONLY = re.compile(r"^(nvidia-|cuda-|triton\b)")
 HEADER = """\
-# The releases the project is tested with, on Python {python}; older Pythons get the newest releases
+# The releases the project is tested with, on Python {python}; other Pythons get releases
 # that support them. Written by tools/lock.py (`make lock`): do not edit by hand.
 """
 
@@ -38,7 +38,7 @@ def main() -> None:
         known, resolved = Path(folder, "known.txt"), Path(folder, "resolved.txt")
         known.write_text(pins)
         uv = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header"]
-        uv += ["--universal", "--python-version", "3.10", "--no-python-downloads", "--no-annotate"]
+        uv += ["--universal", "--python-version", "3.11", "--no-python-downloads", "--no-annotate"]
         files = ["--constraints", str(known), "--output-file", str(resolved), "pyproject.toml"]
         extras = [part for name in EXTRAS for part in ("--extra", name)]
         subprocess.run([*uv, *extras, *files], check=True, cwd=ROOT)
