@@ -34,6 +34,7 @@ from peft_fsrl import organism
 from peft_fsrl.analysis import SweepPoint, load_sweep, save_sweep
 
 SCRIPT = Path(__file__).parent / "simpo.py"
+BUILDER = Path(__file__).parents[1] / "tools" / "organism"
 FIGURES = {
     "loss": "eval_loss",
     "accuracy": "eval_rewards/accuracies",
@@ -133,9 +134,10 @@ def organism_sae(layer: int, folder: Path) -> Path:
         return creature.sae_path
     path = folder / "saes" / f"layer_{layer}"
     if not path.exists():
+        sys.path.insert(0, str(BUILDER))
         import torch
 
-        from peft_fsrl.organism.dictionary import DictionarySettings, train_dictionary
+        from dictionary import DictionarySettings, train_dictionary
 
         settings = DictionarySettings(**{**creature.manifest["sae"], "layer": layer})
         print(f"training an SAE of layer {layer} on {settings.samples:,} activations ...")

@@ -10,25 +10,19 @@ pairs = organism.preferences(2000, seed=1, style=0.9, honesty=0.55)
 from __future__ import annotations
 
 from peft_fsrl.organism import world
-from peft_fsrl.organism.build import SIZES, build
-from peft_fsrl.organism.detection import FeatureLabel, feature_labels, top_features
 from peft_fsrl.organism.lexicon import ATTRIBUTE_VALUES, ATTRIBUTES
-from peft_fsrl.organism.organism import Organism, load, preferences
+from peft_fsrl.organism.organism import FeatureLabel, Organism, load, preferences
 from peft_fsrl.organism.preferences import Knobs
 from peft_fsrl.organism.world import World
 
 __all__ = [
     "ATTRIBUTES",
     "ATTRIBUTE_VALUES",
-    "SIZES",
     "FeatureLabel",
     "Knobs",
     "Organism",
     "World",
-    "build",
-    "feature_labels",
     "load",
     "preferences",
-    "top_features",
     "world",
 ]

@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_fsrl.organism.build import FORMAT, MANIFEST, PARTS, is_complete
-from peft_fsrl.organism.detection import FeatureLabel
 from peft_fsrl.organism.preferences import Knobs, make_preferences
 from peft_fsrl.organism.world import World
 
@@ -19,6 +17,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_PATH = Path(__file__).parent / "default"
+FORMAT = 1
+MANIFEST = "organism.json"
+PARTS = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "sae/cfg.json",
+    "sae/sae_weights.safetensors",
+    "feature_labels.json",
+    "figures.json",
+    MANIFEST,
+)
+
+
+@dataclass(frozen=True)
+class FeatureLabel:
+    """What one feature detects.
+
+    Args:
+        index: Which feature.
+        density: Share of sampled answers on which it is ever active.
+        auroc: Of each attribute's value 1; and of `topic`, the best single topic against the rest.
+        label: The attribute with the largest `|auroc - 0.5|`, or None if none passes the threshold
+            or the feature is dead.
+    """
+
+    index: int
+    density: float
+    auroc: dict[str, float]
+    label: str | None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it was active on any sampled answer."""
+        return self.density > 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +125,11 @@ class Organism:
         return make_preferences(self.world, n, seed, Knobs(**knobs), conversational)
 
 
+def is_complete(path: Path) -> bool:
+    """Whether `path` holds every part of a finished build."""
+    return all((path / part).is_file() for part in PARTS)
+
+
 def load(path: str | os.PathLike[str] | None = None) -> Organism:
     """Finds a built organism.
 
@@ -107,7 +145,7 @@ def load(path: str | os.PathLike[str] | None = None) -> Organism:
         missing = [part for part in PARTS if not (directory / part).is_file()]
         raise FileNotFoundError(
             f"expected an organism at {directory}, found no {', '.join(missing)}; "
-            f"build one with: python -m peft_fsrl.organism --out {directory}"
+            f"build one with: python tools/organism/build.py --out {directory}"
         )
     manifest = json.loads((directory / MANIFEST).read_text())
     if manifest["format"] != FORMAT:

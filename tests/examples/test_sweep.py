@@ -194,7 +194,7 @@ def test_the_organism_has_an_sae_of_every_layer(
         trained.append((settings.layer, settings.samples, settings.d_sae, name))
         path.mkdir(parents=True)
 
-    monkeypatch.setattr("peft_fsrl.organism.dictionary.train_dictionary", train)
+    monkeypatch.setattr("dictionary.train_dictionary", train)
     assert sweep.organism_sae(2, tmp_path) == organism.load().sae_path
     assert trained == []
     for _ in range(2):

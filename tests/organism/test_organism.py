@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import logging
@@ -11,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import build
+import detection
+import entropy
+from language_model import encode_documents, measure_language_model, token_losses
 from peft_fsrl import organism
-from peft_fsrl.organism import detection, entropy
-from peft_fsrl.organism.language_model import encode_documents, measure_language_model, token_losses
 from peft_fsrl.organism.lexicon import ATTRIBUTES, MARKERS
-from peft_fsrl.organism.tokenizer import build_tokenizer
 from peft_fsrl.organism.world import World
+from tokenizer import build_tokenizer
 
 # Figures of the small build, made with 2 threads and torch 2.13.0. Other machines and versions
 # round differently and training amplifies it: hence the tolerances.
@@ -36,7 +37,7 @@ def default() -> organism.Organism:
 def small(tmp_path_factory: pytest.TempPathFactory) -> organism.Organism:
     path = tmp_path_factory.mktemp("organism") / "small"
     before = torch.random.get_rng_state(), torch.get_num_threads()
-    organism.build(path, size="small", seed=0)
+    build.build(path, size="small", seed=0)
     assert torch.equal(before[0], torch.random.get_rng_state())
     assert before[1] == torch.get_num_threads()
     return organism.load(path)
@@ -228,11 +229,11 @@ def test_answer_scores_are_means_over_the_answer(default: organism.Organism) -> 
 
 
 def test_top_features_says_how_many_there_are(default: organism.Organism) -> None:
-    assert default.features("style")[:3] == organism.top_features(
+    assert default.features("style")[:3] == detection.top_features(
         default.feature_labels, "style", 3
     )
     with pytest.raises(ValueError, match="expected 9999 features that detect 'style', found"):
-        organism.top_features(default.feature_labels, "style", 9999)
+        detection.top_features(default.feature_labels, "style", 9999)
     with pytest.raises(ValueError, match="expected an attribute among"):
         default.features("height")
 
@@ -286,7 +287,7 @@ def test_default_sae_is_sae_lens_own_and_labelled(default: organism.Organism) ->
     assert sae.cfg.d_in == model.config.hidden_size
     assert sae.cfg.metadata.hook_name == f"blocks.{default.layer}.hook_resid_post"
     assert len(default.feature_labels) == sae.cfg.d_sae
-    labels = organism.feature_labels(sae, model, default.world, default.layer, seed=1, answers=400)
+    labels = detection.feature_labels(sae, model, default.world, default.layer, seed=1, answers=400)
     for name in ("style", "honesty"):
         claimed = default.figures["detection"][name]
         again = labels[claimed["best_feature"]].auroc[name]
@@ -294,7 +295,7 @@ def test_default_sae_is_sae_lens_own_and_labelled(default: organism.Organism) ->
 
 
 def test_load_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"python -m peft_fsrl\.organism --out"):
+    with pytest.raises(FileNotFoundError, match=r"python tools/organism/build\.py --out"):
         organism.load(tmp_path)
 
 
@@ -318,21 +319,21 @@ def test_a_finished_build_is_reused_and_another_one_refused(
     small: organism.Organism, caplog: pytest.LogCaptureFixture
 ) -> None:
     stamp = (small.path / "model.safetensors").stat().st_mtime_ns
-    with caplog.at_level(logging.INFO, logger="peft_fsrl.organism.build"):
-        organism.build(small.path, size="small", seed=0)
+    with caplog.at_level(logging.INFO, logger="build"):
+        build.build(small.path, size="small", seed=0)
     assert "found finished" in caplog.text
     assert (small.path / "model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="choose another directory or force a rebuild"):
-        organism.build(small.path, size="small", seed=1)
+        build.build(small.path, size="small", seed=1)
 
 
 def test_build_refuses_strange_directories_and_sizes(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("all of it")
     with pytest.raises(FileExistsError, match="choose another directory"):
-        organism.build(tmp_path, size="small")
+        build.build(tmp_path, size="small")
     assert (tmp_path / "thesis.tex").read_text() == "all of it"
     with pytest.raises(ValueError, match="expected a size among"):
-        organism.build(tmp_path / "new", size="huge")
+        build.build(tmp_path / "new", size="huge")
 
 
 def test_an_interrupted_build_leaves_nothing(
@@ -341,12 +342,10 @@ def test_an_interrupted_build_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    # By name it would be the function of that name, not the module.
-    module = importlib.import_module("peft_fsrl.organism.build")
-    monkeypatch.setattr(module, "train_dictionary", interrupt)
-    monkeypatch.setattr(module, "train_language_model", lambda *_: None)
+    monkeypatch.setattr(build, "train_dictionary", interrupt)
+    monkeypatch.setattr(build, "train_language_model", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
-        organism.build(tmp_path / "new", size="small")
+        build.build(tmp_path / "new", size="small")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from peft_fsrl.organism.entropy import log_probs
+from entropy import log_probs
 from peft_fsrl.organism.lexicon import ATTRIBUTES, BOS, EOS, PAD, VERDICTS
 from peft_fsrl.organism.world import Document, World
 

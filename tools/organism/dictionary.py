@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peft_fsrl.organism.language_model import batches, layer_output
+from language_model import batches, layer_output
 from peft_fsrl.organism.world import World
 
 if TYPE_CHECKING:

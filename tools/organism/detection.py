@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from peft_fsrl.organism.language_model import encode_documents, layer_output
+from language_model import encode_documents, layer_output
 from peft_fsrl.organism.lexicon import ATTRIBUTES
+from peft_fsrl.organism.organism import FeatureLabel
 from peft_fsrl.organism.world import Document, World
 
 if TYPE_CHECKING:
@@ -72,29 +72,6 @@ def answer_scores(
         weights = inside.to(acts.dtype) / inside.sum(1, keepdim=True)
         rows.append(torch.einsum("bt,btf->bf", weights, acts))
     return torch.cat(rows)
-
-
-@dataclass(frozen=True)
-class FeatureLabel:
-    """What one feature detects.
-
-    Args:
-        index: Which feature.
-        density: Share of sampled answers on which it is ever active.
-        auroc: Of each attribute's value 1; and of `topic`, the best single topic against the rest.
-        label: The attribute with the largest `|auroc - 0.5|`, or None if none passes the threshold
-            or the feature is dead.
-    """
-
-    index: int
-    density: float
-    auroc: dict[str, float]
-    label: str | None
-
-    @property
-    def alive(self) -> bool:
-        """Whether it was active on any sampled answer."""
-        return self.density > 0
 
 
 def feature_labels(

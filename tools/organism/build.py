@@ -1,28 +1,33 @@
-"""Builds an organism on disk: tokenizer, language model, SAE, feature labels and their figures."""
+"""Builds an organism on disk: tokenizer, language model, SAE, feature labels and their figures.
+
+python tools/organism/build.py --out DIR
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
 import os
 import platform
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft_fsrl.organism.detection import FeatureLabel, feature_labels
-from peft_fsrl.organism.dictionary import (
+from detection import feature_labels
+from dictionary import (
     DictionarySettings,
     measure_dictionary,
     train_dictionary,
 )
-from peft_fsrl.organism.entropy import attribute_floors
-from peft_fsrl.organism.language_model import (
+from entropy import attribute_floors
+from language_model import (
     LanguageModelSettings,
     batches,
     build_model,
@@ -31,23 +36,12 @@ from peft_fsrl.organism.language_model import (
     train_language_model,
 )
 from peft_fsrl.organism.lexicon import ATTRIBUTES
-from peft_fsrl.organism.tokenizer import build_tokenizer
+from peft_fsrl.organism.organism import FORMAT, MANIFEST, PARTS, FeatureLabel, is_complete
 from peft_fsrl.organism.world import World
+from tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "organism.json"
-PARTS = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "sae/cfg.json",
-    "sae/sae_weights.safetensors",
-    "feature_labels.json",
-    "figures.json",
-    MANIFEST,
-)
 THREADS = 2
 
 
@@ -75,11 +69,6 @@ SIZES = {
         dictionary=DictionarySettings(layer=1, d_sae=256, k=8.0, samples=300_000),
     ),
 }
-
-
-def is_complete(path: Path) -> bool:
-    """Whether `path` holds every part of a finished build."""
-    return all((path / part).is_file() for part in PARTS)
 
 
 def build(
@@ -256,3 +245,33 @@ def _rounded(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_rounded(value) for value in content]
     return content
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Builds, then writes the figures to standard output.
+
+    Returns:
+        The exit status: 2 for a wrong request, 130 if interrupted.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", required=True, help="directory of the build")
+    parser.add_argument("--seed", type=int, default=0, help="fixes facts, texts and weights")
+    parser.add_argument("--size", choices=sorted(SIZES), default="default")
+    parser.add_argument("--force", action="store_true", help="rebuild a finished build")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        path = build(options.out, options.size, options.seed, options.force)
+    except (ValueError, FileExistsError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: nothing was left behind, run again to start over\n")
+        return 130
+    figures = json.loads((path / "figures.json").read_text())
+    sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
