@@ -83,6 +83,9 @@ from .report import (
     render_summary,
     render_variants,
 )
+from .session import (
+    Session,
+)
 from .single import (
     ablate_single_features,
 )
@@ -143,6 +146,7 @@ __all__ = [
     "Record",
     "Robustness",
     "SAEFit",
+    "Session",
     "Setting",
     "StandIn",
     "StaticDynamic",

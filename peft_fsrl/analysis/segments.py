@@ -14,7 +14,7 @@ from ..sae.frozen import FrozenSAE
 from ..steering import SteeringEvent, fsrl_layers, observe
 from ..training.likelihood import Batch, batched, pad
 from ..training.running import evaluating
-from ..training.tokens import tokenize
+from ..training.tokens import special_ids, tokenize
 from ..tuner.layer import FSRLLayer
 
 if TYPE_CHECKING:
@@ -39,17 +39,6 @@ class TokenChunk(NamedTuple):
     active: Callable[[], Bool[Tensor, "tokens n_features"]]
     members: Bool[Tensor, "segments tokens"]
     row: int
-
-
-def special_ids(tokenizer: Any) -> list[int]:
-    """Ids of the tokens that are no text: BOS, EOS, padding, and what marks a chat's turns.
-
-    Tokens that chat templates use need not be among ``all_special_ids``; they are flagged where
-    they were added to the vocabulary.
-    """
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    flagged = {index for index, token in added.items() if token.special}
-    return sorted(flagged.union(tokenizer.all_special_ids))
 
 
 def only_layer(model: nn.Module) -> FSRLLayer:

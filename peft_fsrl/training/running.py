@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from ..steering import adapter_configs, scale_steering
 
 
 @contextmanager
@@ -22,6 +25,36 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for model, mode in zip(models, modes, strict=True):
             model.train(mode)
+
+
+@contextmanager
+def as_base(model: nn.Module) -> Iterator[None]:
+    """The base model: FSRL adapters steer nothing, and what they train beside is the base's own.
+
+    Unlike ``disable_adapter`` this leaves other adapters as they are (the base of an adapter on top
+    of LoRA is the model with LoRA), and the flags of the parameters too.
+
+    Raises:
+        ValueError: if the model has no FSRL adapter.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(scale_steering(model, 0.0))
+        for module in trained_modules(model).values():
+            module.enable_adapters(False)
+            stack.callback(module.enable_adapters, True)
+        yield
+
+
+def trained_modules(model: nn.Module) -> dict[str, AuxiliaryTrainingWrapper]:
+    """The ``modules_to_save`` of active FSRL adapters by their path."""
+    names = set(adapter_configs(model))
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        and not module.disable_adapters
+        and names & set(module.active_adapters)
+    }
 
 
 def to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -18,6 +18,17 @@ class Tokenized(NamedTuple):
         return Tokenized(self.input_ids[: max(max_length, self.n_prompt)], self.n_prompt)
 
 
+def special_ids(tokenizer: Any) -> list[int]:
+    """Ids of the tokens that are no text and never count: BOS, EOS, padding, marks of a chat.
+
+    Tokens that chat templates use need not be among ``all_special_ids``; they are flagged where
+    they were added to the vocabulary.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    flagged = {index for index, token in added.items() if token.special}
+    return sorted(flagged.union(tokenizer.all_special_ids))
+
+
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     """Ids of a prompt, with BOS in front where the tokenizer has one and the text has not."""
     return _with_bos(tokenizer(prompt, add_special_tokens=False)["input_ids"], tokenizer)
