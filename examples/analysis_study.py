@@ -47,7 +47,7 @@ from peft_fsrl.analysis.labels import (
     propagate_ablation,
     propagate_composition,
 )
-from peft_fsrl.analysis.writing import write_whole
+from peft_fsrl.files import write_text_atomically
 from peft_fsrl.steering import ablate_features, scale_steering
 
 CATEGORIES = ("style", "honesty")
@@ -174,7 +174,7 @@ def finished_study(setting: str, seed: int, args: argparse.Namespace) -> Study:
     file = run_folder(args.runs, setting, seed) / "analysis_study.json"
     if not file.exists():
         record = study(setting, seed, args.runs, args.pairs, args.truth_pairs)
-        write_whole(file, record.to_json())
+        write_text_atomically(file, record.to_json())
     return Study.from_json(file.read_text())
 
 

@@ -44,7 +44,7 @@ from peft_fsrl.analysis import compute_usage
 from peft_fsrl.analysis.divergence import compute_divergence
 from peft_fsrl.analysis.preferences import tokenize_pairs
 from peft_fsrl.analysis.records import Record
-from peft_fsrl.analysis.writing import write_whole
+from peft_fsrl.files import write_text_atomically
 from peft_fsrl.steering import edit_steering, observe
 from peft_fsrl.training.coherence import measure_answers
 from peft_fsrl.training.data import pair_texts, prepare_preferences
@@ -496,14 +496,14 @@ def write_table(out: Path, rows: Sequence[Row]) -> str:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    write_whole(out / "compare.json", json.dumps([asdict(row) for row in rows], indent=2))
+    write_text_atomically(out / "compare.json", json.dumps([asdict(row) for row in rows], indent=2))
     objectives = dict.fromkeys(row.objective for row in rows)
     text = "\n\n".join(
         f"### {objective.upper() if objective == 'dpo' else 'SimPO'}\n\n"
         + render([row for row in rows if row.objective == objective])
         for objective in objectives
     )
-    write_whole(out / "compare.md", text + "\n")
+    write_text_atomically(out / "compare.md", text + "\n")
     return text
 
 
@@ -513,7 +513,7 @@ def check_settings(args: argparse.Namespace) -> None:
     path = args.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != chosen:
         raise SystemExit(f"{args.out} holds rows of other settings: choose another --out.")
-    write_whole(path, json.dumps(chosen, indent=2))
+    write_text_atomically(path, json.dumps(chosen, indent=2))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -562,7 +562,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not path.exists():
                 torch.manual_seed(args.seed)
                 row = make()
-                write_whole(path, row.to_json())
+                write_text_atomically(path, row.to_json())
             rows[name] = Row.from_json(path.read_text())
             print(f"{objective:5} {name:30} loss {rows[name].loss:.3f} KL {rows[name].kl:.4f}")
         table += rows.values()

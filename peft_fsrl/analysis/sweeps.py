@@ -11,8 +11,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text_atomically
 from .records import SweepPoint
-from .writing import write_whole
 
 _COLUMNS = [field.name for field in fields(SweepPoint)]
 _KINDS = typing.get_type_hints(SweepPoint)
@@ -24,7 +24,7 @@ def save_sweep(path: str | Path, points: Iterable[SweepPoint]) -> None:
     writer = csv.DictWriter(file, _COLUMNS)
     writer.writeheader()
     writer.writerows(asdict(point) for point in points)
-    write_whole(path, file.getvalue())
+    write_text_atomically(path, file.getvalue())
 
 
 def load_sweep(path: str | Path) -> tuple[SweepPoint, ...]:

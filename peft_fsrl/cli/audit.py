@@ -12,7 +12,7 @@ from ..analysis.audit.card import add_audit
 from ..analysis.audit_report import render_audit
 from ..analysis.plots import draw_audit, require_plots
 from ..analysis.rendering import render_audit_html
-from ..analysis.writing import write_whole
+from ..files import write_text_atomically
 from ._inputs import (
     add_data_arguments,
     add_model_arguments,
@@ -86,9 +86,9 @@ def run(args: argparse.Namespace) -> int:
         dataset_name=dataset_name,
         run_folder=folder if folder.is_dir() else None,
     )
-    write_whole(args.out / "audit.json", audit.to_json())
+    write_text_atomically(args.out / "audit.json", audit.to_json())
     page = render_audit_html(audit, draw_audit(audit))
-    write_whole(args.out / "audit.html", page)
+    write_text_atomically(args.out / "audit.html", page)
     if args.update_card:
         add_audit(folder, audit)
     page_path = args.out / "audit.html"

@@ -11,7 +11,7 @@ from ..analysis.audit_report import render_difference
 from ..analysis.diff import compute_difference
 from ..analysis.labels import require_fit
 from ..analysis.segments import only_layer
-from ..analysis.writing import write_whole
+from ..files import write_text_atomically
 from ._inputs import (
     add_data_arguments,
     add_model_arguments,
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         description="feature use,",
     )
     if args.json:
-        write_whole(args.json, difference.to_json())
+        write_text_atomically(args.json, difference.to_json())
     sys.stdout.write(render_difference(difference, args.n_features))
     return 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..analysis.audit_report import render_checkup
 from ..analysis.doctor import compute_checkup
-from ..analysis.writing import write_whole
+from ..files import write_text_atomically
 from ._inputs import (
     ORGANISM,
     add_data_arguments,
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         description="reading",
     )
     if args.json:
-        write_whole(args.json, checkup.to_json())
+        write_text_atomically(args.json, checkup.to_json())
     sys.stdout.write(render_checkup(checkup))
     return DOES_NOT_FIT if any(each.verdict == "no" for each in checkup.findings) else 0
 

@@ -28,7 +28,7 @@ from ..analysis.harness import Harness, harness_version
 from ..analysis.records import Evaluation, PreferenceComparison, TaskScores, WinRate
 from ..analysis.report import render_buckets, render_tasks, render_win_rate
 from ..analysis.winrate import Asker
-from ..analysis.writing import require_folder, write_whole
+from ..files import require_folder, write_text_atomically
 from ..steering import scale_steering
 from ._inputs import add_data_arguments, add_model_arguments, load_adapter, load_rows
 
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
 def write_evaluation(found: Evaluation, out: Path) -> str:
     """Write an evaluation as JSON and as text; returns the text."""
     text = render(found)
-    write_whole(out / "evaluation.json", found.to_json())
-    write_whole(out / "evaluation.txt", text)
+    write_text_atomically(out / "evaluation.json", found.to_json())
+    write_text_atomically(out / "evaluation.txt", text)
     return text
 
 
@@ -124,7 +124,7 @@ def run_tasks(
                     model, tokenizer, task, batch_size=args.batch_size, **settings
                 )
             found = TaskScores(task, name, json.dumps(keys[name], sort_keys=True), figures)
-            write_whole(path, found.to_json())
+            write_text_atomically(path, found.to_json())
         scores.append(found)
     return scores
 

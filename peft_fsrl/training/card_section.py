@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..tuner.folder import CARD, WEIGHTS, compute_sha256
+from ..files import compute_sha256
+from ..tuner.folder import CARD, WEIGHTS
 
 _START = "<!-- fsrl-audit:start weights={} -->"
 _END = "<!-- fsrl-audit:end -->"

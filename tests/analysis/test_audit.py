@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,6 @@ from peft_fsrl.analysis.records import (
     VariantCoherence,
 )
 from peft_fsrl.analysis.rendering import render_audit_html, render_card_section
-from peft_fsrl.analysis.writing import write_whole
 from peft_fsrl.steering import scale_steering
 
 ROWS = list(helpers.tiny_preferences(6))
@@ -210,23 +208,6 @@ def test_a_damaged_part_is_made_again(
     assert without_date(audit_of(model, tmp_path)) == without_date(first)
     assert json.loads(part.read_text())["key"] == key
     assert ("cannot be read" in caplog.text) == (damage != '{"key": 1}')
-
-
-def test_a_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "deep" / "file.txt"
-    write_whole(path, "old")
-
-    def fail(*_: Any) -> None:
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="disk full"):
-            write_whole(path, "new")
-    assert path.read_text() == "old"
-    assert [each.name for each in path.parent.iterdir()] == ["file.txt"]
-    write_whole(path, "new")
-    assert path.read_text() == "new"
 
 
 def test_an_adapter_that_steers_nothing(model: PeftModel) -> None:

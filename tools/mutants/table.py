@@ -835,16 +835,16 @@ MUTANTS = (
     Mutant(
         "a finished stage is not kept",
         "analysis/audit/parts.py",
-        '        write_whole(path, json.dumps({"key": key, "value": to_plain(value)}, indent=1))\n',
+        "        write_text_atomically(path, text)\n",
         "",
         ("analysis/test_audit.py::test_a_killed_audit_goes_on_where_it_was",),
     ),
     Mutant(
         "a file is written in place",
-        "analysis/writing.py",
-        "        os.replace(unfinished, path)",
-        "        path.write_text(text)",
-        ("analysis/test_audit.py::test_a_file_is_old_or_new",),
+        "files.py",
+        '    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")',
+        "    unfinished = path",
+        ("test_files.py::test_a_file_is_old_or_new",),
     ),
     Mutant(
         "a category carries the gain without beating random features",

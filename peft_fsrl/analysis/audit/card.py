@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...files import write_text_atomically
 from ...training.card_section import put_section, weights_digest
 from ...tuner.folder import CARD, CONFIG, finish_save
 from ..records import Audit
 from ..rendering import render_card_section
-from ..writing import write_whole
 
 
 def add_audit(folder: str | Path, audit: Audit) -> None:
@@ -35,4 +35,4 @@ def add_audit(folder: str | Path, audit: Audit) -> None:
         )
     path = folder / CARD
     card = path.read_text("utf-8") if path.is_file() else f"# {folder.resolve().name}\n"
-    write_whole(path, put_section(card, render_card_section(audit), weights))
+    write_text_atomically(path, put_section(card, render_card_section(audit), weights))

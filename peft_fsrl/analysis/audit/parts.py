@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...files import require_folder, write_text_atomically
 from ..records import from_plain, to_plain
-from ..writing import require_folder, write_whole
 
 logger = logging.getLogger(__name__)
 # Of a base model so many numbers per tensor are read: enough to notice another one.
@@ -55,7 +55,8 @@ class Parts:
             logger.info("Part %r was made before: taken from %s.", name, path)
             return found[0]
         value = compute()
-        write_whole(path, json.dumps({"key": key, "value": to_plain(value)}, indent=1))
+        text = json.dumps({"key": key, "value": to_plain(value)}, indent=1)
+        write_text_atomically(path, text)
         return value
 
 

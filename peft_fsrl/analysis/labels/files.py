@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files import write_text_atomically
 from ..records import FeatureLabel, Labels
-from ..writing import write_whole
 from .source import require_fit, select
 
 # A file may name what is in no category by this word.
@@ -88,7 +88,7 @@ def save_labels(labels: Labels, path: str | os.PathLike[str]) -> None:
         text = _to_csv(labels)
     else:
         raise ValueError(f"Expected a path that ends in .csv or .json, got {path}.")
-    write_whole(path, text)
+    write_text_atomically(path, text)
 
 
 class _Collected:

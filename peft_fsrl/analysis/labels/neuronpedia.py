@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 from tqdm.auto import tqdm
 
+from ...files import replacing_file
 from ..records import FeatureLabel, Labels
 from .source import require_fit, select
 
@@ -144,9 +145,8 @@ def download_neuronpedia(
                 f"{bucket}/{key} should have {size} bytes, got {len(data)}. Call again: complete "
                 "files are not fetched twice."
             )
-        staged = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        staged.write_bytes(data)
-        os.replace(staged, target)
+        with replacing_file(target) as staged:
+            staged.write_bytes(data)
     return folder
 
 

@@ -1,0 +1,61 @@
+"""Files that are old or new and never half of each, and their hash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """A path to write to, whose file takes the place of ``path`` at the end of the block.
+
+    Whoever reads meanwhile finds the old file or the new one; so does who looks after the process
+    was killed. If the block raises, nothing changes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield unfinished
+        # To the disk before the rename: a name must not outlive a power cut that its bytes did not.
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: str | Path, text: str) -> None:
+    """Write a text file, with its folder, as ``replacing_file`` does. Line ends stay as given."""
+    with replacing_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="")
+
+
+def require_folder(folder: str | Path) -> None:
+    """Make a folder, before anything is made that is to lie in it.
+
+    Raises:
+        OSError: if nothing can be written there.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"Expected a folder that can be written in at {folder}, got {error.strerror!r}. Name "
+            "another one."
+        ) from error
+
+
+def compute_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
