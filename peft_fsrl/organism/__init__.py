@@ -7,22 +7,16 @@ model, tokenizer = built.load_model(), built.load_tokenizer()
 pairs = organism.preferences(2000, seed=1, style=0.9, honesty=0.55)
 """
 
-from __future__ import annotations
-
-from peft_fsrl.organism import world
 from peft_fsrl.organism.lexicon import ATTRIBUTE_VALUES, ATTRIBUTES
-from peft_fsrl.organism.organism import FeatureLabel, Organism, load, preferences
-from peft_fsrl.organism.preferences import Knobs
+from peft_fsrl.organism.organism import FeatureDetection, Organism, load, preferences
 from peft_fsrl.organism.world import World
 
 __all__ = [
     "ATTRIBUTES",
     "ATTRIBUTE_VALUES",
-    "FeatureLabel",
-    "Knobs",
+    "FeatureDetection",
     "Organism",
     "World",
     "load",
     "preferences",
-    "world",
 ]

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_fsrl.organism.preferences import Knobs, make_preferences
+from peft_fsrl.organism.pairs import make_pairs
 from peft_fsrl.organism.world import World
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ PARTS = (
 
 
 @dataclass(frozen=True)
-class FeatureLabel:
+class FeatureDetection:
     """What one feature detects.
 
     Args:
@@ -86,10 +86,10 @@ class Organism:
         return figures
 
     @cached_property
-    def feature_labels(self) -> list[FeatureLabel]:
+    def feature_labels(self) -> list[FeatureDetection]:
         """Which attribute each feature of the SAE detects, by index."""
         rows = json.loads((self.path / "feature_labels.json").read_text())
-        return [FeatureLabel(**row) for row in rows]
+        return [FeatureDetection(**row) for row in rows]
 
     def features(self, attribute: str) -> list[int]:
         """All features that detect `attribute`, best first.
@@ -122,12 +122,12 @@ class Organism:
         self, n: int, seed: int | str = 0, conversational: bool = False, **knobs: float
     ) -> Dataset:
         """Preference pairs about this organism's world; see `peft_fsrl.organism.preferences`."""
-        return make_preferences(self.world, n, seed, Knobs(**knobs), conversational)
+        return preferences(n, seed, organism=self, conversational=conversational, **knobs)
 
 
-def is_complete(path: Path) -> bool:
-    """Whether `path` holds every part of a finished build."""
-    return all((path / part).is_file() for part in PARTS)
+def missing_parts(path: Path) -> list[str]:
+    """Which parts of a finished build `path` lacks."""
+    return [part for part in PARTS if not (path / part).is_file()]
 
 
 def load(path: str | os.PathLike[str] | None = None) -> Organism:
@@ -141,8 +141,7 @@ def load(path: str | os.PathLike[str] | None = None) -> Organism:
         ValueError: If another version of this package built it.
     """
     directory = DEFAULT_PATH if path is None else Path(path).resolve()
-    if not is_complete(directory):
-        missing = [part for part in PARTS if not (directory / part).is_file()]
+    if missing := missing_parts(directory):
         raise FileNotFoundError(
             f"expected an organism at {directory}, found no {', '.join(missing)}; "
             f"build one with: python tools/organism/build.py --out {directory}"
@@ -187,7 +186,12 @@ def preferences(
     Returns:
         Columns `prompt`, `chosen`, `rejected`, `id`, `topic`, `chosen_<attribute>`,
         `rejected_<attribute>`.
+
+    Raises:
+        ValueError: If a knob is no probability.
     """
-    where = load() if organism is None else organism
-    knobs = Knobs(style=style, honesty=honesty, tone=tone, verbosity=verbosity)
-    return make_preferences(where.world, n, seed, knobs, conversational)
+    from datasets import Dataset
+
+    world = (load() if organism is None else organism).world
+    knobs = {"style": style, "honesty": honesty, "tone": tone, "verbosity": verbosity}
+    return Dataset.from_list(make_pairs(world, n, seed, knobs, conversational))

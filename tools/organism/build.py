@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from detection import feature_labels
+from detection import detect_attributes
 from dictionary import (
     DictionarySettings,
     measure_dictionary,
@@ -36,13 +36,11 @@ from language_model import (
     train_language_model,
 )
 from peft_fsrl.organism.lexicon import ATTRIBUTES
-from peft_fsrl.organism.organism import FORMAT, MANIFEST, PARTS, FeatureLabel, is_complete
+from peft_fsrl.organism.organism import FORMAT, MANIFEST, FeatureDetection, missing_parts
 from peft_fsrl.organism.world import World
 from tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
-
-THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -52,21 +50,27 @@ class Size:
     world: dict[str, Any] = field(default_factory=dict)
     language_model: LanguageModelSettings = field(default_factory=LanguageModelSettings)
     dictionary: DictionarySettings = field(default_factory=DictionarySettings)
+    answers: int = 2000
+    # The order of floating-point sums depends on how many threads share them.
+    threads: int = 2
 
 
 SIZES = {
     "default": Size(),
-    "small": Size(
-        world={"topics": 2, "entities": 4, "lines": 4},
+    "tiny": Size(
+        world={"topics": 2, "entities": 4, "lines": 3},
         language_model=LanguageModelSettings(
-            hidden_size=64,
-            intermediate_size=128,
-            layers=3,
-            steps=300,
+            hidden_size=32,
+            intermediate_size=64,
+            layers=2,
+            heads=2,
+            steps=200,
             batch_size=32,
-            quiz_steps=60,
+            quiz_steps=10,
         ),
-        dictionary=DictionarySettings(layer=1, d_sae=256, k=8.0, samples=300_000),
+        dictionary=DictionarySettings(layer=1, d_sae=64, k=8.0, samples=200_000, batch_size=512),
+        answers=200,
+        threads=1,
     ),
 }
 
@@ -82,7 +86,7 @@ def build(
 
     Args:
         out_dir: Where it shall stand.
-        size: A key of `SIZES`: "default", or "small" for tests.
+        size: A key of `SIZES`: "default", or "tiny" for tests.
         seed: Fixes the facts of the world, the texts and all initial weights.
         force: Rebuild even if a finished build stands there.
 
@@ -109,7 +113,7 @@ def build(
         shutil.rmtree(working)
     working.mkdir(parents=True)
     try:
-        with _reproducible(seed):
+        with _reproducible(seed, SIZES[size].threads):
             _build_parts(working, size, seed)
         _replace(working, out)
     except BaseException:
@@ -125,8 +129,7 @@ def _find(out: Path, size: str, seed: int) -> bool:
     manifest = json.loads((out / MANIFEST).read_text())
     wanted = {"format": FORMAT, "size": size, "seed": seed}
     found = {name: manifest.get(name) for name in wanted}
-    if not is_complete(out):
-        missing = [part for part in PARTS if not (out / part).is_file()]
+    if missing := missing_parts(out):
         logger.warning("%s: build lacks %s and is made again", out, ", ".join(missing))
         return False
     if found != wanted:
@@ -149,18 +152,17 @@ def _replace(working: Path, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reproducible(seed: int) -> Iterator[None]:
+def _reproducible(seed: int, threads: int) -> Iterator[None]:
     import torch
 
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # The order of floating-point sums depends on how many threads share them.
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(threads)
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
 
 
 def _build_parts(path: Path, size: str, seed: int) -> None:
@@ -185,12 +187,12 @@ def _build_parts(path: Path, size: str, seed: int) -> None:
     fitted = time.monotonic()
     logger.info("SAE trained in %.0f s", fitted - trained)
     sae: Any = SAE.load_from_disk(path / "sae")
-    labels = feature_labels(sae, model, world, layer, seed)
+    labels = detect_attributes(sae, model, world, layer, seed, settings.answers)
     figures = {
         "language_model": measure_language_model(model, world, seed),
         "decision_entropy": attribute_floors(world),
         "sae": measure_dictionary(sae, model, world, layer, seed),
-        "detection": summarise(labels),
+        "detection": summarize(labels),
         "seconds": {
             "language_model": trained - started,
             "sae": fitted - trained,
@@ -213,7 +215,7 @@ def _build_parts(path: Path, size: str, seed: int) -> None:
     _write_json(path / MANIFEST, manifest)
 
 
-def summarise(labels: list[FeatureLabel]) -> dict[str, dict[str, float]]:
+def summarize(labels: list[FeatureDetection]) -> dict[str, dict[str, float]]:
     """Per attribute: the best single feature's AUROC and how many features carry its label."""
     summary = {}
     for name in labels[0].auroc:

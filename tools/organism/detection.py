@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from language_model import encode_documents, layer_output
 from peft_fsrl.organism.lexicon import ATTRIBUTES
-from peft_fsrl.organism.organism import FeatureLabel
+from peft_fsrl.organism.organism import FeatureDetection
 from peft_fsrl.organism.world import Document, World
 
 if TYPE_CHECKING:
@@ -26,34 +27,6 @@ if TYPE_CHECKING:
 # The share of (positive, negative) pairs of answers that a detecting feature orders correctly, less
 # a half. Chance at 2,000 answers stays below 0.05 for the best of 512 features.
 THRESHOLD = 0.15
-
-
-def auroc(scores: Tensor, labels: Tensor) -> Tensor:
-    """P(a positive scores above a negative), ties counting a half, for each column.
-
-    Computed from mid-ranks (Mann-Whitney), exact.
-
-    Args:
-        scores: `(n, features)`.
-        labels: `(n,)` bool.
-
-    Returns:
-        `(features,)` float64.
-
-    Raises:
-        ValueError: If all labels are equal.
-    """
-    positives, n = int(labels.sum()), len(labels)
-    if positives in (0, n):
-        raise ValueError(f"expected both labels among {n} answers, found {positives} positive")
-    columns = []
-    for column in scores.T:
-        _values, group, counts = column.unique(return_inverse=True, return_counts=True)
-        last = counts.cumsum(0).double()
-        midrank = last - (counts.double() - 1) / 2
-        columns.append(midrank[group][labels].sum())
-    ranks = torch.stack(columns)
-    return (ranks - positives * (positives + 1) / 2) / (positives * (n - positives))
 
 
 @torch.no_grad()
@@ -74,16 +47,10 @@ def answer_scores(
     return torch.cat(rows)
 
 
-def feature_labels(
-    sae: Any,
-    model: PreTrainedModel,
-    world: World,
-    layer: int,
-    seed: int = 0,
-    answers: int = 2000,
-    threshold: float = THRESHOLD,
-) -> list[FeatureLabel]:
-    """Labels every feature of `sae` by the attribute that it detects on sampled answers.
+def detect_attributes(
+    sae: Any, model: PreTrainedModel, world: World, layer: int, seed: int = 0, answers: int = 2000
+) -> list[FeatureDetection]:
+    """Which attribute each feature of `sae` detects, judged on sampled answers.
 
     Args:
         sae: Anything with `encode: (..., d_in) -> (..., d_sae)`.
@@ -92,43 +59,20 @@ def feature_labels(
         layer: The decoder layer that the SAE reads.
         seed: Fixes the answers.
         answers: How many.
-        threshold: Smallest `|auroc - 0.5|` that counts as detection.
     """
     rng = random.Random(f"labels-{seed}")
     documents = [world.sample_answer(rng) for _ in range(answers)]
     scores = answer_scores(sae, model, world, layer, documents)
-    density = (scores > 0).double().mean(0)
-    found = {
-        name: auroc(scores, torch.tensor([bool(d.attributes[name]) for d in documents]))
-        for name in ATTRIBUTES
-    }
-    if len(world.topics) > 1:
-        topics = torch.tensor([d.topic for d in documents])
-        each = torch.stack([auroc(scores, topics == t) for t in range(len(world.topics))])
-        best = (each - 0.5).abs().argmax(0)
-        found["topic"] = each.gather(0, best[None])[0]
-    labels = []
-    for index in range(scores.shape[1]):
-        figures = {name: float(values[index]) for name, values in found.items()}
-        winner = max(figures, key=lambda name: abs(figures[name] - 0.5))
-        detects = density[index] > 0 and abs(figures[winner] - 0.5) >= threshold
-        labels.append(
-            FeatureLabel(index, float(density[index]), figures, winner if detects else None)
-        )
-    return labels
-
-
-def top_features(labels: Sequence[FeatureLabel], attribute: str, n: int) -> list[int]:
-    """The `n` features that detect `attribute` best, best first.
-
-    Raises:
-        ValueError: If fewer than `n` features carry that label.
-    """
-    carriers = [label for label in labels if label.label == attribute]
-    if len(carriers) < n:
-        raise ValueError(
-            f"expected {n} features that detect {attribute!r}, found {len(carriers)}; "
-            "ask for fewer or lower the detection threshold"
-        )
-    carriers.sort(key=lambda label: -abs(label.auroc[attribute] - 0.5))
-    return [label.index for label in carriers[:n]]
+    truth = {name: [bool(d.attributes[name]) for d in documents] for name in ATTRIBUTES}
+    topics = range(len(world.topics)) if len(world.topics) > 1 else ()
+    found = []
+    for index, column in enumerate(scores.T.double().numpy()):
+        auroc = {name: float(roc_auc_score(labels, column)) for name, labels in truth.items()}
+        if topics:
+            each = [float(roc_auc_score([d.topic == t for d in documents], column)) for t in topics]
+            auroc["topic"] = max(each, key=lambda area: abs(area - 0.5))
+        density = float((column > 0).mean())
+        winner = max(auroc, key=lambda name: abs(auroc[name] - 0.5))
+        detects = density > 0 and abs(auroc[winner] - 0.5) >= THRESHOLD
+        found.append(FeatureDetection(index, density, auroc, winner if detects else None))
+    return found

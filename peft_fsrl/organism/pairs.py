@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from peft_fsrl.organism.lexicon import ATTRIBUTES, BOS, EOS
 from peft_fsrl.organism.world import World
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
-@dataclass(frozen=True)
-class Knobs:
-    """P(chosen has the preferred value) per attribute; 0.5 is unrelated, 1 always, 0 never.
-
-    The preferred values are markdown, true, warm and long-worded.
-    """
-
-    style: float = 0.9
-    honesty: float = 0.55
-    tone: float = 0.5
-    verbosity: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} is a probability, expected 0 to 1, got {value}")
-
 
 def make_pairs(
-    world: World, n: int, seed: int | str, knobs: Knobs, conversational: bool = False
+    world: World, n: int, seed: int | str, knobs: Mapping[str, float], conversational: bool = False
 ) -> list[dict[str, Any]]:
     """Draws `n` rows of preference data.
 
     Both sides of a pair say the same about the same entities with the same choice among synonyms;
     they differ in every attribute. Sides are free of slips: each is consistently one thing.
 
+    Args:
+        world: What the pairs speak of.
+        n: How many.
+        seed: Fixes them.
+        knobs: P(chosen has value 1) for each of `ATTRIBUTES`; 0.5 is unrelated.
+        conversational: Lists of messages for the chat template, not plain text.
+
     Returns:
         Rows with `prompt`, `chosen`, `rejected`, `id`, `topic` and, for each attribute,
         `chosen_<attribute>` and `rejected_<attribute>` (0 or 1).
+
+    Raises:
+        ValueError: If a knob is no probability.
     """
+    for name, value in knobs.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} is a probability, expected 0 to 1, got {value}")
     rng = random.Random(f"preferences-{seed}")
-    chances = asdict(knobs)
     rows = []
     for i in range(n):
         skeleton = world.sample_skeleton(rng)
-        chosen = {name: int(rng.random() < chances[name]) for name in ATTRIBUTES}
+        chosen = {name: int(rng.random() < knobs[name]) for name in ATTRIBUTES}
         rejected = {name: 1 - value for name, value in chosen.items()}
         sides = [world.render(skeleton, values) for values in (chosen, rejected)]
         row: dict[str, Any] = {"id": f"{seed}-{i}", "topic": world.topics[skeleton.topic].name}
@@ -62,7 +53,7 @@ def make_pairs(
 def _texts(
     prompt: tuple[str, ...], chosen: tuple[str, ...], rejected: tuple[str, ...], messages: bool
 ) -> dict[str, Any]:
-    """Columns as text. BOS and EOS are left to whoever tokenises, as TRL expects."""
+    """Columns as text. BOS and EOS are left to whoever tokenizes, as TRL expects."""
     answers = [" ".join(w for w in words if w != EOS) for words in (chosen, rejected)]
     if not messages:
         text = " ".join(word for word in prompt if word != BOS)
@@ -74,12 +65,3 @@ def _texts(
         "chosen": said[0],
         "rejected": said[1],
     }
-
-
-def make_preferences(
-    world: World, n: int, seed: int | str, knobs: Knobs, conversational: bool = False
-) -> Dataset:
-    """The rows of `make_pairs` as a `datasets.Dataset`."""
-    from datasets import Dataset
-
-    return Dataset.from_list(make_pairs(world, n, seed, knobs, conversational))
