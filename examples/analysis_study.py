@@ -151,7 +151,7 @@ def robustness(
             return score_preferences(model, some, tokenizer).loss - whole.loss
 
     composition = propagate_composition(labels, rates, counts.values())
-    return composition + propagate_ablation(labels, rates, rise, n_draws=40, description=text)
+    return composition + propagate_ablation(labels, rates, rise, n_draws=40, progress=True)
 
 
 def composition_checks(

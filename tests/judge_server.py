@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ class Reply:
         status: HTTP status; other than 200, an error in OpenAI's form.
         headers: further headers. `retry-after-ms` keeps the client's pauses short.
         raw: sent in place of a completion.
+        dribble: seconds between any two bytes.
         content_type: of it.
         drop: close the connection without a word.
         wait: called first; blocks until it returns.
@@ -29,7 +31,8 @@ class Reply:
     text: str | None = ""
     status: int = 200
     headers: dict[str, str] = field(default_factory=lambda: {"retry-after-ms": "1"})
-    raw: str | None = None
+    raw: str | bytes | None = None
+    dribble: float = 0.0
     content_type: str = "application/json"
     drop: bool = False
     wait: Callable[[], Any] | None = None
@@ -46,14 +49,14 @@ class Endpoint:
     Attributes:
         url: the `base_url`.
         requests: bodies of all requests.
-        keys: the `Authorization` header of each.
+        headers: those of each.
         most: most requests under way at once.
     """
 
     url: str
     script: Script
     requests: list[dict[str, Any]] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     under_way: int = 0
     most: int = 0
 
@@ -97,7 +100,7 @@ def serve(script: Script) -> Iterator[Endpoint]:
             prompt = body["messages"][-1]["content"]
             with lock:
                 endpoint.requests.append(body)
-                endpoint.keys.append(self.headers.get("authorization", ""))
+                endpoint.headers.append({k.lower(): v for k, v in self.headers.items()})
                 endpoint.under_way += 1
                 endpoint.most = max(endpoint.most, endpoint.under_way)
             try:
@@ -114,13 +117,14 @@ def serve(script: Script) -> Iterator[Endpoint]:
             if reply.drop:
                 self.close_connection = True
                 return
+            text: str | bytes
             if reply.raw is not None:
                 text = reply.raw
             elif reply.status != 200:
                 text = json.dumps({"error": {"message": f"scripted {reply.status}"}})
             else:
                 text = json.dumps(completion(reply.text, prompt, reply.usage))
-            data = text.encode()
+            data = text if isinstance(text, bytes) else text.encode()
             try:
                 self.send_response(reply.status)
                 self.send_header("content-type", reply.content_type)
@@ -128,7 +132,12 @@ def serve(script: Script) -> Iterator[Endpoint]:
                 for name, value in reply.headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(data)
+                if reply.dribble:
+                    for byte in data:
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(reply.dribble)
+                else:
+                    self.wfile.write(data)
             except (BrokenPipeError, ConnectionResetError):
                 self.close_connection = True
 

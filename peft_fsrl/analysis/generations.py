@@ -77,22 +77,22 @@ def compare_generations(
     return tuple(results)
 
 
-def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+def token_texts(ids: Sequence[int], tokenizer: Any, *, special: bool = False) -> list[str]:
     """The text of each token, so that together they are the text of all.
 
-    A character made of several tokens goes to the one that completes it, and special tokens are
-    empty.
+    A character made of several tokens goes to the one that completes it.
 
     Args:
         ids: token ids.
         tokenizer: the model's tokenizer.
+        special: show special tokens; otherwise they are empty.
     """
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    whole = tokenizer.decode(ids, skip_special_tokens=not special)
     texts, start = [], 0
     for n in range(1, len(ids) + 1):
         # A token's text depends on those before it, and decoders change what they have said when
         # more comes: of what the first n tokens give, only what remains at the end counts.
-        head = tokenizer.decode(ids[:n], skip_special_tokens=True)
+        head = tokenizer.decode(ids[:n], skip_special_tokens=not special)
         end = len(whole) if n == len(ids) else max(start, _n_shared(head, whole))
         texts.append(whole[start:end])
         start = end

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 
 from ..training.sampling import BASE, TRAINED, model_variants, sample_answers
-from .labels._prompts import conclusion
+from .labels.judging import conclusion
 from .records import Interval, WinRate
 
 # A small "a" may be an article ("a tie", "to reach a verdict, a look at both"): it names an answer
@@ -29,9 +29,7 @@ _BARE = re.compile(r"\W*(?:an?\s+)?(a|b|tie)\W*", re.IGNORECASE)
 class Asker(Protocol):
     """Who answers prompts; ``peft_fsrl.analysis.labels.Judge`` is one."""
 
-    def ask(
-        self, prompts: Sequence[Sequence[Mapping[str, str]]], *, description: str | None = None
-    ) -> list[str]:
+    def ask(self, prompts: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
         """One text per chat, in order; a chat is a list of messages with role and content."""
 
 
@@ -99,7 +97,6 @@ def compute_win_rate(
     judge_name: str | None = None,
     template: str | None = None,
     level: float = 0.95,
-    description: str | None = None,
 ) -> WinRate:
     """Show every pair to a judge in both orders; only what it says in both counts.
 
@@ -120,7 +117,6 @@ def compute_win_rate(
             ``Verdict: A``, ``Verdict: B`` or ``Verdict: tie``; None takes the package's
             ``prompts/win_rate.md``.
         level: confidence of the interval.
-        description: shown beside the judge's progress bar; None shows no bar.
 
     Raises:
         ValueError: for no pair, a template without its places, or a judge that leaves prompts
@@ -136,7 +132,7 @@ def compute_win_rate(
         for pair in asked
         for a, b in ((pair.answer, pair.other), (pair.other, pair.answer))
     ]
-    texts = judge.ask(chats, description=description) if chats else []
+    texts = judge.ask(chats) if chats else []
     if len(texts) != len(chats):
         raise ValueError(f"Expected {len(chats)} answers from the judge, got {len(texts)}.")
     verdicts = [read_verdict(text) for text in texts]

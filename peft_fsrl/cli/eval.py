@@ -174,14 +174,14 @@ def ask_judge(
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    return compute_win_rate(pairs, judge, judge_name=args.judge_model, description="judging")
+    return compute_win_rate(pairs, judge, judge_name=args.judge_model)
 
 
 def make_judge(url: str, name: str, cache: Path) -> Asker:
     """A judge at an endpoint; what it has answered once it is not asked again."""
     from ..analysis.labels import Judge
 
-    return Judge(url, name, cache=cache)
+    return Judge(url, name, cache=cache, progress=True)
 
 
 def render(found: Evaluation) -> str:

@@ -11,19 +11,21 @@ from typing import Any
 from ..analysis import compute_usage
 from ..analysis.labels import (
     Category,
+    FeatureEvidence,
     Judge,
+    Labels,
     collect_evidence,
     collect_held_out,
     default_categories,
     describe_features,
-    detection_quality,
     for_model,
     judge_features,
     load_neuronpedia,
+    measure_detection,
     save_labels,
     with_quality,
 )
-from ..analysis.records import FeatureEvidence, Labels
+from ..analysis.session import Session
 from ._inputs import (
     add_data_arguments,
     add_model_arguments,
@@ -63,27 +65,24 @@ def run(args: argparse.Namespace) -> int:
     categories = _categories(args.category)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     answers = args.out.with_suffix(".answers.jsonl")
-    judge = Judge(args.judge_url, args.judge_model, cache=answers)
+    judge = Judge(args.judge_url, args.judge_model, cache=answers, progress=True)
     model, tokenizer, _ = load_adapter(args.adapter, args)
     rows, _ = load_rows(args, tokenizer)
     usage = compute_usage(
         model, rows, tokenizer, batch_size=args.batch_size, description="feature use"
     )
     features = [use.feature for use in usage.features][: args.n_features or None]
-    evidence = collect_evidence(model, rows, tokenizer, features, description="contexts")
+    session = Session(
+        model, tokenizer, rows, batch_size=args.batch_size, seed=args.seed, progress=True
+    )
+    evidence = collect_evidence(session, features)
     # Of a feature without a context there is nothing to ask.
     seen = tuple(each for each in evidence if each.contexts)
     described = _describe(args, seen, judge)
-    labels = judge_features(
-        seen, categories, judge, descriptions=described, description="categories"
-    )
+    labels = judge_features(seen, categories, judge, descriptions=described)
     if not args.no_quality:
-        held_out = collect_held_out(
-            model, rows, tokenizer, [each.feature for each in seen], description="held-out contexts"
-        )
-        detections = detection_quality(
-            described, held_out, judge, evidence=seen, seed=args.seed, description="detection"
-        )
+        held_out = collect_held_out(session, [each.feature for each in seen])
+        detections = measure_detection(described, held_out, judge, evidence=seen, seed=args.seed)
         labels = with_quality(labels, detections)
     labels = for_model(labels, model)
     save_labels(labels, args.out)
@@ -100,7 +99,7 @@ def _describe(
 ) -> Labels:
     if args.neuronpedia is not None:
         return load_neuronpedia(args.neuronpedia)
-    return describe_features(evidence, judge, description="descriptions")
+    return describe_features(evidence, judge)
 
 
 def _render(labels: Labels, judge: Judge, n_unseen: int, out: Path, answers: Path) -> str:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import AddedToken
+from transformers import PreTrainedModel
 
 from helpers import (
     D_SAE,
@@ -20,12 +20,18 @@ from helpers import (
     tiny_tokenizer,
 )
 from peft_fsrl import FSRLConfig
-from peft_fsrl.analysis.labels import collect_evidence, collect_held_out, is_held_out, pieces
+from peft_fsrl.analysis.composition import count_features
+from peft_fsrl.analysis.labels import collect_evidence, collect_held_out, is_held_out
+from peft_fsrl.analysis.session import Session
 from peft_fsrl.organism import load
 from peft_fsrl.training.tokens import tokenize
 
 ROWS = tiny_preferences(24)
 SPECIAL = {0, 1, 2}
+
+
+def session(model: PeftModel, **settings: Any) -> Session:
+    return Session(model, tiny_tokenizer(), **{"dataset": ROWS, **settings})
 
 
 def lively_model() -> PreTrainedModel:
@@ -53,16 +59,8 @@ def words(ids: list[int]) -> str:
 def test_contexts_and_density_against_loops(architecture: str) -> None:
     model = fsrl_model(lively_model(), sae=tiny_sae(architecture))
     features, window = [7, 2, 11, 0, 23], 5
-    found = collect_evidence(
-        model,
-        ROWS,
-        tiny_tokenizer(),
-        features,
-        n_contexts=3,
-        window=window,
-        held_out=0.3,
-        batch_size=5,
-    )
+    session = Session(model, tiny_tokenizer(), ROWS, batch_size=5)
+    found = collect_evidence(session, features, n_contexts=3, window=window, held_out=0.3)
     assert [evidence.feature for evidence in found] == features
     rows = [row for row in ROWS if not is_held_out(row, 0.3)]
     assert 0 < len(rows) < len(ROWS)
@@ -92,11 +90,12 @@ def test_contexts_and_density_against_loops(architecture: str) -> None:
 def test_all_features_by_default_and_the_model_as_before() -> None:
     model = fsrl_model().train()
     before = model(torch.tensor([[1, 5, 6]])).logits
-    found = collect_evidence(model, ROWS, tiny_tokenizer(), batch_size=7)
+    found = collect_evidence(Session(model, tiny_tokenizer(), ROWS, batch_size=7))
     assert [evidence.feature for evidence in found] == list(range(D_SAE))
     assert model.training
     assert torch.equal(model(torch.tensor([[1, 5, 6]])).logits, before)
-    some = collect_evidence(model, iter(ROWS), tiny_tokenizer(), [5], batch_size=24)
+    stream = Session(model, tiny_tokenizer(), iter(ROWS), batch_size=24)
+    some = collect_evidence(stream, [5])
     assert some[0].density == found[5].density
     assert [c.tokens for c in some[0].contexts] == [c.tokens for c in found[5].contexts]
 
@@ -104,7 +103,7 @@ def test_all_features_by_default_and_the_model_as_before() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_promoted_tokens_are_those_of_the_logit_lens(tied: bool) -> None:
     base = tiny_model("gpt2" if tied else "llama")
-    [evidence] = collect_evidence(fsrl_model(base), ROWS, tiny_tokenizer(), [4], n_tokens=5)
+    [evidence] = collect_evidence(session(fsrl_model(base)), [4], n_tokens=5)
     weights = base.transformer.wte.weight if tied else base.lm_head.weight
     logits = weights.double() @ tiny_sae().W_dec[4].double()
     order = [i for i in logits.argsort(descending=True).tolist() if i not in SPECIAL]
@@ -119,15 +118,19 @@ def test_rows_of_the_vocabulary_without_a_token_are_not_promoted() -> None:
     base.resize_token_embeddings(64)
     with torch.no_grad():
         base.lm_head.weight[40:] = 100 * tiny_sae().W_dec[4]
-    [evidence] = collect_evidence(fsrl_model(base), ROWS, tiny_tokenizer(), [4], n_tokens=99)
+    [evidence] = collect_evidence(session(fsrl_model(base)), [4], n_tokens=99)
     assert len(evidence.promoted) == len(set(evidence.promoted)) == 40 - len(SPECIAL)
 
 
 def test_held_out_contexts() -> None:
-    model, tokenizer, window = fsrl_model(lively_model()), tiny_tokenizer(), 4
-    held = collect_held_out(
-        model, ROWS, tokenizer, [3, 9], n_contexts=4, window=window, held_out=0.5, seed=1
-    )
+    model, window = fsrl_model(lively_model()), 4
+
+    def again(seed: int) -> Any:
+        return collect_held_out(
+            session(model, seed=seed), [3, 9], n_contexts=4, window=window, held_out=0.5
+        )
+
+    held = again(1)
     texts: dict[str, tuple[list[int], Any]] = {}
     for row in ROWS:
         if is_held_out(row, 0.5):
@@ -143,17 +146,9 @@ def test_held_out_contexts() -> None:
             assert "".join(context.tokens) in texts
             assert not any(context.activations)
     assert any(contexts.active and contexts.inactive for contexts in held)
-
-    def again(seed: int, rows: Dataset = ROWS) -> Any:
-        return collect_held_out(
-            model, rows, tokenizer, [3, 9], n_contexts=4, window=window, held_out=0.5, seed=seed
-        )
-
     assert again(1) == held
     assert again(2) != held
-    evidence = collect_evidence(
-        model, ROWS, tokenizer, [3, 9], window=99, n_contexts=99, held_out=0.5
-    )
+    evidence = collect_evidence(session(model), [3, 9], window=99, n_contexts=99, held_out=0.5)
     used = {"".join(c.tokens) for e in evidence for c in e.contexts}
     assert used
     assert not any(
@@ -167,9 +162,8 @@ def test_silent_windows_are_drawn_from_all_there_are() -> None:
     model = fsrl_model(lively_model(), sae=tiny_sae("topk", k=1))
     seen: dict[int, set[str]] = {}
     for seed in range(30):
-        for held in collect_held_out(
-            model, rows, tiny_tokenizer(), n_contexts=1, window=3, held_out=1.0, seed=seed
-        ):
+        texts = session(model, dataset=rows, seed=seed)
+        for held in collect_held_out(texts, n_contexts=1, window=3, held_out=1.0):
             for context in held.inactive:
                 seen.setdefault(held.feature, set()).add(context.tokens[-1])
     assert len(seen) > D_SAE // 2
@@ -188,7 +182,7 @@ def test_the_share_held_out() -> None:
 
 def test_rows_without_a_prompt() -> None:
     rows = [{"text": row["chosen"]} for row in ROWS]
-    [evidence] = collect_evidence(fsrl_model(), rows, tiny_tokenizer(), [3], answer="text")
+    [evidence] = collect_evidence(session(fsrl_model(), dataset=rows), [3], answer="text")
     assert evidence.contexts
 
 
@@ -197,52 +191,81 @@ def test_rows_without_a_prompt() -> None:
     [
         ({"features": [D_SAE]}, IndexError, "Feature 24 does not exist"),
         ({"n_contexts": 0}, ValueError, "numbers of 1 or more, got {'n_contexts': 0}"),
-        ({"dataset": []}, ValueError, "at least one text, found none"),
         ({"held_out": 1.0}, ValueError, "`held_out` leaves nothing"),
     ],
 )
 def test_errors(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"dataset": ROWS, "tokenizer": tiny_tokenizer(), "features": [1]} | settings
     with pytest.raises(error, match=message):
-        collect_evidence(fsrl_model(), **arguments)
+        collect_evidence(session(fsrl_model()), **{"features": [1], **settings})
+
+
+def test_the_tokens_of_a_chat_template_do_not_count() -> None:
+    """Those that were added to the vocabulary and flagged, though no attribute names them."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.add_tokens(AddedToken("<|mark|>", special=True))
+    base = lively_model()
+    base.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():
+        # What a turn looks like is what this feature detects.
+        base.get_input_embeddings().weight[-2:] = 100 * tiny_sae().W_enc[:, 4]
+        base.lm_head.weight[-2:] = 100 * tiny_sae().W_dec[4]
+    marked = [{"prompt": "<|mark|> w5 <|turn|>", "chosen": "w7 <|mark|> w8"}]
+    session = Session(fsrl_model(base), tokenizer, marked)
+    [evidence] = collect_evidence(session, [4], held_out=0.0, n_tokens=99)
+    for context in evidence.contexts:
+        for token, activation in zip(context.tokens, context.activations, strict=True):
+            assert not activation or "<" not in token
+    assert not any("<" in token for token in evidence.promoted + evidence.suppressed)
+    # Three tokens count, however many marks stand between them.
+    assert evidence.density in {0, 1 / 3, 2 / 3, 1}
+    usage = count_features(session.model, marked, tokenizer, segments=["prompt_chosen"])
+    assert usage["prompt_chosen"].n_tokens == 3
+
+
+def test_conversations_are_texts_too() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    messages = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in ROWS
+    ]
+    model = fsrl_model()
+    found = collect_evidence(Session(model, tokenizer, messages), [3, 5])
+    assert all(evidence.contexts for evidence in found)
+
+
+def test_a_layer_without_an_active_adapter() -> None:
+    model = fsrl_model()
+    model.base_model.set_adapter([])
+    with pytest.raises(ValueError, match=r"None of the adapters \['default'\] is active"):
+        collect_evidence(session(model), [1])
+
+
+def test_what_is_trained_beside_the_adapter() -> None:
+    beside = fsrl_model(lively_model(), modules_to_save=["embed_tokens"])
+    with torch.no_grad():
+        for name, parameter in beside.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(100.0)
+    plain = collect_evidence(session(fsrl_model(lively_model())), [3, 9])
+    assert collect_evidence(session(beside), [3, 9]) == plain
 
 
 def test_a_disabled_adapter_sees_nothing() -> None:
     model = fsrl_model()
     with model.disable_adapter(), pytest.raises(ValueError, match="No adapter was at work"):
-        collect_evidence(model, ROWS, tiny_tokenizer(), [1])
+        collect_evidence(session(model), [1])
 
 
 def test_two_layers_are_too_many() -> None:
     model = fsrl_model(layer=[0, 1], sae={0: tiny_sae(metadata={}), 1: tiny_sae(seed=1)})
     with pytest.raises(ValueError, match="Expected one FSRL layer, found"):
-        collect_evidence(model, ROWS, tiny_tokenizer(), [1])
-
-
-@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
-def test_pieces_join_to_the_text(kind: str) -> None:
-    text = "Ein schöner Tag 🙂 näher, the end."
-    if kind == "bytes":
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-    else:
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Metaspace()
-        backend.decoder = decoders.Metaspace()
-        alphabet = []
-    backend.train_from_iterator(
-        ["the end the end"], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
-    )
-    if kind == "metaspace":
-        text = "the end the end then"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    ids = tokenizer(text)["input_ids"]
-    found = pieces(ids, tokenizer)
-    assert len(found) == len(ids) > 4
-    assert "".join(found) == text
-    assert " end" in found or "end" in found
+        collect_evidence(session(model), [1])
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +278,8 @@ def organism_model() -> PeftModel:
 def test_evidence_of_style_features_shows_style(organism_model: PeftModel) -> None:
     organism = load()
     style = organism.features("style")
-    found = collect_evidence(
-        organism_model, organism.preferences(150), organism.load_tokenizer(), style, n_contexts=6
-    )
+    pairs = Session(organism_model, organism.load_tokenizer(), organism.preferences(150))
+    found = collect_evidence(pairs, style, n_contexts=6)
     markdown, plain = {"##", "###", "-", "*"}, {"well", "okay", "and", "then"}
     labels = {label.index: label for label in organism.feature_labels}
     checked = 0

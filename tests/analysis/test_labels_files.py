@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,11 +19,8 @@ import pytest
 
 from helpers import D_SAE, fsrl_model, tiny_sae
 from peft_fsrl.analysis.labels import (
-    FileLabels,
-    FixedLabels,
-    LabelSource,
-    NeuronpediaLabels,
-    OrganismLabels,
+    FeatureLabel,
+    Labels,
     download_neuronpedia,
     for_model,
     load_labels,
@@ -32,7 +30,6 @@ from peft_fsrl.analysis.labels import (
     save_labels,
     select,
 )
-from peft_fsrl.analysis.records import FeatureLabel, Labels
 from peft_fsrl.organism import load
 from peft_fsrl.steering import fsrl_layers
 
@@ -163,6 +160,61 @@ def test_json_that_is_refused(tmp_path: Path, case: str) -> None:
         load_labels(write(tmp_path / "labels.json", text))
 
 
+NASTY = "\x1b[31mred\x07\r\n\tand\u202eback \ud83d \x9b1m\x00"
+NICE = "\ufffd[31mred\ufffd and\ufffdback \ufffd \ufffd1m\ufffd"
+
+
+def test_labels_are_safe_to_print() -> None:
+    """Wherever they come from: nothing reaches a terminal or a page but one line of text."""
+    label = FeatureLabel(1, NASTY, (NASTY,), None)
+    assert (label.description, label.categories) == (NICE, (NICE,))
+    labels = Labels(NASTY, (NASTY,), None, NASTY, (label,))
+    assert (labels.source, labels.categories, labels.fingerprint) == (NICE, (NICE,), NICE)
+    assert labels.members(NICE) == [1]
+    # What people write in their languages is left alone: joiners, accents, right to left.
+    for text in ("नमस्ते", "👨‍👩‍👧 familie", "שלום عليكم", "ﬁancée"):
+        assert FeatureLabel(1, text, (), None).description == text
+    long = FeatureLabel(1, "x" * 1_000_000, ("y" * 1_000_000,), None)
+    assert long.description == "x" * 999 + "…"
+    assert len(long.categories[0]) == 1000
+
+
+def test_files_cannot_bring_in_what_is_not_text(tmp_path: Path) -> None:
+    as_json = tmp_path / "labels.json"
+    for content in (
+        {"1": {"categories": [NASTY], "description": NASTY}},
+        {
+            "source": NASTY,
+            "categories": [NASTY],
+            "d_sae": None,
+            "fingerprint": None,
+            "features": [
+                {"feature": 1, "description": NASTY, "categories": [NASTY], "quality": None}
+            ],
+            "undecided": [],
+        },
+    ):
+        write(as_json, json.dumps(content))
+        [label] = load_labels(as_json).features
+        assert (label.description, label.categories) == (NICE, (NICE,))
+    path = write(tmp_path / "a.jsonl", json.dumps(explanation(1, NASTY)))
+    assert load_neuronpedia(path).features[0].description == NICE
+    rows = 'feature,category,description\n1,style,"two\nlines \x1b[31m"\n'
+    [label] = load_labels(write(tmp_path / "labels.csv", rows)).features
+    assert label.description == "two lines \ufffd[31m"
+    # Nor do messages about files that are refused.
+    for name, text in {
+        "a.csv": "feature,\x1b[31m\n1,2\n",
+        "b.json": json.dumps({"\x1b[31m" * 9999: "style"}),
+        "c.json": json.dumps({"1": {NASTY: "style"}}),
+        "d.csv": f"feature,category,quality\n1,style,{'9' * 9999}\n",
+    }.items():
+        with pytest.raises(ValueError, match=name) as error:
+            load_labels(write(tmp_path / name, text))
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 1200
+
+
 def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"Expected a file of labels at .*gone\.csv"):
         load_labels(tmp_path / "gone.csv")
@@ -288,7 +340,7 @@ def test_exports(tmp_path: Path, name: str) -> None:
     labels = load_neuronpedia(path, neuronpedia_id=SAE_ID, d_sae=65536)
     assert [(f.feature, f.description) for f in labels.features] == [
         (2, "apologies"),
-        (5, "lists and bullets\u2028here"),
+        (5, "lists and bullets here"),
     ]
     assert labels.categories == ()
     [claude] = load_neuronpedia(path, explanation_model="claude").features
@@ -304,7 +356,7 @@ def test_exports(tmp_path: Path, name: str) -> None:
         (as_lines(ENTRIES)[:-40], "a.jsonl", {}, r"a\.jsonl, line 4: not JSON"),
         (gzip.compress(as_lines(ENTRIES))[:-20], "a.jsonl.gz", {}, "is damaged"),
         (b"no gzip", "a.json.gz", {}, "is damaged"),
-        (b'{"a": 1}', "a.json", {}, "expected a list, found a dict"),
+        (b'{"a": 1}', "a.json", {}, "expected a list, found '{\"a\": 1}'"),
         (b'{"index": 1}', "a.jsonl", {}, r"line 1: expected an explanation of Neuronpedia"),
         (b"[3]", "a.json", {}, r"entry 0: expected an explanation of Neuronpedia"),
         (b"", "a.jsonl", {}, "has no description"),
@@ -322,6 +374,27 @@ def test_no_export(tmp_path: Path) -> None:
         load_neuronpedia(tmp_path)
     with pytest.raises(FileNotFoundError, match="found none"):
         load_neuronpedia(tmp_path / "gone.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
+def test_exports_are_read_entry_by_entry(tmp_path: Path, name: str) -> None:
+    """As much as they unpack to, and even if an entry never ends."""
+    entries = [explanation(n, f"{n}" * 400, embedding=[0.25] * 2000) for n in range(400)]
+    lines = [json.dumps(entry) for entry in entries]
+    whole = "\n".join(lines) if "jsonl" in name else f"[{', '.join(lines)}]"
+    endless = "{" * 40_000_000 if "jsonl" in name else "[" + " " * 40_000_000
+    good = write(tmp_path / name, gzip.compress(whole.encode(), 1))
+    bomb = write(tmp_path / f"bomb-{name}", gzip.compress(endless.encode(), 1))
+    del lines, whole, endless, entries
+    labels = load_neuronpedia(good)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="longer than 1,048,576 characters"):
+        load_neuronpedia(bomb)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [label.feature for label in labels.features] == list(range(400))
+    assert labels.features[7].description == "7" * 400
+    assert peak < 30_000_000
 
 
 PREFIX = f"v1/{SAE_ID}/explanations/"
@@ -380,7 +453,11 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Clients that hang up are part of the tests."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     store.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -394,14 +471,14 @@ def test_download_resumes_and_ends_in_labels(tmp_path: Path, bucket: Bucket) -> 
     last = max(bucket.files)
     bucket.broken.add(last)
     with pytest.raises(OSError, match=r"batch-3\.jsonl\.gz.*403.*complete files are not fetched"):
-        download_neuronpedia(SAE_ID, tmp_path, bucket=bucket.url, description=None)
+        download_neuronpedia(SAE_ID, tmp_path, bucket=bucket.url, progress=False)
     assert len(bucket.gets) == 3
     bucket.broken.clear()
     # A file that somebody cut is fetched again, the others are not.
     folder = tmp_path / SAE_ID
     first = folder / "batch-0.jsonl.gz"
     first.write_bytes(first.read_bytes()[:-3])
-    assert download_neuronpedia(SAE_ID, tmp_path, bucket=bucket.url, description=None) == folder
+    assert download_neuronpedia(SAE_ID, tmp_path, bucket=bucket.url, progress=False) == folder
     assert sorted(bucket.gets[3:]) == ["batch-0.jsonl.gz", "batch-3.jsonl.gz"]
     assert sorted(p.name for p in folder.iterdir()) == [f"batch-{n}.jsonl.gz" for n in range(4)]
     labels = load_neuronpedia(folder, neuronpedia_id=SAE_ID)
@@ -411,7 +488,7 @@ def test_download_resumes_and_ends_in_labels(tmp_path: Path, bucket: Bucket) -> 
 def test_downloads_that_cannot_be(tmp_path: Path, bucket: Bucket) -> None:
     with pytest.raises(ValueError, match="no explanations of 'gemma-2-2b/none' to download"):
         download_neuronpedia("gemma-2-2b/none", tmp_path, bucket=bucket.url)
-    for wrong in ("gemma", "gemma/", "../x"):
+    for wrong in ("gemma", "gemma/", "../x", "gemma//tmp", "gemma/../x", "a/b/c", "gemma/x\n"):
         with pytest.raises(ValueError, match="Expected 'model/source'"):
             download_neuronpedia(wrong, tmp_path, bucket=bucket.url)
     with pytest.raises(OSError, match="Could not fetch"):
@@ -419,19 +496,36 @@ def test_downloads_that_cannot_be(tmp_path: Path, bucket: Bucket) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sources_keep_the_protocol(tmp_path: Path) -> None:
-    path = tmp_path / "labels.json"
-    save_labels(LABELS, path)
-    export = write(tmp_path / "a.jsonl", as_lines(ENTRIES))
-    sources: list[LabelSource] = [
-        FileLabels(path),
-        FixedLabels(LABELS),
-        NeuronpediaLabels(export),
-        OrganismLabels(load()),
-    ]
-    for source in sources:
-        assert isinstance(source, LabelSource)
-        every = source.labels()
-        chosen = every.features[-1].feature
-        [one] = source.labels([chosen]).features
-        assert one == every.features[-1]
+def test_a_listing_that_does_not_end(tmp_path: Path, bucket: Bucket) -> None:
+    pages = 0
+
+    def next_page(query: dict[str, list[str]]) -> bytes:
+        nonlocal pages
+        pages += 1
+        item = f"<Contents><Key>{PREFIX}batch-{pages}.jsonl</Key><Size>1</Size></Contents>"
+        more = f"<NextContinuationToken>{pages}</NextContinuationToken>"
+        return f"<ListBucketResult>{item}{more}</ListBucketResult>".encode()
+
+    bucket.list = next_page
+    with pytest.raises(OSError, match="lists files without end"):
+        download_neuronpedia(SAE_ID, tmp_path, bucket=bucket.url, progress=False)
+    assert pages == 100
+
+
+def test_names_in_a_listing_stay_in_the_folder(tmp_path: Path, bucket: Bucket) -> None:
+    good, *_ = bucket.files.values()
+    names = ("../up.jsonl", "/etc/x.jsonl", "sub/x.jsonl", "\x85x.jsonl", ".hidden.jsonl")
+    bucket.files = {f"{PREFIX}{name}": good for name in ("a.jsonl.gz", *names)}
+    bucket.files["v1/other/b.jsonl"] = good
+    folder = download_neuronpedia(SAE_ID, tmp_path, bucket=bucket.url, progress=False)
+    assert [p.name for p in folder.iterdir()] == ["a.jsonl.gz"]
+    assert [p.name for p in tmp_path.rglob("*.jsonl*")] == ["a.jsonl.gz"]
+
+
+def test_a_file_that_is_larger_than_announced(tmp_path: Path, bucket: Bucket) -> None:
+    name = f"{PREFIX}a.jsonl"
+    bucket.files = {name: b"x" * 10_000_000}
+    real, bucket.list = bucket.list, lambda query: real(query).replace(b"10000000", b"99")
+    with pytest.raises(OSError, match=r"a\.jsonl should have 99 bytes, got"):
+        download_neuronpedia(SAE_ID, tmp_path, bucket=bucket.url, progress=False)
+    assert not list(tmp_path.rglob("*.jsonl*"))

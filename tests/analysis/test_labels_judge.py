@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import gzip
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
+import tracemalloc
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import pytest
 
-from judge_server import Reply, serve
-from peft_fsrl.analysis.labels import Judge, JudgeError
-from peft_fsrl.analysis.records import Spend
+from judge_server import Reply, completion, serve
+from peft_fsrl.analysis.labels import Judge, JudgeError, Spend
+from peft_fsrl.analysis.labels import judge as judging
 
 
 def ask(*texts: str) -> list[list[dict[str, str]]]:
@@ -52,7 +58,7 @@ def test_answers_in_order_and_spend() -> None:
         unmetered=0,
     )
     assert all(r["max_tokens"] == 7 and r["temperature"] == 0.0 for r in s.requests)
-    assert set(s.keys) == {"Bearer secret"}
+    assert {headers["authorization"] for headers in s.headers} == {"Bearer secret"}
     assert "secret" not in repr(judge)
 
 
@@ -176,6 +182,112 @@ def test_nobody_there_and_too_slow() -> None:
         release.set()
 
 
+NO_TEXT = [
+    {"content": ["a"]},
+    {"content": 7},
+    {"content": {"text": "a"}},
+    "a",
+    None,
+]
+
+
+@pytest.mark.parametrize("message", NO_TEXT, ids=str)
+def test_answers_that_are_no_text(message: Any) -> None:
+    raw = json.dumps({"choices": [{"message": message}]})
+    error = pytest.raises(JudgeError, match="Expected a chat completion with a text")
+    with serve(lambda prompt: Reply(raw=raw)) as s, error:
+        Judge(s.url, "m").ask(ask("a"))
+
+
+@pytest.mark.parametrize(
+    "raw", ["[" * 100_000, '{"choices": {"0": 1}}', '{"choices": "ab"}', "null", "[1]", '"text"']
+)
+def test_bodies_of_any_shape(raw: str) -> None:
+    with serve(lambda prompt: Reply(raw=raw)) as s, pytest.raises(JudgeError):
+        Judge(s.url, "m").ask(ask("a"))
+
+
+@pytest.mark.parametrize("usage", [[1], "many", {"prompt_tokens": "3", "completion_tokens": -2}])
+def test_a_report_of_the_cost_that_makes_no_sense(usage: Any) -> None:
+    body = {"choices": [{"message": {"content": "fine"}}], "usage": usage}
+    with serve(lambda prompt: Reply(raw=json.dumps(body))) as s:
+        judge = Judge(s.url, "m")
+        assert judge.ask(ask("a")) == ["fine"]
+    assert (judge.spend.prompt_tokens, judge.spend.completion_tokens) == (0, 0)
+
+
+def test_an_answer_that_dribbles_is_too_slow() -> None:
+    with serve(lambda prompt: Reply("x" * 400, dribble=0.05)) as s:
+        judge = Judge(s.url, "m", retries=1, timeout=0.3)
+        begun = time.monotonic()
+        with pytest.raises(JudgeError, match=r"no whole answer in 0\.3 s"):
+            judge.ask(ask("a"))
+    # Two attempts and a pause; sent to the end, one alone would take half a minute.
+    assert time.monotonic() - begun < 5
+    assert (judge.spend.requests, judge.spend.retried) == (2, 1)
+
+
+def test_an_answer_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "_LARGEST", 2_000)
+    with serve(lambda prompt: "x" * (500 if prompt == "small" else 2_000)) as s:
+        judge = Judge(s.url, "m")
+        assert judge.ask(ask("small")) == ["x" * 500]
+        with pytest.raises(JudgeError, match="more than 2,000 bytes"):
+            judge.ask(ask("large"))
+    assert len(s.requests) == 2
+
+
+def test_an_answer_that_unpacks_to_much_more() -> None:
+    bomb = gzip.compress(json.dumps(completion("x" * 50_000_000, "a")).encode(), 1)
+    headers = {"content-encoding": "gzip"}
+    with serve(lambda prompt: Reply(raw=bomb, headers=headers)) as s:
+        tracemalloc.start()
+        with pytest.raises(JudgeError, match="packed its answer"):
+            Judge(s.url, "m").ask(ask("a"))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert s.headers[0]["accept-encoding"] == "identity"
+    assert peak < 10_000_000
+
+
+def test_redirections_are_not_followed() -> None:
+    with serve(echo) as other:
+        there = {"location": f"{other.url}/chat/completions"}
+        error = pytest.raises(JudgeError, match="307")
+        with serve(lambda prompt: Reply(status=307, headers=there)) as s, error:
+            Judge(s.url, "m", api_key="top-secret").ask(ask("a"))
+    assert other.requests == []
+
+
+def test_keys_are_never_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither one in the address, wherever it stands, nor one that the endpoint repeats."""
+    keys = ["sk-0123456789", "us er/pass", "query+key", "path0123456789abcdefgh"]
+    seen: list[str] = []
+
+    def script(prompt: str) -> Reply | str:
+        says = f"no such key: {' '.join(keys)} \x1b[31m"
+        if prompt == "answer":
+            return says
+        raw = json.dumps({"error": {"message": says}})
+        return Reply(raw=raw, status=400 if prompt == "refuse" else 401)
+
+    with serve(script) as s:
+        address = s.url.replace("http://", "http://me:us%20er%2Fpass@")
+        address += "/path0123456789abcdefgh?key=query%2Bkey"
+        judge = Judge(address, "m", api_key=keys[0], cache=tmp_path / "a.jsonl")
+        seen += [repr(judge), *judge.ask(ask("answer", "refuse"))]
+        with pytest.raises(JudgeError) as error:
+            judge.ask(ask("fail"))
+        seen += ["".join(traceback.format_exception(error.value)), caplog.text]
+        seen.append((tmp_path / "a.jsonl").read_text())
+    for text in seen:
+        assert not any(key in text for key in keys)
+        assert not any(quote_plus(key) in text for key in keys[1:])
+    assert "no such key: *** *** *** ***" in seen[1]
+    assert "no such key: ***" in caplog.text
+    assert "\x1b" not in str(error.value)
+
+
 def test_one_refused_prompt_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
     with serve(lambda p: Reply(status=400) if p == "long" else echo(p)) as s:
         judge = Judge(s.url, "m", max_concurrency=1)
@@ -239,6 +351,102 @@ def test_half_a_line_at_the_end_of_the_cache(
             echo("b"),
         ]
         assert len(s.prompts) == 3
+
+
+@pytest.mark.parametrize("n", [1, 8, 9, 30, 90])
+def test_half_a_first_line(tmp_path: Path, n: int) -> None:
+    cache = tmp_path / "answers.jsonl"
+    with serve(echo) as s:
+        Judge(s.url, "m", cache=cache).ask(ask("a"))
+        cache.write_bytes(cache.read_bytes()[:n])
+        assert Judge(s.url, "m", cache=cache).ask(ask("a")) == [echo("a")]
+        assert Judge(s.url, "m", cache=cache).ask(ask("a")) == [echo("a")]
+    assert len(s.requests) == 2
+
+
+class Disk:
+    """A disk with room for so many bytes, under the judge alone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: float) -> None:
+        self.room = room
+        self.refusals = 0
+        monkeypatch.setattr(judging, "open", self.open, raising=False)
+        monkeypatch.setattr(judging, "_PAUSES", (0.01, 0.01))
+
+    def open(self, *arguments: Any, **options: Any) -> Any:
+        file, disk = open(*arguments, **options), self  # noqa: SIM115
+
+        class Full:
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *_: Any) -> None:
+                file.close()
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(file, name)
+
+            def write(self, line: bytes) -> int:
+                if not disk.room:
+                    disk.refusals += 1
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                taken = int(min(disk.room, len(line)))
+                disk.room -= taken
+                return file.write(line[:taken])
+
+        return Full()
+
+
+def test_a_full_disk_loses_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "answers.jsonl"
+    disk = Disk(monkeypatch, room=150)
+    texts = list("abcdef")
+    with serve(echo) as s:
+        judge = Judge(s.url, "m", cache=cache, max_concurrency=2)
+        message = r"No space left.* answers could not be written to .*call it again"
+        with pytest.raises(JudgeError, match=message):
+            judge.ask(ask(*texts))
+        n = len(s.requests)
+        assert n < len(texts), "nothing is asked that cannot be kept"
+        with pytest.raises(JudgeError, match="No space left"):
+            judge.ask(ask(*texts))
+        assert len(s.requests) == n
+        disk.room = math.inf
+        assert judge.ask(ask(*texts)) == [echo(text) for text in texts]
+        assert len(s.requests) == len(texts)
+        # What another process reads: everything, and the half line is in nobody's way.
+        assert Judge(s.url, "m", cache=cache).ask(ask(*texts)) == [echo(text) for text in texts]
+        assert len(s.requests) == len(texts)
+
+
+def test_a_disk_that_is_full_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "answers.jsonl"
+    disk = Disk(monkeypatch, room=150)
+
+    def free() -> None:
+        while not disk.refusals:
+            time.sleep(0.001)
+        disk.room = math.inf
+
+    thread = threading.Thread(target=free)
+    thread.start()
+    with serve(echo) as s:
+        Judge(s.url, "m", cache=cache).ask(ask(*"abcdef"))
+        thread.join()
+        assert Judge(s.url, "m", cache=cache).ask(ask(*"abcdef")) == [echo(t) for t in "abcdef"]
+    assert len(s.requests) == 6
+
+
+def test_half_a_line_of_another_process(tmp_path: Path) -> None:
+    cache = tmp_path / "answers.jsonl"
+    with serve(echo) as s:
+        judge = Judge(s.url, "m", cache=cache)
+        judge.ask(ask("a"))
+        with cache.open("ab") as file:
+            file.write(b'{"key": "cut off')
+        judge.ask(ask("b"))
+        Judge(s.url, "m", cache=cache).ask(ask("a", "b"))
+    assert len(s.requests) == 2
 
 
 @pytest.mark.parametrize("content", ["feature,category\n1,style\n", "[1, 2]", "\x00\x01"])

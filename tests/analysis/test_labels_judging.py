@@ -22,33 +22,34 @@ from judge_server import serve
 from peft_fsrl import FSRLConfig
 from peft_fsrl.analysis.labels import (
     Category,
-    Judge,
-    JudgeLabels,
-    LabelSource,
-    agreement_quality,
-    collect_evidence,
-    collect_held_out,
-    default_categories,
-    describe_features,
-    detection_quality,
-    judge_categories,
-    judge_features,
-    organism_labels,
-    parse_verdict,
-    with_descriptions,
-    with_quality,
-)
-from peft_fsrl.analysis.labels._prompts import fill, render_context, render_evidence
-from peft_fsrl.analysis.labels.quality import parse_active
-from peft_fsrl.analysis.records import (
     Context,
     Detection,
     FeatureEvidence,
     FeatureLabel,
     HeldOutContexts,
+    Judge,
     Judgement,
     Labels,
+    collect_evidence,
+    collect_held_out,
+    collect_judgements,
+    default_categories,
+    describe_features,
+    judge_features,
+    majority_labels,
+    measure_detection,
+    organism_labels,
+    parse_verdict,
+    with_descriptions,
+    with_quality,
 )
+from peft_fsrl.analysis.labels.judging import (
+    _fill,
+    parse_active,
+    render_context,
+    render_evidence,
+)
+from peft_fsrl.analysis.session import Session
 from peft_fsrl.organism import load
 
 
@@ -140,7 +141,7 @@ def test_what_the_judge_is_shown() -> None:
     with pytest.raises(ValueError, match="a description, contexts or tokens to judge by"):
         render_evidence(FeatureEvidence(1, 0.0, (), (), ()), None)
     # What a user's definition says is not taken for a place to fill.
-    assert fill("{{a}} {{b}}", {"a": "{{b}}", "b": "x"}) == "{{b}} x"
+    assert _fill("{{a}} {{b}}", {"a": "{{b}}", "b": "x"}) == "{{b}} x"
 
 
 def test_prompts_carry_definition_and_form() -> None:
@@ -174,7 +175,7 @@ def test_judging_from_evidence() -> None:
     with serve(by_words) as s:
         judge = Judge(s.url, "m")
         labels = judge_features(material, [category], judge)
-        judgements = judge_categories(material, [category], judge)
+        judgements = collect_judgements(material, [category], judge)
     assert labels == Labels(
         "judge m",
         ("lists",),
@@ -195,8 +196,6 @@ def test_judging_descriptions_alone() -> None:
         labels = judge_features(described, [Category("c", "d")], Judge(s.url, "m"))
         assert labels.members("c") == [8]
         assert labels.features[0].description == "lists"
-        source = JudgeLabels(Judge(s.url, "m"), described, [Category("c", "d")])
-        assert source.labels([8]) == labels
         judge_features([evidence(8, "a")], None, Judge(s.url, "m"), descriptions=described)
     assert s.prompts[-1].startswith("Description: lists\n\nContexts")
 
@@ -228,7 +227,7 @@ def test_several_samples() -> None:
     with serve(script) as s:
         judge = Judge(s.url, "m", temperature=1.0, max_concurrency=1)
         labels = judge_features(material, [Category("c", "d")], judge, samples=3)
-        judgements = judge_categories(material, [Category("c", "d")], judge, samples=3)
+        judgements = collect_judgements(material, [Category("c", "d")], judge, samples=3)
         assert len(s.requests) == 9
     # Two of three; all; and a tie between one yes and one no.
     assert [(f.feature, f.categories, f.quality) for f in labels.features] == [
@@ -238,18 +237,6 @@ def test_several_samples() -> None:
     assert labels.undecided == (3,)
     assert judgements[2] == Judgement(3, "c", (True, None, False), pytest.approx(0.2))
     assert judgements[2].verdict is None
-
-
-def test_judge_as_a_source(tmp_path: Path) -> None:
-    material = (evidence(3, "a list -"), evidence(5, "a word"))
-    with serve(by_words) as s:
-        source = JudgeLabels(Judge(s.url, "m"), material, [Category("c", "d")])
-        assert isinstance(source, LabelSource)
-        assert [f.feature for f in source.labels([5, 77]).features] == [5]
-        assert len(s.requests) == 1
-        assert source.labels().members("c") == [3]
-        # The one that was asked before is remembered.
-        assert len(s.requests) == 2
 
 
 def test_categories_of_ones_own(tmp_path: Path) -> None:
@@ -282,6 +269,19 @@ def test_descriptions() -> None:
         labels = describe_features([evidence(1, "a -"), evidence(2, "nothing")], Judge(s.url, "m"))
     assert labels.features == (FeatureLabel(1, "dashes that begin a list item", (), None),)
     assert labels.undecided == (2,)
+
+
+def test_answers_without_end_are_read_at_once() -> None:
+    """Answers of an endpoint that means no good; a quadratic search would take minutes."""
+    begun = time.monotonic()
+    for answer in ("\n" * 300_000, "answer " * 100_000, "<think>" * 100_000, "ACTIVE: 1" * 99_999):
+        with serve(lambda prompt, answer=answer: answer) as s:
+            labels = describe_features([evidence(1, "a b")], Judge(s.url, "m"))
+        assert labels.undecided == (1,)
+        assert parse_verdict(answer) == (None, None)
+        assert parse_active(answer, 4) is None
+    assert parse_active(f"ACTIVE: {'9' * 5000}", 4) is None
+    assert time.monotonic() - begun < 10
 
 
 # Quality
@@ -322,7 +322,7 @@ def test_detection() -> None:
     ]
     words = described(f1="dash", f2="dot", f3="nothing", f4="everything", f5="silence", f9="dash")
     with serve(quiz_master) as s:
-        found = detection_quality(words, held, Judge(s.url, "m"), seed=3)
+        found = measure_detection(words, held, Judge(s.url, "m"), seed=3)
     assert found == (
         Detection(1, 4, 4, 4, 4, 1.0),
         Detection(2, 4, 4, 0, 0, 0.0),
@@ -355,20 +355,20 @@ def test_contexts_that_made_the_label_do_not_test_it() -> None:
     used = FeatureEvidence(1, 0.1, held.active[:2], (), ())
     with serve(quiz_master) as s:
         judge = Judge(s.url, "m")
-        [found] = detection_quality(described(f1="dash"), [held], judge, evidence=[used])
+        [found] = measure_detection(described(f1="dash"), [held], judge, evidence=[used])
         assert (found.n_active, found.n_inactive) == (1, 1)
         assert "dash2" in s.prompts[0]
         assert "dash0" not in s.prompts[0]
         everything = FeatureEvidence(1, 0.1, held.active, (), ())
         with pytest.raises(ValueError, match="at least one feature with a description"):
-            detection_quality(described(f1="dash"), [held], judge, evidence=[everything])
+            measure_detection(described(f1="dash"), [held], judge, evidence=[everything])
 
 
 def test_agreement_of_several_labellings() -> None:
     first = labelled("a", f1="style", f2="", f3="style;tone", f4="")
     second = labelled("b", f1="style", f2="style", f3="style", f5="")
     third = labelled("c", f1="", f2="", f3="style", f4="", f5="")
-    merged = agreement_quality([first, second, third])
+    merged = majority_labels([first, second, third])
     assert [(f.feature, f.categories) for f in merged.features] == [
         (1, ("style",)),
         (2, ()),
@@ -377,11 +377,11 @@ def test_agreement_of_several_labellings() -> None:
     # Of two categories each: 2/3 and 1; 2/3 and 1; 1 and 2/3.
     assert [f.quality for f in merged.features] == pytest.approx([5 / 6] * 3)
     assert "a, b, c" in merged.source
-    assert agreement_quality([first, second]).undecided == (2, 3)
+    assert majority_labels([first, second]).undecided == (2, 3)
     with pytest.raises(ValueError, match="at least two labellings"):
-        agreement_quality([first])
+        majority_labels([first])
     with pytest.raises(ValueError, match="features in common"):
-        agreement_quality([labelled("a", f1=""), labelled("b", f2="")])
+        majority_labels([labelled("a", f1=""), labelled("b", f2="")])
 
 
 # On the organism, and against a real server
@@ -392,12 +392,12 @@ def test_the_whole_way_on_the_organism(tmp_path: Path) -> None:
     organism = load()
     config = FSRLConfig(layer=organism.layer, sae=str(organism.sae_path), task_type="CAUSAL_LM")
     model = get_peft_model(organism.load_model(), config)
-    tokenizer, data = organism.load_tokenizer(), organism.preferences(200)
+    session = Session(model, organism.load_tokenizer(), organism.preferences(200))
     truth = {label.index: label for label in organism.feature_labels}
     best = [f for f in organism.features("style") if truth[f].auroc["style"] > 0.9]
     assert len(best) >= 4
-    material = collect_evidence(model, data, tokenizer, best, n_contexts=4)
-    held = collect_held_out(model, data, tokenizer, best, n_contexts=4)
+    material = collect_evidence(session, best, n_contexts=4)
+    held = collect_held_out(session, best, n_contexts=4)
     marks = r"(?<!\S)(-|\*|##|###)(?!\S)"
 
     def script(prompt: str) -> str:
@@ -413,7 +413,7 @@ def test_the_whole_way_on_the_organism(tmp_path: Path) -> None:
         judge = Judge(s.url, "m", cache=tmp_path / "answers.jsonl")
         labels = judge_features(material, [Category("style", "Markdown.")], judge)
         words = describe_features(material, judge)
-        found = detection_quality(words, held, judge, evidence=material)
+        found = measure_detection(words, held, judge, evidence=material)
     assert set(labels.members("style")) == set(best)
     assert set(best) <= set(organism_labels(organism).members("style"))
     accuracies = [d.accuracy for d in found]

@@ -14,6 +14,10 @@ from sklearn.metrics import cohen_kappa_score, matthews_corrcoef
 from peft_fsrl.analysis import statistics
 from peft_fsrl.analysis.composition import FeatureCounts, composition_of
 from peft_fsrl.analysis.labels import (
+    Agreement,
+    ErrorRates,
+    FeatureLabel,
+    Labels,
     compare_judges,
     compare_labels,
     draw_labels,
@@ -24,7 +28,7 @@ from peft_fsrl.analysis.labels import (
     propagate_composition,
     strata_by_use,
 )
-from peft_fsrl.analysis.records import Agreement, ErrorRates, FeatureLabel, Interval, Labels
+from peft_fsrl.records import Interval
 
 
 def labels_of(

@@ -24,7 +24,7 @@ class FakeJudge:
         self._prefer = prefer
         self.asked: list[dict[str, str]] = []
 
-    def ask(self, prompts: Chats, *, description: str | None = None) -> list[str]:
+    def ask(self, prompts: Chats) -> list[str]:
         answers = []
         for [message] in prompts:
             assert message["role"] == "user"
@@ -157,7 +157,7 @@ def test_nothing_to_judge_and_a_judge_that_loses_prompts() -> None:
         compute_win_rate([], FakeJudge(longer))
 
     class Forgetful(FakeJudge):
-        def ask(self, prompts: Chats, *, description: str | None = None) -> list[str]:
+        def ask(self, prompts: Chats) -> list[str]:
             return super().ask(prompts)[:-1]
 
     with pytest.raises(ValueError, match="Expected 10 answers from the judge, got 9"):

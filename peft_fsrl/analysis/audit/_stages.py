@@ -33,6 +33,7 @@ from ..records import (
     to_plain,
 )
 from ..segments import only_layer
+from ..session import Session
 from ..single import ablate_single_features
 from ..static_dynamic import compare_static_dynamic
 from ..usage import compute_usages
@@ -298,8 +299,14 @@ class Stages:
 
         def look() -> tuple[FeatureEvidence, ...]:
             # Nothing is held out here: nobody tests descriptions on the rest.
-            options = {"held_out": 0.0, "batch_size": self.settings.batch_size}
-            return self.run(collect_evidence, "contexts", wanted, n_contexts=3, **options)
+            session = Session(
+                self.model,
+                self.tokenizer,
+                self.dataset,
+                batch_size=self.settings.batch_size,
+                progress=self.show_progress,
+            )
+            return collect_evidence(session, wanted, n_contexts=3, held_out=0.0)
 
         found = self.parts.make("evidence", tuple[FeatureEvidence, ...], look, wanted)
         evidence = {each.feature: each for each in found}

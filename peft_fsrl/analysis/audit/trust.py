@@ -51,7 +51,7 @@ def compute_robustness(stages: Stages) -> tuple[Robustness, ...]:
             rates,
             rise,
             n_draws=max(1, settings.n_draws // _DRAWS_PER_ABLATION),
-            description=stages.bar("redrawn labels"),
+            progress=stages.show_progress,
             **shared,
         )
         return (*shares, *rises)

@@ -1,70 +1,91 @@
 """What features mean: where labels come from, and how far to trust them."""
 
-from ._prompts import Category, default_categories
-from ._reader import pieces
-from .evidence import collect_evidence, collect_held_out, is_held_out
-from .files import FileLabels, load_labels, save_labels
-from .judge import Judge, JudgeError, Messages
-from .judging import (
-    JudgeLabels,
-    describe_features,
-    judge_categories,
-    judge_features,
-    parse_verdict,
+from .evidence import (
+    Context,
+    FeatureEvidence,
+    HeldOutContexts,
+    collect_evidence,
+    collect_held_out,
+    is_held_out,
 )
-from .neuronpedia import NeuronpediaLabels, download_neuronpedia, load_neuronpedia
+from .files import load_labels, save_labels
+from .judge import Judge, JudgeError, Messages, Spend
+from .judging import (
+    Category,
+    Detection,
+    Judgement,
+    collect_judgements,
+    default_categories,
+    describe_features,
+    judge_features,
+    measure_detection,
+    parse_verdict,
+    with_quality,
+)
+from .neuronpedia import download_neuronpedia, load_neuronpedia
 from .propagation import (
+    Robustness,
     draw_labels,
     propagate,
     propagate_ablation,
     propagate_composition,
     strata_by_use,
 )
-from .quality import agreement_quality, detection_quality, with_quality
 from .source import (
-    FixedLabels,
-    LabelSource,
-    OrganismLabels,
+    FeatureLabel,
+    Labels,
     for_model,
     organism_labels,
     require_fit,
     select,
     with_descriptions,
 )
-from .trust import compare_judges, compare_labels, error_rates, error_rates_for_mcc
+from .trust import (
+    Agreement,
+    ErrorRates,
+    compare_judges,
+    compare_labels,
+    error_rates,
+    error_rates_for_mcc,
+    majority_labels,
+)
 
 __all__ = [
+    "Agreement",
     "Category",
-    "FileLabels",
-    "FixedLabels",
+    "Context",
+    "Detection",
+    "ErrorRates",
+    "FeatureEvidence",
+    "FeatureLabel",
+    "HeldOutContexts",
     "Judge",
     "JudgeError",
-    "JudgeLabels",
-    "LabelSource",
+    "Judgement",
+    "Labels",
     "Messages",
-    "NeuronpediaLabels",
-    "OrganismLabels",
-    "agreement_quality",
+    "Robustness",
+    "Spend",
     "collect_evidence",
     "collect_held_out",
+    "collect_judgements",
     "compare_judges",
     "compare_labels",
     "default_categories",
     "describe_features",
-    "detection_quality",
     "download_neuronpedia",
     "draw_labels",
     "error_rates",
     "error_rates_for_mcc",
     "for_model",
     "is_held_out",
-    "judge_categories",
     "judge_features",
     "load_labels",
     "load_neuronpedia",
+    "majority_labels",
+    "measure_detection",
     "organism_labels",
     "parse_verdict",
-    "pieces",
     "propagate",
     "propagate_ablation",
     "propagate_composition",

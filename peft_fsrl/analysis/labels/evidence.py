@@ -6,22 +6,69 @@ import hashlib
 import heapq
 import itertools
 from array import array
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..records import Context, FeatureEvidence, HeldOutContexts
-from ._reader import Reader, pieces
+from ...records import Record, RecordT
+from ...steering import SteeringEvent, base_model, observe
+from ...training.likelihood import batched
+from ...training.running import evaluating
+from ...training.tokens import special_ids
+from ..generations import token_texts
+from ..segments import active_sae
+from ..session import Session
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 HELD_OUT = 0.25
+# Features multiplied with the whole vocabulary at once.
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Context(Record):
+    """A stretch of text on which a feature is active.
+
+    Attributes:
+        tokens: texts of its tokens.
+        activations: of the feature at each.
+    """
+
+    tokens: tuple[str, ...]
+    activations: tuple[float, ...]
+
+    @property
+    def text(self) -> str:
+        """The tokens together."""
+        return "".join(self.tokens)
+
+
+@dataclass(frozen=True)
+class FeatureEvidence(Record):
+    """What can be seen of a feature without asking anybody.
+
+    Attributes:
+        feature: index in the SAE.
+        density: share of tokens on which it is active.
+        contexts: where it is most active, strongest first.
+        promoted: tokens whose logits its decoder direction raises most.
+        suppressed: tokens whose logits it lowers most.
+    """
+
+    feature: int
+    density: float
+    contexts: tuple[Context, ...]
+    promoted: tuple[str, ...]
+    suppressed: tuple[str, ...]
 
 
 def collect_evidence(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
+    session: Session,
     features: Iterable[int] | None = None,
     *,
     n_contexts: int = 8,
@@ -29,32 +76,23 @@ def collect_evidence(
     n_tokens: int = 8,
     answer: str = "chosen",
     held_out: float = HELD_OUT,
-    max_length: int | None = None,
-    batch_size: int = 8,
-    description: str | None = None,
 ) -> tuple[FeatureEvidence, ...]:
     """Top activating contexts, density and promoted tokens of some features, in one pass.
 
     Activations are those of the base model: nothing is steered. A text gives a feature at most one
-    context, around its strongest token. Special tokens and padding never count. Memory grows with
-    features times contexts, not with the data set.
+    context, around its strongest token. Special tokens and padding never count.
 
     The promoted tokens of a feature are those with the largest entries of ``W_U @ direction``, the
     logit lens without the final norm; none where the SAE is not as wide as the unembedding.
 
     Args:
-        model: a model with one FSRL layer.
-        dataset: rows with the texts ``prompt`` (may be missing) and ``answer``; read once.
-        tokenizer: the model's tokenizer.
+        session: a model with one FSRL layer, and texts.
         features: indices in the SAE; None for all that the adapter can steer.
         n_contexts: contexts to keep per feature.
         window: tokens per context.
         n_tokens: promoted, and suppressed, tokens per feature.
         answer: the column that follows the prompt.
         held_out: share of prompts left out, for ``collect_held_out``.
-        max_length: cuts the end of an answer.
-        batch_size: texts per forward pass.
-        description: shown beside the progress bar; None shows no bar.
 
     Returns:
         One record per feature, in the order given.
@@ -65,73 +103,62 @@ def collect_evidence(
             out of range, or no text.
     """
     _require_positive(n_contexts=n_contexts, window=window, n_tokens=n_tokens)
-    reader = Reader(model, tokenizer, features, answer, max_length)
+    reader = _Reader(session, features)
     strongest = _Kept(reader.n_features, n_contexts, window)
     active = torch.zeros(reader.n_features, dtype=torch.float64)
     n_counted = 0
-    chosen = (row for row in dataset if not is_held_out(row, held_out, answer))
-    for ids, acts in reader.read(chosen, batch_size, description):
+    for ids, counted, acts in reader.read(
+        answer, lambda row: not is_held_out(row, held_out, answer)
+    ):
         peaks, places = acts.abs().max(dim=0)
         strongest.offer(peaks, ids, acts, _starts(places, len(ids), window))
         active += (acts != 0).sum(dim=0)
-        n_counted += reader.n_counted(ids)
+        n_counted += int(counted.sum())
     promoted, suppressed = reader.lens(n_tokens)
     density = (active / max(1, n_counted)).tolist()
-    found = {
-        feature: FeatureEvidence(
-            feature, density[i], strongest.contexts(i, tokenizer), promoted[i], suppressed[i]
-        )
-        for i, feature in enumerate(reader.features)
-    }
-    return tuple(found[feature] for feature in reader.asked)
+    contexts = strongest.contexts(session.tokenizer)
+    return reader.in_order(
+        FeatureEvidence(*each)
+        for each in zip(reader.features, density, contexts, promoted, suppressed, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class HeldOutContexts(Record):
+    """Contexts of one feature from texts that no label was made from.
+
+    Attributes:
+        feature: index in the SAE.
+        active: random contexts in which it is active.
+        inactive: random contexts in which it is not.
+    """
+
+    feature: int
+    active: tuple[Context, ...]
+    inactive: tuple[Context, ...]
 
 
 def collect_held_out(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
+    session: Session,
     features: Iterable[int] | None = None,
     *,
     n_contexts: int = 5,
     window: int = 16,
     answer: str = "chosen",
     held_out: float = HELD_OUT,
-    max_length: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    description: str | None = None,
 ) -> tuple[HeldOutContexts, ...]:
     """Random contexts with and without each feature, from the texts that no evidence came from.
 
     Which texts these are follows from their prompts alone, so with the same ``held_out`` no prompt
-    serves both, whatever the order of the rows.
-
-    Args:
-        model: see ``collect_evidence``, and so for all but these.
-        dataset: see there.
-        tokenizer: see there.
-        features: see there.
-        n_contexts: active ones per feature, and as many inactive ones; fewer where the texts have
-            fewer.
-        window: see there.
-        answer: see there.
-        held_out: share of prompts that is used here.
-        max_length: see there.
-        batch_size: see there.
-        seed: of the choice.
-        description: see there.
-
-    Raises:
-        IndexError: as ``collect_evidence`` does.
-        ValueError: as it does.
+    serves both, whatever the order of the rows. Arguments and errors are those of
+    ``collect_evidence``, but ``n_contexts`` counts active ones, and as many inactive ones; fewer
+    where the texts have fewer.
     """
     _require_positive(n_contexts=n_contexts, window=window)
-    reader = Reader(model, tokenizer, features, answer, max_length)
-    active = _Kept(reader.n_features, n_contexts, window)
-    inactive = _Kept(reader.n_features, n_contexts, window)
-    random = torch.Generator().manual_seed(seed)
-    chosen = (row for row in dataset if is_held_out(row, held_out, answer))
-    for ids, acts in reader.read(chosen, batch_size, description):
+    reader = _Reader(session, features)
+    active, inactive = (_Kept(reader.n_features, n_contexts, window) for _ in range(2))
+    random = torch.Generator().manual_seed(session.seed)
+    for ids, _, acts in reader.read(answer, lambda row: is_held_out(row, held_out, answer)):
         is_active = acts != 0
         is_silent = _silent_windows(is_active, window)
         for kept, choice in (active, is_active), (inactive, is_silent):
@@ -140,13 +167,10 @@ def collect_held_out(
             # Uniform draws are above zero here, so that zero means "not to be had".
             keys = 1 - torch.rand(reader.n_features, generator=random)
             kept.offer(keys * choice.any(dim=0), ids, acts, starts)
-    found = {
-        feature: HeldOutContexts(
-            feature, active.contexts(i, tokenizer), inactive.contexts(i, tokenizer)
-        )
-        for i, feature in enumerate(reader.features)
-    }
-    return tuple(found[feature] for feature in reader.asked)
+    sides = (kept.contexts(session.tokenizer) for kept in (active, inactive))
+    return reader.in_order(
+        HeldOutContexts(*each) for each in zip(reader.features, *sides, strict=True)
+    )
 
 
 def is_held_out(row: Mapping[str, Any], share: float, answer: str = "chosen") -> bool:
@@ -154,6 +178,97 @@ def is_held_out(row: Mapping[str, Any], share: float, answer: str = "chosen") ->
     text = row.get("prompt") or row[answer]
     digest = hashlib.sha256(str(text).encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+class _Reader:
+    """Reads texts with the base model, and gives the activations of some features token by token.
+
+    Attributes:
+        features: ascending: the order of all tensors.
+    """
+
+    def __init__(self, session: Session, features: Iterable[int] | None) -> None:
+        sae = active_sae(session.model)
+        self._asked = (
+            sae.feature_index.tolist() if features is None else list(dict.fromkeys(features))
+        )
+        self._sae = sae if features is None else sae.restrict(self._asked)
+        self.features = sorted(self._asked)
+        self.n_features = len(self.features)
+        self._session = session
+
+    def in_order(self, records: Iterable[RecordT]) -> tuple[RecordT, ...]:
+        """One record per feature, from their order here to the one that was asked for."""
+        found = dict(zip(self.features, records, strict=True))
+        return tuple(found[feature] for feature in self._asked)
+
+    def read(
+        self, answer: str, wanted: Callable[[Mapping[str, str]], bool]
+    ) -> Iterator[tuple[list[int], Bool[Tensor, "seq"], Float[Tensor, "seq n_features"]]]:
+        """Ids, which of them count, and activations, zero where not, of each text, on the CPU.
+
+        Raises:
+            ValueError: for no text, or an adapter that is disabled.
+        """
+        session = self._session
+        pairs = zip(session.rows, session.tokens(answer), strict=True)
+        texts = [text for row, text in pairs if wanted(row)]
+        if not texts:
+            raise ValueError(
+                f"Expected at least one text, found none of {len(session.rows)}: `held_out` leaves "
+                "nothing."
+            )
+        seen: list[Tensor] = []
+
+        def look(event: SteeringEvent) -> None:
+            seen.append(event.hidden_states)
+
+        bar = session.bar("contexts", len(texts), unit="text")
+        with evaluating(session.model), session.base(), observe(session.model, look), bar:
+            for part in batched(texts, session.batch_size):
+                batch = session.pad(part)
+                session.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+                if not seen:
+                    raise ValueError(
+                        "No adapter was at work, so nothing was seen. Enable the adapter: what "
+                        "counts here is its layer's output before any steering."
+                    )
+                hidden_states = seen.pop()
+                for row, counted in enumerate(session.counted(batch).cpu()):
+                    ids = part[row].input_ids
+                    # One at a time: the activations of a whole batch may not fit.
+                    acts = self._sae.encode(hidden_states[row : row + 1, : len(ids)])[0]
+                    counted = counted[: len(ids)]
+                    yield ids, counted, acts.cpu().float() * counted[:, None]
+                bar.update(len(part))
+
+    def lens(self, n_tokens: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """The tokens that each feature promotes and suppresses most."""
+        inner: Any = base_model(self._session.model)
+        head = inner.get_output_embeddings()
+        if head is None or head.weight.shape[1] != self._sae.info.d_in:
+            nothing: list[tuple[str, ...]] = [()] * self.n_features
+            return nothing, nothing
+        tokenizer = self._session.tokenizer
+        # A model may have more rows than its tokenizer has tokens.
+        last = min(len(tokenizer), head.weight.shape[0])
+        hidden = [i for i in special_ids(tokenizer) if i < last]
+        plain = next(i for i in range(last) if i not in hidden)
+        best: tuple[list[tuple[str, ...]], list[tuple[str, ...]]] = ([], [])
+        with torch.no_grad(), self._session.base():
+            unembedding = head.weight[:last].float()
+            special = torch.tensor(hidden, device=unembedding.device, dtype=torch.long)
+            for rows in self._sae.directions.float().to(unembedding.device).split(_CHUNK):
+                logits = rows @ unembedding.T
+                for side, sign in zip(best, (1, -1), strict=True):
+                    signed = (sign * logits).index_fill_(1, special, -torch.inf)
+                    top = signed.topk(min(n_tokens, last - len(hidden)), dim=1).indices.tolist()
+                    # After another token, a token shows whether it begins with a space.
+                    side += [
+                        tuple(token_texts([plain, token], tokenizer)[1] for token in tokens)
+                        for tokens in top
+                    ]
+        return best
 
 
 class _Kept:
@@ -188,13 +303,13 @@ class _Kept:
             if len(heap) == self._size:
                 self._smallest[feature] = heap[0][0]
 
-    def contexts(self, feature: int, tokenizer: Any) -> tuple[Context, ...]:
-        """Largest key first."""
-        entries = sorted(self._heaps[feature], reverse=True)
-        return tuple(
-            Context(tuple(pieces(ids.tolist(), tokenizer)), tuple(acts))
-            for _, _, ids, acts in entries
-        )
+    def contexts(self, tokenizer: Any) -> Iterator[tuple[Context, ...]]:
+        """Those of each feature, largest key first."""
+        for heap in self._heaps:
+            yield tuple(
+                Context(tuple(token_texts(ids.tolist(), tokenizer, special=True)), tuple(acts))
+                for _, _, ids, acts in sorted(heap, reverse=True)
+            )
 
 
 def _starts(places: Tensor, length: int, window: int) -> Tensor:

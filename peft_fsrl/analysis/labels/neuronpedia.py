@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
+import re
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from xml.etree import ElementTree
 
 from tqdm.auto import tqdm
 
 from ...files import replacing_file
-from ..records import FeatureLabel, Labels
-from .source import require_fit, select
+from .source import FeatureLabel, Labels, printable, require_fit
 
 BUCKET = "https://neuronpedia-datasets.s3.us-east-1.amazonaws.com"
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-
-
-@dataclass(frozen=True)
-class NeuronpediaLabels:
-    """Neuronpedia's descriptions as a source; see ``load_neuronpedia`` for the arguments.
-
-    They are in no category: let a judge categorise them.
-    """
-
-    path: str | os.PathLike[str]
-    neuronpedia_id: str | None = None
-    explanation_model: str | None = None
-    d_sae: int | None = None
-
-    def labels(self, features: Sequence[int] | None = None) -> Labels:
-        """See ``LabelSource``."""
-        loaded = load_neuronpedia(
-            self.path,
-            neuronpedia_id=self.neuronpedia_id,
-            explanation_model=self.explanation_model,
-            d_sae=self.d_sae,
-        )
-        return select(loaded, features)
+# What an id and a file may be called: one step down in a folder, never up or elsewhere.
+_NAME = re.compile(r"\w[\w.+-]*", flags=re.ASCII)
+# Characters of one explanation. The largest seen, with an embedding, has a tenth.
+_LONGEST = 2**20
+# Bytes of one answer of the bucket that is no file, and such answers: a page names 1,000 files.
+_LARGEST_PAGE = 2**24
+_MOST_PAGES = 100
 
 
 def load_neuronpedia(
@@ -56,7 +40,7 @@ def load_neuronpedia(
 
     Both forms are read: JSON lines, as in the public data sets (``batch-0.jsonl.gz``), and the JSON
     list of the API. Of each entry ``index``, ``description``, ``modelId``, ``layer`` and
-    ``explanationModelName`` count.
+    ``explanationModelName`` count. Files are read entry by entry, however large they unpack.
 
     Args:
         path: a file, or a folder of them: ``.jsonl`` or ``.json``, perhaps ``.gz``.
@@ -65,34 +49,32 @@ def load_neuronpedia(
         d_sae: number of features of the SAE that the entries must be about.
 
     Returns:
-        Labels without categories.
+        Labels without categories: let a judge categorize them.
 
     Raises:
         FileNotFoundError: for no such file, or a folder without one.
         ValueError: for a damaged file, entries about another SAE, or none at all.
     """
     path = Path(path).expanduser()
-    descriptions: dict[int, str] = {}
+    found: dict[int, FeatureLabel] = {}
     writers: set[str] = set()
-    for where, entry in _entries(path):
-        index, description, origin, writer = _take(where, entry)
-        if neuronpedia_id not in (None, origin):
-            raise ValueError(
-                f"{where}: expected a description of {neuronpedia_id}, found one of {origin}. "
-                "Download the explanations of this SAE."
-            )
-        writers.add(writer)
-        if description and explanation_model in (None, writer):
-            descriptions.setdefault(index, description)
-    if not descriptions:
+    for file in _exports(path):
+        for where, entry in _entries(file):
+            label, origin, writer = _take(f"{file}, {where}", entry)
+            if neuronpedia_id not in (None, origin):
+                raise ValueError(
+                    f"{file}, {where}: expected a description of {neuronpedia_id}, found one of "
+                    f"{origin}. Download the explanations of this SAE."
+                )
+            writers.add(writer)
+            if label.description and explanation_model in (None, writer):
+                found.setdefault(label.feature, label)
+    if not found:
         by = "" if explanation_model is None else f" by {explanation_model!r}"
         raise ValueError(
             f"{path} has no description{by}; those that wrote some are {sorted(writers)}."
         )
-    features = tuple(
-        FeatureLabel(index, description, (), None)
-        for index, description in sorted(descriptions.items())
-    )
+    features = tuple(label for _, label in sorted(found.items()))
     labels = Labels(f"Neuronpedia {neuronpedia_id or path}", (), None, None, features)
     require_fit(labels, d_sae=d_sae, name=str(path))
     return labels
@@ -103,7 +85,7 @@ def download_neuronpedia(
     cache_dir: str | os.PathLike[str],
     *,
     bucket: str = BUCKET,
-    description: str | None = "Explanations",
+    progress: bool = True,
 ) -> Path:
     """Fetch the explanations of an SAE from Neuronpedia's public data sets.
 
@@ -115,7 +97,7 @@ def download_neuronpedia(
             of SAELens names it in its config.
         cache_dir: folder for the files.
         bucket: address of the data sets.
-        description: shown beside the progress bar; None shows no bar.
+        progress: show a progress bar.
 
     Returns:
         The folder, for ``load_neuronpedia``.
@@ -124,71 +106,80 @@ def download_neuronpedia(
         ValueError: if there are no explanations of that SAE.
         OSError: if the download fails; the files that are complete stay.
     """
-    model, _, source = neuronpedia_id.partition("/")
-    if not model or not source or {"..", "."} & set(neuronpedia_id.split("/")):
+    names = neuronpedia_id.split("/")
+    if len(names) != 2 or not all(map(_NAME.fullmatch, names)):
         raise ValueError(f"Expected 'model/source' as Neuronpedia's id, got {neuronpedia_id!r}.")
-    folder = Path(cache_dir).expanduser() / model / source
-    files = _list_files(bucket, f"v1/{model}/{source}/explanations/")
-    if not files:
+    folder = Path(cache_dir).expanduser().joinpath(*names)
+    prefix = f"v1/{neuronpedia_id}/explanations/"
+    sizes = _list_files(bucket, prefix)
+    if not sizes:
         raise ValueError(
             f"Neuronpedia has no explanations of {neuronpedia_id!r} to download. Look the id up at "
             "https://www.neuronpedia.org, or give the explanations as a file."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    for key, size in tqdm(files.items(), desc=description, disable=description is None):
-        target = folder / key.rpartition("/")[2]
+    for name, size in tqdm(sizes.items(), desc="explanations", disable=not progress):
+        target = folder / name
         if target.is_file() and target.stat().st_size == size:
             continue
-        data = _fetch(f"{bucket}/{key}")
-        if len(data) != size:
-            raise OSError(
-                f"{bucket}/{key} should have {size} bytes, got {len(data)}. Call again: complete "
-                "files are not fetched twice."
-            )
         with replacing_file(target) as staged:
-            staged.write_bytes(data)
+            with staged.open("wb") as file:
+                file.writelines(_fetch(f"{bucket}/{prefix}{name}", size))
+            found = staged.stat().st_size
+            if found != size:
+                raise OSError(
+                    f"{bucket}/{prefix}{name} should have {size} bytes, got {found}. Call again: "
+                    "complete files are not fetched twice."
+                )
     return folder
 
 
 def _list_files(bucket: str, prefix: str) -> dict[str, int]:
-    """Keys of a public S3 bucket, with their sizes."""
-    files: dict[str, int] = {}
-    token = None
-    while True:
-        parameters = {"list-type": "2", "prefix": prefix}
-        if token is not None:
-            parameters["continuation-token"] = token
-        data = _fetch(f"{bucket}/", parameters)
+    """Names of the exports in a folder of a public S3 bucket, with their sizes."""
+    sizes: dict[str, int] = {}
+    parameters = {"list-type": "2", "prefix": prefix}
+    for _ in range(_MOST_PAGES):
+        data = b"".join(_fetch(f"{bucket}/", _LARGEST_PAGE, parameters))
         try:
             listing = ElementTree.fromstring(data)
-        except ElementTree.ParseError as error:
+            for item in listing.iterfind("{*}Contents"):
+                name = item.findtext("{*}Key", "").removeprefix(prefix)
+                if _NAME.fullmatch(name) and name.endswith(_SUFFIXES):
+                    sizes[name] = int(item.findtext("{*}Size", "0"))
+        except (ElementTree.ParseError, ValueError) as error:
             raise OSError(f"{bucket} sent no list of files ({error}). Try again later.") from error
-        for item in listing.iterfind("{*}Contents"):
-            key = item.findtext("{*}Key", "")
-            if key.endswith(_SUFFIXES):
-                files[key] = int(item.findtext("{*}Size", "0"))
         token = listing.findtext("{*}NextContinuationToken")
         if token is None:
-            return files
+            return sizes
+        parameters["continuation-token"] = token
+    raise OSError(
+        f"{bucket} lists files without end: {_MOST_PAGES} pages under {prefix} and more to come. "
+        "Is `bucket` right?"
+    )
 
 
-def _fetch(url: str, parameters: dict[str, str] | None = None) -> bytes:
-    from huggingface_hub.utils import http_backoff
+def _fetch(url: str, most: int, parameters: dict[str, str] | None = None) -> Iterator[bytes]:
+    """What is at an address in pieces, up to ``most`` bytes and a little more."""
+    from huggingface_hub.utils import http_stream_backoff
 
     try:
-        response = http_backoff("GET", url, params=parameters)
-        response.raise_for_status()
+        # Packed answers may unpack to anything.
+        plain = {"accept-encoding": "identity"}
+        with http_stream_backoff("GET", url, params=parameters, headers=plain) as response:
+            response.raise_for_status()
+            for piece in response.iter_raw():
+                yield piece
+                most -= len(piece)
+                if most < 0:
+                    return
     # The Hub's client raises what its own HTTP library does, and changes that library.
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = printable(str(error).partition("\n")[0])
         raise OSError(
             f"Could not fetch {url} ({reason}). Call again: complete files are not fetched twice."
         ) from error
-    content: bytes = response.content
-    return content
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+def _exports(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.name.endswith(_SUFFIXES))
         files = [file for file in files if not file.name.startswith(".")]
@@ -199,46 +190,80 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
             f"Expected an export of Neuronpedia ({', '.join(_SUFFIXES)}) at {path}, found none. "
             "`download_neuronpedia` fetches one."
         )
-    for file in files:
-        yield from _entries_of(file)
+    return files
 
 
-def _entries_of(file: Path) -> Iterator[tuple[str, Any]]:
-    data = file.read_bytes()
+def _entries(file: Path) -> Iterator[tuple[str, Any]]:
+    """Where each entry stands, and the entry."""
+    read = _lines if ".jsonl" in file.suffixes else _items
     try:
-        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        open_text: Any = gzip.open if file.suffix == ".gz" else open
+        with open_text(file, "rt", encoding="utf-8", newline="\n") as text:
+            yield from read(text)
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is damaged ({error}). Delete it and fetch it again.") from error
-    if ".jsonl" in file.suffixes:
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield f"{file}, line {number}", _parse(line, f"{file}, line {number}")
-        return
-    content = _parse(text, str(file))
-    if not isinstance(content, list):
-        raise ValueError(f"{file}: expected a list, found a {type(content).__name__}.")
-    for number, entry in enumerate(content):
-        yield f"{file}, entry {number}", entry
+    except ValueError as error:
+        raise ValueError(f"{file}, {error}. Delete the file and fetch it again.") from error
 
 
-def _parse(text: str, where: str) -> Any:
+def _lines(text: TextIO) -> Iterator[tuple[str, Any]]:
+    for number in itertools.count(1):
+        line = text.readline(_LONGEST)
+        if not line:
+            return
+        if line := line.strip():
+            entry, end = _decode(line, f"line {number}")
+            if end < len(line):
+                raise ValueError(f"line {number}: not JSON (more follows the first value)")
+            yield f"line {number}", entry
+
+
+def _items(text: TextIO) -> Iterator[tuple[str, Any]]:
+    window = text.read(_LONGEST)
+    begin = len(window) - len(window.lstrip())
+    if not window.startswith("[", begin):
+        raise ValueError(f"expected a list, found {window[begin : begin + 20]!r}")
+    at = begin + 1
+    for number in itertools.count():
+        # What is left is always enough for an entry.
+        if len(window) - at < _LONGEST:
+            window, at = window[at:] + text.read(_LONGEST), 0
+        at = _skip_space(window, at)
+        if window.startswith("]", at):
+            return
+        if number:
+            if not window.startswith(",", at):
+                raise ValueError(f"entry {number}: not JSON (expected a comma before it)")
+            at = _skip_space(window, at + 1)
+        entry, at = _decode(window, f"entry {number}", at)
+        yield f"entry {number}", entry
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at : at + 1].isspace():
+        at += 1
+    return at
+
+
+def _decode(text: str, where: str, at: int = 0) -> tuple[Any, int]:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}). Delete the file and fetch it again.") from (
-            error
-        )
+        return json.JSONDecoder().raw_decode(text, at)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{where}: not JSON ({error}), or longer than {_LONGEST:,} characters"
+        ) from error
 
 
-def _take(where: str, entry: Any) -> tuple[int, str, str, str]:
-    """Index, description, id of the SAE, and who wrote it."""
+def _take(where: str, entry: Any) -> tuple[FeatureLabel, str, str]:
+    """Index and description, id of the SAE, and who wrote it."""
     try:
         index, description = int(entry["index"]), entry["description"]
-        origin = f"{entry['modelId']}/{entry['layer']}"
-    except (KeyError, TypeError, ValueError) as error:
+        origin = printable(f"{entry['modelId']}/{entry['layer']}")
+        text = None if description is None else str(description).strip()
+        writer = printable(str(entry.get("explanationModelName") or "unknown"))
+        return FeatureLabel(index, text, (), None), origin, writer
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where}: expected an explanation of Neuronpedia with modelId, layer, index and "
-            f"description, found {str(entry)[:200]}."
+            f"description, found {repr(entry)[:200]}."
         ) from error
-    text = "" if description is None else str(description).strip()
-    return index, text, origin, str(entry.get("explanationModelName") or "unknown")

@@ -20,18 +20,42 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from ...records import Interval, Record
 from ..composition import FeatureCounts, composition_of
-from ..records import ErrorRates, Interval, Labels, Robustness
+from .source import Labels
+from .trust import ErrorRates
 
 if TYPE_CHECKING:
     import numpy as np
 
 Categories = Mapping[str, Sequence[int]]
 Measure = Callable[[Categories], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Robustness(Record):
+    """A figure under the labels as they are, and under labels redrawn with the judge's error rates.
+
+    Attributes:
+        figure: what is measured, for people.
+        measured: with the labels as they are.
+        propagated: mean and central interval over the draws.
+        reference: the value that the conclusion compares with: 1 for an enrichment, 0 for a rise.
+        kept: share of draws on the same side of the reference as measured.
+        n_draws: draws.
+    """
+
+    figure: str
+    measured: float
+    propagated: Interval
+    reference: float
+    kept: float
+    n_draws: int
 
 
 def propagate(
@@ -44,7 +68,7 @@ def propagate(
     n_draws: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-    description: str | None = None,
+    progress: bool = False,
 ) -> tuple[Robustness, ...]:
     """Any figures under labels as they are, and under ``n_draws`` that may be true.
 
@@ -57,7 +81,7 @@ def propagate(
         n_draws: draws, each of which calls ``measure`` once.
         level: share of the draws inside of the interval.
         seed: of the draws.
-        description: shown beside the progress bar; None shows no bar.
+        progress: show a progress bar.
 
     Returns:
         One record per figure, in the order of ``measure``.
@@ -69,15 +93,9 @@ def propagate(
         raise ValueError(f"Expected at least one draw, got {n_draws}.")
     measured = measure({name: labels.members(name) for name in labels.categories})
     drawn: dict[str, list[float]] = {name: [] for name in measured}
-    draws = draw_labels(labels, rates, strata=strata, seed=seed)
-    for categories in tqdm(
-        itertools.islice(draws, n_draws),
-        total=n_draws,
-        desc=description,
-        unit="draw",
-        disable=description is None,
-        leave=False,
-    ):
+    draws = itertools.islice(draw_labels(labels, rates, strata=strata, seed=seed), n_draws)
+    bar = {"desc": "redrawn labels", "unit": "draw", "leave": False, "disable": not progress}
+    for categories in tqdm(draws, total=n_draws, **bar):
         for name, value in measure(categories).items():
             drawn[name].append(value)
     return tuple(
@@ -104,17 +122,7 @@ def propagate_composition(
 ) -> tuple[Robustness, ...]:
     """The enrichment of each category, and each less that of each later one, per segment.
 
-    Args:
-        labels: see ``propagate``.
-        rates: see there.
-        counts: from ``count_features``; one per segment.
-        strata: see ``propagate``.
-        n_draws: see there.
-        level: see there.
-        seed: see there.
-
-    Raises:
-        ValueError: as ``propagate`` does.
+    ``counts`` are from ``count_features``, one per segment. The rest is as in ``propagate``.
     """
     segments = list(counts)
     references: defaultdict[str, float] = defaultdict(lambda: 1.0)
@@ -152,23 +160,13 @@ def propagate_ablation(
     n_draws: int = 20,
     level: float = 0.95,
     seed: int = 0,
-    description: str | None = None,
+    progress: bool = False,
 ) -> tuple[Robustness, ...]:
     """The rise of the loss without each category, and each rise less each later one.
 
-    Args:
-        labels: see ``propagate``.
-        rates: see there.
-        rise: of the mean loss when the steering of some features is zeroed: runs the model, so it
-            is for the caller to say on how many pairs. Called once per category and draw.
-        strata: see ``propagate``.
-        n_draws: draws. Few of them give a rough interval.
-        level: see ``propagate``.
-        seed: see there.
-        description: see there.
-
-    Raises:
-        ValueError: as ``propagate`` does.
+    ``rise`` gives that of the mean loss when the steering of some features is zeroed. It runs the
+    model, so it is for the caller to say on how many pairs; it is called once per category and
+    draw. Few draws give a rough interval. The rest is as in ``propagate``.
     """
 
     def measure(categories: Categories) -> dict[str, float]:
@@ -187,7 +185,7 @@ def propagate_ablation(
         n_draws=n_draws,
         level=level,
         seed=seed,
-        description=description,
+        progress=progress,
     )
 
 
@@ -220,14 +218,7 @@ def draw_labels(
 ) -> Iterator[dict[str, list[int]]]:
     """Labellings that may be true, without end: the features of each category.
 
-    Args:
-        labels: see ``propagate``.
-        rates: see there.
-        strata: see there; labelled features in none of them are one more.
-        seed: of the draws.
-
-    Raises:
-        ValueError: for no rates, or rates of a category that the labels do not know.
+    Labelled features in none of the ``strata`` are one more. The rest is as in ``propagate``.
     """
     import numpy as np
 

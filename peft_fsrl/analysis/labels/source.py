@@ -1,74 +1,89 @@
-"""``LabelSource``: who says what features mean, whoever it is."""
+"""Labels of features as records: what they say, which SAE they are about, and their parts."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import nn
 
+from ...records import Record
 from ...steering import fsrl_layers
-from ..records import FeatureLabel, Labels
+
+# Longer texts of labels, and of what an endpoint says of itself, are cut.
+MAX_LENGTH = 1000
+# Control characters, lone surrogates, and marks that turn the direction of what follows.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
-@runtime_checkable
-class LabelSource(Protocol):
-    """Anything that can label features: a file, Neuronpedia, a judge, the truth."""
+def printable(text: str, limit: int = MAX_LENGTH) -> str:
+    """A text on one line, safe on a terminal and in a page, of at most ``limit`` characters.
 
-    def labels(self, features: Sequence[int] | None = None) -> Labels:
-        """Labels of some features, or of all that the source knows.
-
-        What it cannot label is missing in ``features`` of the record.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class FixedLabels:
-    """Labels that are there already, as a source."""
-
-    record: Labels
-
-    def labels(self, features: Sequence[int] | None = None) -> Labels:
-        """See ``LabelSource``."""
-        return select(self.record, features)
-
-
-@dataclass(frozen=True)
-class OrganismLabels:
-    """What each feature of an organism's SAE detects, by measurement, as a source."""
-
-    organism: Any
-
-    def labels(self, features: Sequence[int] | None = None) -> Labels:
-        """See ``LabelSource``."""
-        return select(organism_labels(self.organism), features)
-
-
-def organism_labels(organism: Any) -> Labels:
-    """The attribute that each feature of an organism's SAE detects, if it detects one.
-
-    The quality is the AUROC of the attribute, its two values taken so that it is above one half.
-
-    Args:
-        organism: from ``peft_fsrl.organism.load``.
+    Any white space becomes a space. Control characters, lone surrogates and bidirectional overrides
+    become the replacement character. A text that is too long ends in an ellipsis.
     """
-    found = organism.feature_labels
-    features = []
-    for label in found:
-        name = label.label
-        auroc = None if name is None else label.auroc[name]
-        features.append(
-            FeatureLabel(
-                label.index,
-                None if auroc is None else f"{name}, AUROC {auroc:.3f}",
-                () if name is None else (name,),
-                None if auroc is None else max(auroc, 1 - auroc),
-            )
-        )
-    return Labels("organism", tuple(found[0].auroc), len(found), None, tuple(features))
+    # Cut before anything else: the rest takes time with the length.
+    cut = text if len(text) <= limit else text[: limit - 1] + "…"
+    return _UNPRINTABLE.sub("\ufffd", " ".join(cut.split()))
+
+
+@dataclass(frozen=True)
+class FeatureLabel(Record):
+    """What one source says about one feature; texts are made ``printable``.
+
+    Attributes:
+        feature: index in the SAE.
+        description: in words, if the source has any.
+        categories: that it belongs to, such as ``"style"``; empty for none.
+        quality: between 0 and 1, how well the label holds up (held-out detection accuracy, or
+            agreement between judgements); None if nobody checked.
+    """
+
+    feature: int
+    description: str | None
+    categories: tuple[str, ...]
+    quality: float | None
+
+    def __post_init__(self) -> None:
+        _set_printable(self, "description", "categories")
+
+
+@dataclass(frozen=True)
+class Labels(Record):
+    """Labels of features from one source; texts are made ``printable``.
+
+    Attributes:
+        source: where they come from, for people.
+        categories: all that a feature could have been given, also if none was.
+        d_sae: number of features of the SAE that they are about, if known.
+        fingerprint: of that SAE, if known.
+        features: one entry per labelled feature; features without an entry are unlabelled.
+        undecided: unlabelled features that the source was asked about without a usable answer.
+    """
+
+    source: str
+    categories: tuple[str, ...]
+    d_sae: int | None
+    fingerprint: str | None
+    features: tuple[FeatureLabel, ...]
+    undecided: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _set_printable(self, "source", "categories", "fingerprint")
+
+    def members(self, category: str) -> list[int]:
+        """The features of a category, ascending."""
+        return sorted(label.feature for label in self.features if category in label.categories)
+
+
+def _set_printable(record: Record, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        clean = tuple(map(printable, value)) if isinstance(value, tuple) else value
+        object.__setattr__(record, name, printable(value) if isinstance(value, str) else clean)
 
 
 def select(labels: Labels, features: Iterable[int] | None) -> Labels:
@@ -93,6 +108,27 @@ def with_descriptions(labels: Labels, descriptions: Labels) -> Labels:
             for label in labels.features
         ),
     )
+
+
+def organism_labels(organism: Any) -> Labels:
+    """The attribute that each feature of an organism's SAE detects, if it detects one.
+
+    The quality is the AUROC of the attribute, its two values taken so that it is above one half.
+
+    Args:
+        organism: from ``peft_fsrl.organism.load``.
+    """
+    found = organism.feature_labels
+    features = []
+    for label in found:
+        name = label.label
+        if name is None:
+            features.append(FeatureLabel(label.index, None, (), None))
+        else:
+            auroc = label.auroc[name]
+            text = f"{name}, AUROC {auroc:.3f}"
+            features.append(FeatureLabel(label.index, text, (name,), max(auroc, 1 - auroc)))
+    return Labels("organism", tuple(found[0].auroc), len(found), None, tuple(features))
 
 
 def for_model(labels: Labels, model: nn.Module) -> Labels:

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from ...records import Interval, Record
 from .. import statistics
-from ..records import Agreement, ErrorRates, Labels
+from .source import Labels
+
+
+@dataclass(frozen=True)
+class Agreement(Record):
+    """Two sources about the same features, one category; the second is taken for the truth.
+
+    Attributes:
+        category: the category.
+        judged: the source that is checked.
+        reference: the other.
+        both: features that both put in the category.
+        only_judged: only the first.
+        only_reference: only the second.
+        neither: neither.
+        mcc: Matthews correlation coefficient.
+        kappa: Cohen's kappa.
+    """
+
+    category: str
+    judged: str
+    reference: str
+    both: int
+    only_judged: int
+    only_reference: int
+    neither: int
+    mcc: Interval
+    kappa: Interval
 
 
 def compare_labels(
@@ -95,6 +125,73 @@ def compare_judges(
         for one, other in itertools.combinations(labellings, 2)
         for agreement in compare_labels(one, other, categories, level=level, seed=seed)
     )
+
+
+def majority_labels(labellings: Sequence[Labels]) -> Labels:
+    """One labelling from several: the majority's categories, and how many agree as the quality.
+
+    Args:
+        labellings: of several judges, or several runs; their common categories count.
+
+    Returns:
+        Labels of the features that all have labelled. A feature is in a category if more than half
+        say so; ``quality`` is the mean over categories of the share that agrees with the majority.
+        Ties make a feature undecided.
+
+    Raises:
+        ValueError: for fewer than two, or none in common.
+    """
+    if len(labellings) < 2:
+        raise ValueError(f"Expected at least two labellings, got {len(labellings)}.")
+    names = [
+        name
+        for name in labellings[0].categories
+        if all(name in labels.categories for labels in labellings)
+    ]
+    by_feature = [{label.feature: label for label in labels.features} for labels in labellings]
+    common = [f for f in by_feature[0] if all(f in labels for labels in by_feature)]
+    if not names or not common:
+        raise ValueError("Expected labellings with categories and features in common.")
+    features, undecided = [], []
+    for feature in common:
+        said = [labels[feature] for labels in by_feature]
+        shares = {name: sum(name in s.categories for s in said) / len(said) for name in names}
+        if 0.5 in shares.values():
+            undecided.append(feature)
+            continue
+        quality = sum(max(share, 1 - share) for share in shares.values()) / len(shares)
+        chosen = tuple(name for name, share in shares.items() if share > 0.5)
+        features.append(dataclasses.replace(said[0], categories=chosen, quality=quality))
+    source = "majority of " + ", ".join(labels.source for labels in labellings)
+    return dataclasses.replace(
+        labellings[0],
+        source=source,
+        categories=tuple(names),
+        features=tuple(features),
+        undecided=tuple(undecided),
+    )
+
+
+@dataclass(frozen=True)
+class ErrorRates(Record):
+    """How a judge errs about one category: a two-by-two table against the truth.
+
+    Attributes:
+        category: the category.
+        both: features that the judge puts in it and that belong to it; a count or a share.
+        only_judged: that it puts there wrongly.
+        only_true: that it wrongly leaves out.
+        neither: that it rightly leaves out.
+        exact: the shares are taken for known; otherwise the numbers are counts of a sample, as
+            uncertain as that.
+    """
+
+    category: str
+    both: float
+    only_judged: float
+    only_true: float
+    neither: float
+    exact: bool
 
 
 def error_rates(agreement: Agreement) -> ErrorRates:

@@ -2,18 +2,6 @@
 
 from ...records import Interval, Record, from_plain, to_plain
 from ...training.coherence import Coherence, VariantCoherence
-from .audit import (
-    AdapterDifference,
-    AdapterInfo,
-    Audit,
-    Checkup,
-    FeatureCard,
-    FeatureDifference,
-    Finding,
-    SAEFit,
-    Setting,
-    Summary,
-)
 from .benchmarks import Evaluation, PreferenceComparison, TaskFigure, TaskScores
 from .effects import (
     Ablation,
@@ -24,7 +12,19 @@ from .effects import (
     StratumEffect,
 )
 from .equivalence import Correspondence, StandIn
-from .labels import (
+from .preferences import LengthBucket, PreferenceScores, WinRate
+from .texts import (
+    Continuation,
+    Generation,
+    SteeredFeature,
+    SteeredToken,
+)
+from .training import Curve, FeatureEffect, LayerEffect, SweepPoint, TrainingCurves
+from .use import CategoryShare, Composition, FeatureUse, RankFrequency, Usage
+
+# isort: split
+# These import the records above.
+from ..labels import (
     Agreement,
     Context,
     Detection,
@@ -37,15 +37,18 @@ from .labels import (
     Robustness,
     Spend,
 )
-from .preferences import LengthBucket, PreferenceScores, WinRate
-from .texts import (
-    Continuation,
-    Generation,
-    SteeredFeature,
-    SteeredToken,
+from .audit import (
+    AdapterDifference,
+    AdapterInfo,
+    Audit,
+    Checkup,
+    FeatureCard,
+    FeatureDifference,
+    Finding,
+    SAEFit,
+    Setting,
+    Summary,
 )
-from .training import Curve, FeatureEffect, LayerEffect, SweepPoint, TrainingCurves
-from .use import CategoryShare, Composition, FeatureUse, RankFrequency, Usage
 
 __all__ = [
     "Ablation",

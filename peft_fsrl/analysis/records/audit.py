@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ...records import Interval, Record
 from ...training.coherence import VariantCoherence
+from ..labels import Agreement, FeatureEvidence, FeatureLabel, Robustness
 from .effects import Ablation, FeatureAblations, StaticDynamic
-from .labels import Agreement, FeatureEvidence, FeatureLabel, Robustness
 from .preferences import LengthBucket, PreferenceScores
 from .texts import Generation
 from .training import TrainingCurves
