@@ -10,6 +10,7 @@ exported LoRA.
 from __future__ import annotations
 
 import argparse
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -21,78 +22,71 @@ import torch
 from peft import PeftModel
 
 from peft_fsrl import organism
-from peft_fsrl.analysis import Correspondence, StandIn, score_preferences
-from peft_fsrl.analysis.preferences import tokenize
-from peft_fsrl.equivalence import (
-    compare,
-    explain,
-    fit_single_lora,
-    restricted_lora,
-    stand_ins,
-    to_lora,
-)
-from peft_fsrl.steering import scale_steering
-from peft_fsrl.training.likelihood import pad
+from peft_fsrl.analysis import score_preferences
+from peft_fsrl.equivalence import Correspondence, explain, measure_correspondence, to_lora
+from peft_fsrl.training.likelihood import batched, pad
+from peft_fsrl.training.tokens import tokenize
 
 SCRIPT = Path(__file__).parent / "simpo.py"
 RANKS = (1, 2, 4, 8, 16, 32, 96)
 N_FEATURES = (1, 2, 3, 4, 8, 16)
 
 
-def make_batches(rows: Any, tokenizer: Any, size: int = 32) -> list[dict[str, torch.Tensor]]:
+def make_batches(pairs: Any, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
     """Chosen answers with their prompts; only the answers' tokens are labelled."""
     batches = []
-    for start in range(0, len(rows), size):
-        chosen = rows.select(range(start, min(start + size, len(rows))))
-        texts = [tokenize(row["prompt"], row["chosen"], tokenizer) for row in chosen]
-        batch = pad(texts, torch.device("cpu"))
-        labels = batch.input_ids.masked_fill(batch.answer_mask == 0, -100)
-        batches.append(
-            {
-                "input_ids": batch.input_ids,
-                "attention_mask": batch.attention_mask,
-                "labels": labels,
-            }
-        )
+    for rows in batched(pairs, 32):
+        texts = [tokenize(row["prompt"], row["chosen"], tokenizer) for row in rows]
+        ids, mask, answer = pad(texts, torch.device("cpu"))
+        labels = ids.masked_fill(answer == 0, -100)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return batches
 
 
-def certify_tokens(model: Any, batches: Any, n_checks: int) -> tuple[list[int], list[float]]:
-    """Certificates of every answer token; prints their figures, and re-checks some."""
-    found = []
-    for batch in batches:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        found += restricted_lora(model, inputs, tokens=batch["labels"] != -100)
-    ranks = [each.rank for each in found]
-    radii = [each.radius / float(each.x.norm()) for each in found]
-    cuts = quantiles(radii, n=20)
-    checked = found[:: max(1, len(found) // n_checks)]
-    holding = sum(each.check().holds() for each in checked)
-    print(f"{len(found)} answer tokens: rank {mean(ranks):.2f} on average, {max(ranks)} at most")
-    print(f"  clipped features per token {mean(len(each.clipped) for each in found):.3f}")
-    print(f"  radius over norm: 5 % {cuts[0]:.2g}, median {cuts[9]:.2g}, 95 % {cuts[18]:.2g}")
-    print(f"  nearest boundary: {dict(Counter(each.boundary for each in found).most_common())}")
-    print(f"  {holding} of {len(checked)} certificates that were re-checked hold to 1e-10")
-    return ranks, radii
+def make_source_texts(creature: Any, tokenizer: Any, n: int) -> list[dict[str, torch.Tensor]]:
+    """Texts of the organism's world that are no answers: almanac, rumour, quiz."""
+    rng = random.Random("equivalence")
+    texts = [" ".join(creature.world.sample_source(rng).words) for _ in range(n)]
+    return [
+        dict(tokenizer(some, return_tensors="pt", padding=True, add_special_tokens=False))
+        for some in batched(texts, 32)
+    ]
 
 
-def measure_stand_ins(
-    model: Any, train: Any, test: Any, pairs: Any, tokenizer: Any, target: str | None, name: str
-) -> tuple[StandIn, float]:
-    """One LoRA for all tokens at one place: error, divergence and SimPO loss against rank."""
-    fitted = fit_single_lora(model, train, target=target)
-    comparison = compare(model, test, stand_ins(fitted, RANKS))
-    losses = []
-    for rank in RANKS:
-        with scale_steering(model, 0.0), fitted.applied(rank):
-            losses.append(score_preferences(model, pairs, tokenizer).loss)
-    kl = [comparison.models[f"LoRA of rank {rank}"].kl for rank in RANKS]
-    errors = [fitted.error(rank) for rank in RANKS]
-    print(f"\nOne LoRA on {name}\n{'rank':>6}{'missed':>9}{'KL':>10}{'SimPO loss':>12}")
-    for row in zip(RANKS, errors, kl, losses, strict=True):
-        print("{:6}{:9.2%}{:10.5f}{:12.3f}".format(*row))
-    found = StandIn(name, RANKS, tuple(errors), tuple(kl), tuple(losses))
-    return found, comparison.models["base"].kl
+def render(found: Correspondence) -> str:
+    """The record's figures as text."""
+    cuts = quantiles(found.token_radii, n=20)
+    boundaries = dict(Counter(found.token_boundaries).most_common())
+    n_tokens = len(found.token_ranks)
+    lines = [
+        f"{n_tokens} answer tokens: rank {mean(found.token_ranks):.2f} on average, "
+        f"{max(found.token_ranks)} at most, 0 at {found.token_ranks.count(0) / n_tokens:.0%}",
+        f"  clipped features per token {mean(found.token_clipped):.3f}",
+        f"  radius over norm: 5 % {cuts[0]:.2g}, median {cuts[9]:.2g}, 95 % {cuts[18]:.2g}",
+        f"  nearest boundary: {boundaries}",
+        f"  {found.n_holding} of {found.n_checked} certificates that were re-checked hold",
+    ]
+    for stand_in in found.stand_ins:
+        lines += [
+            f"\nOne LoRA on {stand_in.target}",
+            f"{'rank':>6}{'missed':>9}{'KL':>10}{'elsewhere':>11}{'SimPO loss':>12}",
+            f"{'base':>6}{1:9.2%}{found.base_kl:10.5f}{found.base_kl_elsewhere:11.5f}"
+            f"{found.base_loss:12.3f}",
+        ]
+        rows = zip(
+            stand_in.ranks,
+            stand_in.errors,
+            stand_in.kl,
+            stand_in.kl_elsewhere,
+            stand_in.losses,
+            strict=True,
+        )
+        lines += ["{:6}{:9.2%}{:10.5f}{:11.5f}{:12.3f}".format(*row) for row in rows]
+    lines.append(f"{'FSRL':>6}{0:9.2%}{0:10.5f}{0:11.5f}{found.steered_loss:12.3f}")
+    lines.append(f"\n{'features':>8}{'in span':>9}{'chance':>9}{'explained':>11}")
+    rows = zip(found.n_features, found.spanned, found.chance, found.explained, strict=True)
+    lines += ["{:8}{:9.1%}{:9.1%}{:11.1%}".format(*row) for row in rows]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -113,47 +107,28 @@ def main() -> None:
     pairs = organism.preferences(args.pairs // 5, seed="equivalence-test")
     train = make_batches(organism.preferences(args.pairs, seed="equivalence-train"), tokenizer)
     test = make_batches(pairs, tokenizer)
+    other_text = make_source_texts(creature, tokenizer, args.pairs // 5)
 
-    ranks, radii = certify_tokens(model, test, args.checks)
-    places = {None: "down_proj", "projection": "a projection"}
-    measured = [
-        measure_stand_ins(model, train, test, pairs, tokenizer, target, name)
-        for target, name in places.items()
-    ]
-    export = to_lora(model, train, 8, held_out=test)
+    sae = str(creature.sae_path)
+    record = measure_correspondence(
+        model,
+        sae,
+        train,
+        test,
+        lambda: score_preferences(model, pairs, tokenizer).loss,
+        other_text=other_text,
+        ranks=RANKS,
+        n_features=N_FEATURES,
+        n_checks=args.checks,
+    )
+    print(render(record))
+    export = to_lora(model, train, 8, held_out=test, other_text=other_text)
     export.save(args.out / "lora")
     print(f"\n{export}")
-
-    spanned, explained = [], []
-    for n_features in N_FEATURES:
-        found = explain(
-            creature.load_model(),
-            model,
-            str(creature.sae_path),
-            train,
-            held_out=test,
-            n_features=n_features,
-        )
-        spanned.append(found.in_features.value)
-        explained.append(found.explained.value)
+    found = explain(model, model, sae, train, held_out=test, n_features=max(N_FEATURES))
     labels = {each.index: each.label or "-" for each in creature.feature_labels}
     print(f"\nThe adapter refitted blindly\n{found}")
     print("they detect: " + ", ".join(labels[each.feature] for each in found.features))
-
-    with scale_steering(model, 0.0):
-        base_loss = score_preferences(model, pairs, tokenizer).loss
-    record = Correspondence(
-        token_ranks=tuple(ranks),
-        token_radii=tuple(radii),
-        base_kl=measured[0][1],
-        base_loss=base_loss,
-        steered_loss=score_preferences(model, pairs, tokenizer).loss,
-        stand_ins=tuple(stand_in for stand_in, _ in measured),
-        n_features=N_FEATURES,
-        spanned=tuple(spanned),
-        explained=tuple(explained),
-    )
-    print(f"\nSimPO loss: base {record.base_loss:.3f}, steered {record.steered_loss:.3f}")
     (args.out / "equivalence.json").write_text(record.to_json())
 
     from peft_fsrl.analysis.plots import plot_correspondence

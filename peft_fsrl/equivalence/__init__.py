@@ -6,16 +6,17 @@ around each token.
 
 from .certificates import CertificateCheck, RestrictedLoRA, certify, restricted_lora
 from .converse import LinearAdapter, from_factors
+from .correspondence import Correspondence, StandIn, measure_correspondence
 from .encoders import NotAffineError
-from .explain import explain, from_lora
-from .explanation import Explanation, FeatureShare, Share
-from .export import LoRAExport, SingleLoRA, fit_single_lora, stand_ins, to_lora
-from .measure import Comparison, Fidelity, compare
-from .sites import insert_projection
+from .explain import ChangeShare, Explanation, FeatureShare, explain, from_lora
+from .export import LoRAExport, SingleLoRA, fit_single_lora, insert_projection, to_lora
+from .fidelity import Comparison, Fidelity, measure_fidelity
 
 __all__ = [
     "CertificateCheck",
+    "ChangeShare",
     "Comparison",
+    "Correspondence",
     "Explanation",
     "FeatureShare",
     "Fidelity",
@@ -23,16 +24,16 @@ __all__ = [
     "LoRAExport",
     "NotAffineError",
     "RestrictedLoRA",
-    "Share",
     "SingleLoRA",
+    "StandIn",
     "certify",
-    "compare",
     "explain",
     "fit_single_lora",
     "from_factors",
     "from_lora",
     "insert_projection",
+    "measure_correspondence",
+    "measure_fidelity",
     "restricted_lora",
-    "stand_ins",
     "to_lora",
 ]

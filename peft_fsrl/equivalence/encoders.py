@@ -12,7 +12,7 @@ from .. import functional
 from ..sae.frozen import FrozenSAE
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 
 class NotAffineError(ValueError):
@@ -32,16 +32,8 @@ class NotAffineError(ValueError):
 class FeatureEncoder:
     """``f = slope * z + intercept`` where ``z = rows @ x + offset > threshold``, else 0.
 
-    For a top-k encoder, moreover, only where ``z`` is among the ``k`` largest.
-
-    Attributes:
-        rows: gradient of each ``z``, shape ``(n, d_in)``.
-        offset: shape ``(n,)``.
-        threshold: shape ``(n,)``.
-        slope: not negative, shape ``(n,)``.
-        intercept: shape ``(n,)``.
-        k: how many features of all may be active; None where they do not compete.
-        columns: which of the ``n`` features are steered; None for all.
+    For a top-k encoder, moreover, only where ``z`` is among the ``k`` largest of all features.
+    ``columns`` are the features that are steered; None for all.
     """
 
     rows: Float[Tensor, "n d_in"]
@@ -51,6 +43,11 @@ class FeatureEncoder:
     intercept: Float[Tensor, "n"]
     k: int | None = None
     columns: Tensor | None = None
+
+    @property
+    def constant(self) -> Float[Tensor, "n"]:
+        """``f - slope * rows @ x`` of an active feature."""
+        return self.slope * self.offset + self.intercept
 
     def chosen(self, values: Tensor) -> Tensor:
         """Of values for all features, those for the steered ones."""
@@ -106,17 +103,13 @@ def feature_encoder(sae: FrozenSAE) -> FeatureEncoder | None:
 
 def ranking_distances(
     encoder: FeatureEncoder, z: Float[Tensor, "n"]
-) -> tuple[Tensor, Float[Tensor, "n"]]:
+) -> tuple[Bool[Tensor, "n"], Float[Tensor, "n"]]:
     """How far the ``k`` largest of a top-k encoder are from changing.
 
-    Args:
-        encoder: with a ``k``.
-        z: its pre-activations at ``x``, shape ``(n,)``.
-
     Returns:
-        Whether each feature is among the ``k``, shape ``(n,)``, and a distance in ``x`` within
-        which that cannot change for it: to the nearest place where it is level with a feature from
-        the other side. Infinite where there is no other side.
+        Whether each feature is among the ``k``, and a distance in ``x`` within which that cannot
+        change for it: to the nearest place where it is level with a feature from the other side.
+        Infinite where there is no other side.
     """
     inside = torch.zeros_like(z, dtype=torch.bool)
     inside[z.topk(encoder.k or 0).indices] = True

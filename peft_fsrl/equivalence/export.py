@@ -15,12 +15,33 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..steering import SteeringEvent, base_model, observe
-from ..training.running import evaluating
-from .capture import Batches, check_batches, model_inputs, on_output, real_tokens
-from .measure import Comparison, compare
+from ..steering import SteeringEvent, base_model, fsrl_layers, observe
+from ..training.running import evaluating, on_output
+from ..tuner.layer import FSRLLayer
+from ..tuner.outputs import hidden_states_of, replace_hidden_states
+from .batches import Batches, check_batches, model_inputs, real_tokens
+from .fidelity import Comparison, measure_fidelity
 from .reduced_rank import Moments, ReducedRank, reduced_rank_regression
-from .sites import Site, check_writer, resolve_sites
+
+PROJECTION = "residual_projection"
+_MLPS = ("mlp", "feed_forward", "ffn")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where a LoRA stands in for one steered layer.
+
+    Attributes:
+        layer: the steered layer.
+        module: the module that is changed: a linear layer, or the steered one for a projection.
+        path: path of the linear layer in the base model without adapters.
+        projects: the LoRA reads the module's output and not its input.
+    """
+
+    layer: FSRLLayer
+    module: nn.Module
+    path: str
+    projects: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +72,23 @@ class SingleLoRA:
     @contextmanager
     def applied(self, rank: int) -> Iterator[None]:
         """Add the LoRA of this rank to what the modules compute, beside any steering."""
+
+        def add(site: Site, factors: list[Tensor], given: Tensor, output: Tensor) -> Tensor:
+            rows = (output if site.projects else given).float()
+            lora_A, lora_B, bias = (factor.to(rows.device) for factor in factors)
+            return output + (rows @ lora_A.T @ lora_B.T + bias).to(output.dtype)
+
         with ExitStack() as stack:
             for site, fit in zip(self.sites, self.fits, strict=True):
-                factors = tuple(factor.float() for factor in fit.factors(rank))
-                stack.enter_context(on_output(site.module, _adder(site, *factors)))
+                factors = [factor.float() for factor in fit.factors(rank)]
+                stack.enter_context(on_output(site.module, partial(add, site, factors)))
             yield
+
+    def stand_ins(
+        self, ranks: Sequence[int]
+    ) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+        """Those of several ranks, for ``measure_fidelity``."""
+        return {f"LoRA of rank {rank}": partial(self.applied, rank) for rank in ranks}
 
     def export(self, rank: int, **config: Any) -> tuple[LoraConfig, dict[str, Tensor]]:
         """A LoRA for stock PEFT.
@@ -89,38 +122,6 @@ class SingleLoRA:
         return LoraConfig(**{**settings, **config}), state
 
 
-@dataclass(frozen=True, eq=False)
-class LoRAExport:
-    """A LoRA that stands for an adapter, with what that costs.
-
-    Attributes:
-        config: for stock PEFT.
-        state_dict: in the form in which PEFT saves it.
-        rank: of the LoRA.
-        error: share of the squared change of the residual stream that it misses, on the data that
-            it was fitted to.
-        comparison: loss and divergence of base, FSRL and LoRA.
-    """
-
-    config: LoraConfig
-    state_dict: dict[str, Tensor]
-    rank: int
-    error: float
-    comparison: Comparison
-
-    def save(self, directory: str | Path) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors``."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        metadata = {"format": "pt"}
-        save_file(self.state_dict, Path(directory) / "adapter_model.safetensors", metadata=metadata)
-        self.config.save_pretrained(str(directory))
-
-    def __str__(self) -> str:
-        where = ", ".join(sorted(self.config.target_modules))
-        title = f"LoRA of rank {self.rank} on {where}: misses {self.error:.1%} of the change"
-        return f"{title}\n{self.comparison}"
-
-
 def fit_single_lora(
     model: nn.Module,
     data: Batches,
@@ -134,7 +135,8 @@ def fit_single_lora(
     Args:
         model: a model with FSRL adapters, one of them active.
         data: batches of ``input_ids`` and ``attention_mask``; many more tokens than the LoRA reads
-            numbers. Only second moments are kept.
+            numbers. Only second moments are kept. What the LoRA does to other kinds of text is
+            decided by nothing: mix in such text where it has to leave it alone.
         target: what carries the LoRA. None: the linear layer that is steered, or, where a decoder
             layer is, the last one of its MLP, which writes to the residual stream.
             ``"projection"``: an identity in the residual stream that ``insert_projection`` puts
@@ -144,38 +146,34 @@ def fit_single_lora(
         ridge: see ``reduced_rank_regression``.
 
     Raises:
-        TypeError: see ``capture.check_batches``.
+        TypeError: see ``batches.check_batches``.
         ValueError: if no adapter acts, there is no such linear layer, or what it writes does not
             reach the layer's output unchanged.
     """
-    sites = resolve_sites(model, target)
+    sites = _resolve_sites(model, target)
     names: set[str] = set()
     moments = tuple(Moments() for _ in sites)
-    read: dict[int, Tensor] = {}
+    reads: dict[int, Tensor] = {}
     x: dict[str, Tensor] = {}
+    mask = torch.zeros(0)
 
     def see(event: SteeringEvent) -> None:
         names.add(event.adapter_name)
         x[event.layer_name] = event.hidden_states
 
+    def read(index: int, given: Tensor, _output: Tensor) -> None:
+        reads[index] = given
+
+    def regress(index: int, _given: Tensor, output: Tensor) -> None:
+        own = x.pop(sites[index].layer.layer_name)
+        chosen = mask.to(own.device)
+        given = own if sites[index].projects else reads.pop(index)
+        moments[index].update(given[chosen].double(), (output.double() - own.double())[chosen])
+
     with evaluating(model), observe(model, see), ExitStack() as stack:
-        mask = torch.zeros(0)
         for index, site in enumerate(sites):
-            if not site.projects:
-                stack.enter_context(on_output(site.module, _keeper(read, index)))
-
-        def add(index: int) -> Callable[[Tensor, Tensor], None]:
-            def regress(_given: Tensor, output: Tensor) -> None:
-                own = x.pop(sites[index].layer.layer_name)
-                chosen = mask.to(own.device)
-                given = own if sites[index].projects else read.pop(index)
-                delta = output.double() - own.double()
-                moments[index].update(given[chosen].double(), delta[chosen])
-
-            return regress
-
-        for index, site in enumerate(sites):
-            stack.enter_context(on_output(site.layer.base_layer, add(index)))
+            stack.enter_context(on_output(site.module, partial(read, index)))
+            stack.enter_context(on_output(site.layer.base_layer, partial(regress, index)))
         inner = base_model(model)
         for batch in check_batches(data):
             given = model_inputs(batch, inner)
@@ -186,9 +184,51 @@ def fit_single_lora(
     if len(names) != 1:
         raise ValueError(f"Expected one active adapter, found {sorted(names)}. Activate one.")
     for site in sites:
-        check_writer(model, site, next(iter(data)))
+        _check_writer(model, site, next(iter(data)))
     fits = tuple(reduced_rank_regression(m, intercept=bias, ridge=ridge) for m in moments)
     return SingleLoRA(sites, fits, names.pop())
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAExport:
+    """A LoRA that stands for an adapter, with what that costs.
+
+    Attributes:
+        config: for stock PEFT.
+        state_dict: in the form in which PEFT saves it.
+        rank: of the LoRA.
+        error: share of the squared change of the residual stream that it misses, on the data that
+            it was fitted to.
+        comparison: loss and divergence of base, FSRL and LoRA, on text of the kind that it was
+            fitted to.
+        elsewhere: the same on other text, where the adapter may be silent and the LoRA is not; None
+            if that was not measured.
+    """
+
+    config: LoraConfig
+    state_dict: dict[str, Tensor]
+    rank: int
+    error: float
+    comparison: Comparison
+    elsewhere: Comparison | None
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors``."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "pt"}
+        save_file(self.state_dict, Path(directory) / "adapter_model.safetensors", metadata=metadata)
+        self.config.save_pretrained(str(directory))
+
+    def __str__(self) -> str:
+        where = ", ".join(sorted(self.config.target_modules))
+        title = f"LoRA of rank {self.rank} on {where}: misses {self.error:.1%} of the change"
+        elsewhere = (
+            "On other text: not measured. FSRL is silent where no threshold is crossed, a LoRA "
+            "nowhere: give `other_text`."
+            if self.elsewhere is None
+            else f"On other text:\n{self.elsewhere}"
+        )
+        return f"{title}\n{self.comparison}\n{elsewhere}"
 
 
 def to_lora(
@@ -197,6 +237,7 @@ def to_lora(
     rank: int,
     *,
     held_out: Batches | None = None,
+    other_text: Batches | None = None,
     target: str | None = None,
     bias: bool = True,
     ridge: float = 0.0,
@@ -210,41 +251,129 @@ def to_lora(
         data: what it is fitted to; see ``fit_single_lora``.
         rank: of the LoRA.
         held_out: what it is measured on; None measures on ``data`` too.
+        other_text: text of another kind than the adapter was trained for, to be measured on too.
         target: see ``fit_single_lora``.
         bias: see ``fit_single_lora``.
         ridge: see ``fit_single_lora``.
     """
     fitted = fit_single_lora(model, data, target=target, bias=bias, ridge=ridge)
     config, state = fitted.export(rank)
+    measure = partial(measure_fidelity, model, stand_ins=fitted.stand_ins([rank]))
     return LoRAExport(
         config,
         state,
         rank,
         fitted.error(rank),
-        compare(model, data if held_out is None else held_out, stand_ins(fitted, [rank])),
+        measure(data if held_out is None else held_out),
+        None if other_text is None else measure(other_text),
     )
 
 
-def stand_ins(
-    fitted: SingleLoRA, ranks: Sequence[int]
-) -> dict[str, Callable[[], AbstractContextManager[None]]]:
-    """Stand-ins of several ranks for ``measure.compare``."""
-    return {f"LoRA of rank {rank}": partial(fitted.applied, rank) for rank in ranks}
+def insert_projection(model: nn.Module, layer_name: str) -> str:
+    """Put an identity ``nn.Linear`` behind a module, for a LoRA to sit on; outputs do not change.
+
+    The module gets a child ``residual_projection``, through which its output goes. No other path
+    changes, so checkpoints still fit.
+
+    Args:
+        model: the base model, without adapters.
+        layer_name: path of the module whose output is the residual stream.
+
+    Returns:
+        Path of the projection.
+    """
+    layer = model.get_submodule(layer_name)
+    if hasattr(layer, PROJECTION):
+        return f"{layer_name}.{PROJECTION}"
+    parameter = next(layer.parameters())
+    width = _width(model, layer_name)
+    projection = nn.Linear(width, width, device=parameter.device, dtype=parameter.dtype)
+    with torch.no_grad():
+        nn.init.eye_(projection.weight)
+        nn.init.zeros_(projection.bias)
+    layer.add_module(PROJECTION, projection.requires_grad_(False))
+
+    def project(module: nn.Module, args: Any, output: Any) -> Any:
+        # Looked up at every call: PEFT puts its own layer in the projection's place.
+        through = getattr(module, PROJECTION)
+        return replace_hidden_states(output, through(hidden_states_of(output)))
+
+    layer.register_forward_hook(project)
+    return f"{layer_name}.{PROJECTION}"
 
 
-def _keeper(read: dict[int, Tensor], index: int) -> Callable[[Tensor, Tensor], None]:
-    def keep(given: Tensor, _output: Tensor) -> None:
-        read[index] = given
+def _width(model: nn.Module, layer_name: str) -> int:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    width = getattr(config, "hidden_size", None)
+    if width is None:
+        raise ValueError(f"Cannot tell the width of '{layer_name}': the model has no hidden_size.")
+    return int(width)
 
-    return keep
+
+def _resolve_sites(model: nn.Module, target: str | None) -> tuple[Site, ...]:
+    steered = [layer for layer in fsrl_layers(model).values() if _acts(layer)]
+    if not steered:
+        raise ValueError("No adapter is active. Activate one, and leave `disable_adapter`.")
+    return tuple(_resolve_site(layer, target) for layer in steered)
 
 
-def _adder(
-    site: Site, lora_A: Tensor, lora_B: Tensor, bias: Tensor
-) -> Callable[[Tensor, Tensor], Tensor]:
-    def add(given: Tensor, output: Tensor) -> Tensor:
-        rows = site.reads(given, output).float()
-        factors = [factor.to(rows.device) for factor in (lora_A, lora_B, bias)]
-        return output + (rows @ factors[0].T @ factors[1].T + factors[2]).to(output.dtype)
+def _acts(layer: FSRLLayer) -> bool:
+    active = any(name in layer.fsrl_adapter for name in layer.active_adapters)
+    return active and not layer.disable_adapters
 
-    return add
+
+def _resolve_site(layer: FSRLLayer, target: str | None) -> Site:
+    module = layer.base_layer
+    if target == "projection":
+        return Site(layer, module, f"{layer.layer_name}.{PROJECTION}", projects=True)
+    if isinstance(module, (nn.Linear, Conv1D)) and target is None:
+        return Site(layer, module, layer.layer_name, projects=False)
+    linears = {n: m for n, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    if target is None:
+        inside = [name for name in linears if name.split(".")[0] in _MLPS]
+        target = inside[-1] if inside else None
+    if target is None or target not in linears:
+        lost = "tell which" if target is None else "find the"
+        which = "" if target is None else f" {target!r}"
+        raise ValueError(
+            f"Cannot {lost} linear layer{which} in '{layer.layer_name}' is to carry the LoRA; "
+            f"found {sorted(linears)}. Name one as `target`, or use target='projection'."
+        )
+    return Site(layer, linears[target], f"{layer.layer_name}.{target}", projects=False)
+
+
+def _check_writer(model: nn.Module, site: Site, batch: Any) -> None:
+    """Make sure that what is added to the module's output is added to the steered layer's."""
+    if site.projects or site.module is site.layer.base_layer:
+        return
+    seen: list[Tensor] = []
+    probe: list[Tensor] = []
+    inner = base_model(model)
+
+    def nudge(_given: Tensor, output: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        # As large as what it is added to, in which the rounding of narrow dtypes would hide it.
+        size = seen[0].std(dim=-1, keepdim=True).to(output.device)
+        step = (torch.randn(output.shape, generator=generator).to(size) * size).to(output)
+        probe.append(step)
+        return output + step
+
+    def keep(event: SteeringEvent) -> None:
+        if event.layer_name == site.layer.layer_name:
+            seen.append(event.hidden_states.double())
+
+    with evaluating(model), observe(model, keep):
+        inner(**model_inputs(batch, inner))
+        with on_output(site.module, nudge):
+            inner(**model_inputs(batch, inner))
+    mask = real_tokens(batch).to(seen[0].device)
+    change, wanted = (seen[1] - seen[0])[mask], probe[0].double()[mask]
+    error = float((change - wanted).norm() / wanted.norm())
+    if error > 0.05:
+        raise ValueError(
+            f"'{site.path}' does not write to the output of '{site.layer.layer_name}' unchanged: "
+            f"what is added to it comes out {error:.0%} different, as behind a norm. Name another "
+            "linear layer as `target`, or use target='projection'."
+        )

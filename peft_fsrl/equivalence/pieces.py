@@ -1,7 +1,7 @@
 """FSRL at one layer as a piecewise affine map: which piece a token is on, and how far that reaches.
 
-Everything is computed in float64, whatever the model's dtype. docs/equivalence.md derives what
-stands here.
+Everything is computed in float64 on the CPU, whatever the model's dtype. docs/equivalence.md
+derives what stands here.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ from .boundaries import Exit, Geometry, Half
 from .encoders import NotAffineError, affine_input, feature_encoder, ranking_distances
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int8
 
+# How a feature acts at a token.
+REST, PROMOTED, SUPPRESSED, CLIPPED = 0, 1, -1, 2
 NOWHERE = "none"
+# What rounding does to a sum of products, in units of the norms of what is multiplied: many times
+# what was seen, and many times less than what anybody would call an error.
+ROUNDING = 8 * torch.finfo(torch.float64).eps
 
 
 class Piece(NamedTuple):
-    """The affine piece around one token, ``x' = x + B (A x + o)``.
+    """The affine piece around one token.
 
     Attributes:
-        active: positions of the features with ``v != 0`` that act by ``v``.
-        clipped: positions of the features that act by ``-f``, because ``f > 0 >= f + v``.
-        lora_A: ``A``, shape ``(len(active) + len(clipped), d_in)``.
-        lora_B: ``B``, signed columns of the SAE's decoder, shape ``(d_in, ...)``.
-        offset: ``o``, shape ``(...,)``.
+        state: how each feature acts: not at all, by ``v > 0``, by ``v < 0``, or by ``-f``, because
+            ``f > 0 >= f + v``.
         radius: within this distance of the token the piece is exact; see ``tight``.
         tight: no larger radius would do. Where the nearest boundary is one of a top-k selection, of
             an encoder of which nothing is known, or of two rows that are all but opposite, the
             radius is safe but may be too small.
-        direction: unit vector to the nearest boundary, shape ``(d_in,)``; zero where there is none,
-            or where it is known only that it is not nearer.
-        beyond: unit vector from there to where the piece has ended, shape ``(d_in,)``; or zero.
+        direction: unit vector to the nearest boundary; zero where there is none, or where it is
+            known only that it is not nearer.
+        beyond: unit vector from there to where the piece has ended; or zero.
         boundary: what lies there: ``"threshold"`` (a pre-activation of the adapter reaches its
             threshold), ``"clamp"`` (``f + v`` reaches zero), ``"encoder"`` (a feature that is being
             suppressed switches off), ``"suppression"`` (a feature that is not steered comes to be
@@ -49,11 +51,7 @@ class Piece(NamedTuple):
         feature: position of the feature whose boundary that is; -1 where there is none.
     """
 
-    active: Tensor
-    clipped: Tensor
-    lora_A: Float[Tensor, "rank d_in"]
-    lora_B: Float[Tensor, "d_in rank"]
-    offset: Float[Tensor, "rank"]
+    state: Int8[Tensor, "n_features"]
     radius: float
     tight: bool
     direction: Float[Tensor, "d_in"]
@@ -62,21 +60,26 @@ class Piece(NamedTuple):
     feature: int
 
 
+class Factors(NamedTuple):
+    """``x' = x + B (A x + o)``; columns of ``B`` in the order active, clipped."""
+
+    lora_A: Float[Tensor, "rank d_in"]
+    lora_B: Float[Tensor, "d_in rank"]
+    offset: Float[Tensor, "rank"]
+
+
 @dataclass(frozen=True)
 class _Token:
     """Where one token stands, per steered feature.
 
     ``gap`` is by how much the encoder's pre-activation exceeds its threshold, ``until_switch`` a
-    distance within which ``on`` cannot change.
+    distance within which a feature goes neither on nor off.
     """
 
     u: Tensor
     v: Tensor
-    up: Tensor
-    down: Tensor
-    gap: Tensor
     f: Tensor
-    on: Tensor
+    gap: Tensor
     until_switch: Tensor
 
 
@@ -104,10 +107,6 @@ def exact_layer(layer: FSRLLayer, adapter_name: str) -> FSRLLayer:
 class PiecewiseAffine:
     """What an adapter does to its layer's output, one affine piece per token.
 
-    Args:
-        layer: a steering layer.
-        adapter_name: which of its adapters.
-
     Raises:
         NotAffineError: if the SAE normalises when it runs.
         ValueError: while edits are in force.
@@ -131,100 +130,137 @@ class PiecewiseAffine:
             self._threshold = threshold.clamp(min=0) if self._two_sided else threshold.exp()
         # How much of a crossed threshold the steering vector lacks: all of it, or nothing.
         self._shrinkage = self._threshold * self._two_sided
-        self._directions = self.sae.directions
-        self._writes = self._directions.any(dim=1)
+        self.directions = self.sae.directions
+        self._sizes = self.directions.norm(dim=1)
+        self._writes = self._sizes > 0
         self._encoder = feature_encoder(self.sae) if self._clamps else None
         rows = {"u": self._rows}
+        self._noise_v = _Noise(self._rows, self._offset.abs() + self._threshold, shift / scale)
+        self._noise_f = None
         if self._encoder is not None:
-            self._slope = self._encoder.chosen(self._encoder.slope)
-            # What an active feature's activation exceeds.
-            at_threshold = self._encoder.slope * self._encoder.threshold + self._encoder.intercept
-            self._least = self._encoder.chosen(at_threshold)
-            rows["z"] = self._encoder.chosen(self._encoder.rows)
+            encoder, chosen = self._encoder, self._encoder.chosen
+            rows["z"] = self._encoder_rows = chosen(encoder.rows)
+            self._slope, self._lost = chosen(encoder.slope), chosen(encoder.constant)
             rows["u+f"] = self._rows + self._slope[:, None] * rows["z"]
-            self._encoder_rows = rows["z"]
+            # What an active feature's activation exceeds.
+            self._least = chosen(encoder.slope * encoder.threshold + encoder.intercept)
+            by_f = self._slope[:, None] * rows["z"]
+            self._noise_f = _Noise(by_f, self._lost.abs(), shift / scale)
         self._geometry = Geometry(rows)
+
+    def departures(
+        self, state: Int8[Tensor, "n_features"], x: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch n_features"]:
+        """How much more the layer adds to each feature at ``x`` than its formula in a piece says.
+
+        Zero for what rounding explains, and for features that write nothing.
+        """
+        _, v, f = self._activations(x, needs_f=True)
+        acts = functional.clamped_update(v, f) if self._clamps else v
+        by_v = x @ self._rows.T + self._offset - self._shrinkage * state
+        formula = torch.where(state.abs() == 1, by_v, 0)
+        if self._encoder is not None:
+            by_f = self._slope * (x @ self._encoder_rows.T) + self._lost
+            formula = torch.where(state == CLIPPED, -by_f, formula)
+        more = acts - formula
+        clips = ((acts != v) & (f > 0)) | (state == CLIPPED)
+        noise = self._feature_noise(
+            ~clips | (state.abs() == 1), clips, x.norm(dim=-1, keepdim=True)
+        )
+        return torch.where(self._writes & (more.abs() > noise), more, 0)
+
+    def noise(self, state: Int8[Tensor, "n_features"], norm: float) -> float:
+        """What rounding may do to ``x'`` of a piece at a token of this norm."""
+        noise = self._feature_noise(state.abs() == 1, state == CLIPPED, torch.tensor(norm))
+        return ROUNDING * norm + float((noise * self._sizes).norm())
+
+    def slope_noise(self, state: Int8[Tensor, "n_features"]) -> float:
+        """What rounding may do to the image of a unit vector under the Jacobian of a piece."""
+        noise = torch.where(state.abs() == 1, self._noise_v.slope, 0)
+        if self._noise_f is not None:
+            noise = noise + torch.where(state == CLIPPED, self._noise_f.slope, 0)
+        return ROUNDING + float((noise * self._sizes).norm())
+
+    def factors(self, state: Int8[Tensor, "n_features"]) -> Factors:
+        """``A``, ``B`` and ``o`` of a piece."""
+        active, clipped = positions(state)
+        lora_A = self._rows[active]
+        offset = self._offset[active] - self._shrinkage[active] * state[active]
+        if len(clipped):
+            assert self._encoder is not None
+            slope = self._slope[clipped, None]
+            lora_A = torch.cat([lora_A, slope * self._encoder_rows[clipped]])
+            offset = torch.cat([offset, self._lost[clipped]])
+        lora_B = torch.cat([self.directions[active], -self.directions[clipped]]).T
+        return Factors(lora_A, lora_B, offset)
 
     def piece(self, x: Float[Tensor, "d_in"]) -> Piece:
         """The piece that one token is on.
 
         Args:
-            x: the wrapped module's own output at that token, shape ``(d_in,)``.
+            x: the wrapped module's own output at that token.
 
         Raises:
             NotAffineError: if a feature is suppressed there and the SAE's encoder is not one of
                 those that are affine feature by feature.
         """
-        token = self._locate(x.to("cpu", torch.float64))
-        free = token.down & (token.v > -token.f) if self._clamps else token.down
-        # A feature that the SAE does not find has nothing to lose: it adds no column.
-        clipped = token.down & token.on & ~free
-        free = free & token.on if self._clamps else free
-        acts = token.up | free
-        factors = self._factors(token, acts, clipped)
-        radius, tight, direction, beyond, boundary, feature = self._reach(token, free, clipped)
-        return Piece(*factors, radius, tight, direction, beyond, boundary, feature)
+        token = self._locate(x)
+        state = (token.v > 0).to(torch.int8)
+        down = token.v < 0
+        if self._clamps:
+            # A feature that the SAE does not find has nothing to lose: it adds no column.
+            down = down & (token.f > 0)
+            state[down & (token.v <= -token.f)] = CLIPPED
+            down = down & (token.v > -token.f)
+        state[down] = SUPPRESSED
+        return self._reach(token, state)
+
+    def _activations(self, x: Tensor, needs_f: bool) -> tuple[Tensor, Tensor, Tensor]:
+        adapter = self._adapter
+        pre = self.sae.process_in(x)
+        u = functional.steering_pre(pre, adapter.weight, adapter.bias, adapter.down)
+        v, _ = functional.steering_vector(
+            u,
+            adapter.threshold_parameter,
+            activation=adapter.activation,
+            bandwidth=adapter.bandwidth,
+        )
+        if not (self._clamps and needs_f):
+            return u, v, torch.zeros_like(u)
+        # Each token as a sequence of its own, for encoders that read whole sequences.
+        return u, v, self.sae.encode(x.reshape(-1, 1, x.shape[-1])).reshape(u.shape)
 
     def _locate(self, x: Tensor) -> _Token:
-        adapter = self._adapter
-        u = functional.steering_pre(
-            self.sae.process_in(x), adapter.weight, adapter.bias, adapter.down
-        )
-        up = u > self._threshold
-        down = (u < -self._threshold) & self._two_sided
-        v = torch.where(up, u - self._shrinkage, 0) + torch.where(down, u + self._shrinkage, 0)
-        nothing, everything = torch.zeros_like(u), torch.ones_like(up)
-        token = _Token(u, v, up, down, nothing, nothing, everything, nothing)
-        if not self._clamps:
-            return token
         encoder = self._encoder
+        u, v, f = self._activations(x, needs_f=encoder is not None)
+        zero = torch.zeros_like(u)
         if encoder is None:
-            if bool(down.any()):
+            suppressed = int((v < 0).sum())
+            if self._clamps and suppressed:
                 raise NotAffineError(
-                    f"{int(down.sum())} features are suppressed, and how far below zero they would "
+                    f"{suppressed} features are suppressed, and how far below zero they would "
                     f"go is decided by an encoder ({self.sae.info.architecture}) that is not "
                     "affine feature by feature."
                 )
-            return token
+            return _Token(u, v, f, zero, zero)
         z = encoder.rows @ x + encoder.offset
         gap = z - encoder.threshold
         norm = encoder.rows.norm(dim=1)
-        on, switch = gap > 0, torch.where(norm > 0, gap.abs() / norm, torch.inf)
+        switch = torch.where(norm > 0, gap.abs() / norm, torch.inf)
         if encoder.k is not None:
             inside, ranking = ranking_distances(encoder, z)
+            on = gap > 0
             # To go off it is enough that one of both fails; to come on, both must hold.
             switch = torch.where(
                 on & inside,
                 torch.minimum(switch, ranking),
                 torch.maximum(torch.where(on, 0, switch), torch.where(inside, 0, ranking)),
             )
-            on = on & inside
-        f = torch.where(on, encoder.slope * z + encoder.intercept, 0)
-        chosen = [encoder.chosen(values) for values in (gap, f, on, switch)]
-        return _Token(u, v, up, down, *chosen)
+        return _Token(u, v, f, encoder.chosen(gap), encoder.chosen(switch))
 
-    def _factors(
-        self, token: _Token, acts: Tensor, clipped: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        active, cut = acts.nonzero()[:, 0], clipped.nonzero()[:, 0]
-        lora_A, offset = self._rows[active], self._offset[active]
-        offset = offset - self._shrinkage[active] * token.v[active].sign()
-        if len(cut) and self._encoder is not None:
-            slope, encoder = self._slope[cut], self._encoder
-            lora_A = torch.cat([lora_A, slope[:, None] * self._encoder_rows[cut]])
-            lost = slope * encoder.chosen(encoder.offset)[cut]
-            offset = torch.cat([offset, lost + encoder.chosen(encoder.intercept)[cut]])
-        used = torch.cat([active, cut])
-        signs = torch.cat([torch.ones_like(active), -torch.ones_like(cut)]).to(offset.dtype)
-        lora_B = (signs[:, None] * self._directions[used]).T
-        return active, cut, lora_A, lora_B, offset
-
-    def _reach(
-        self, token: _Token, free: Tensor, clipped: Tensor
-    ) -> tuple[float, bool, Tensor, Tensor, str, int]:
-        """Radius, whether it is tight, direction, what is beyond, boundary and feature."""
+    def _reach(self, token: _Token, state: Tensor) -> Piece:
         nearest: tuple[float, bool, Exit | None, int] = (torch.inf, True, None, -1)
-        for exit in self._exits(token, free, clipped):
+        for exit in self._exits(token, state):
             # Whatever becomes of a feature that writes nothing, the piece goes on.
             exit = exit._replace(where=exit.where & self._writes)
             distance, known = self._geometry.distance(exit, self._bounds(token, exit))
@@ -234,19 +270,21 @@ class PiecewiseAffine:
         radius, tight, found, feature = nearest
         direction = beyond = torch.zeros(self.sae.info.d_in, dtype=torch.float64)
         if found is None:
-            return radius, True, direction, beyond, NOWHERE, -1
+            return Piece(state, radius, True, direction, beyond, NOWHERE, -1)
         if tight:
             direction, beyond = self._geometry.direction(found, feature)
-        return radius, tight, direction, beyond, found.boundary, feature
+        return Piece(state, radius, tight, direction, beyond, found.boundary, feature)
 
-    def _exits(self, token: _Token, free: Tensor, clipped: Tensor) -> Iterator[Exit]:
+    def _exits(self, token: _Token, state: Tensor) -> Iterator[Exit]:
         """Every way in which a feature comes to act by another formula than here."""
         u, theta, gap = token.u, self._threshold, token.gap
-        resting = ~(token.up | free | clipped)
+        resting, up, free, clipped = (
+            state == kind for kind in (REST, PROMOTED, SUPPRESSED, CLIPPED)
+        )
         # Without a threshold v is u on both sides of zero: nothing ends there by itself.
         straight = (theta == 0) & self._two_sided
         yield Exit("threshold", resting, (Half("u", 1, theta - u),))
-        yield Exit("threshold", token.up & ~straight, (Half("u", -1, u - theta),))
+        yield Exit("threshold", up & ~straight, (Half("u", -1, u - theta),))
         yield Exit("threshold", free & ~straight, (Half("u", 1, -theta - u),))
         if not self._two_sided:
             return
@@ -255,7 +293,7 @@ class PiecewiseAffine:
             yield Exit("threshold", resting & ~straight, (goes_down,))
             return
         goes_off, goes_on = Half("z", -1, gap), Half("z", 1, -gap)
-        by_v = (token.up | free) & straight
+        by_v = (up | free) & straight
         yield Exit("suppression", resting, (goes_down, goes_on))
         yield Exit("encoder", by_v, (goes_down, goes_off))
         if self._encoder is None:
@@ -272,5 +310,30 @@ class PiecewiseAffine:
             return {}
         for half in exit.halves:
             if half.row == "z":
-                return {"z": torch.where(token.on == (half.sign < 0), token.until_switch, 0)}
+                on = token.f > 0 if self._encoder is not None else torch.ones_like(exit.where)
+                return {"z": torch.where(on == (half.sign < 0), token.until_switch, 0)}
         return {}
+
+    def _feature_noise(self, by_v: Tensor, by_f: Tensor, norm: Tensor) -> Tensor:
+        """Of what is added to each feature, where it is ``v`` and where it is ``-f``."""
+        noise = torch.where(by_v, self._noise_v.at(norm), 0)
+        return (
+            noise if self._noise_f is None else noise + torch.where(by_f, self._noise_f.at(norm), 0)
+        )
+
+
+class _Noise:
+    """What rounding may do to ``rows @ (x + shift) + constant``, per row."""
+
+    def __init__(self, rows: Tensor, constant: Tensor, shift: Tensor) -> None:
+        self.slope = ROUNDING * rows.norm(dim=1)
+        self._constant = ROUNDING * constant + self.slope * shift.norm()
+
+    def at(self, norm: Tensor) -> Tensor:
+        """For an ``x`` of this norm."""
+        return self.slope * norm + self._constant
+
+
+def positions(state: Int8[Tensor, "n_features"]) -> tuple[Tensor, Tensor]:
+    """Which features act by ``v``, and which by ``-f``."""
+    return (state.abs() == 1).nonzero()[:, 0], (state == CLIPPED).nonzero()[:, 0]

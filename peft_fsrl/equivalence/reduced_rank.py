@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -126,12 +127,23 @@ def reduced_rank_regression(
         ridge: added to the covariance of ``x``, in units of its mean eigenvalue. 0 takes the
             least-norm solution.
 
+    Warns:
+        UserWarning: for fewer than twice as many rows as ``x`` has columns, without a ridge. On
+            other data the fit then errs about twice as much as the best map, or without limit.
+
     Raises:
         ValueError: if no data was seen, or ``y`` is zero everywhere.
     """
     if not moments.n or not moments.size:
         raise ValueError("Expected tokens at which the adapter changes something, found none.")
     xx, yx, _ = moments.covariance
+    if not ridge and moments.n < 2 * len(xx):
+        warnings.warn(
+            f"{moments.n} tokens are too few to fit a map of {len(xx)} inputs: on other text it "
+            f"may be far worse than none. Give many more than {2 * len(xx)} tokens, or set `ridge` "
+            "and measure on `held_out` text.",
+            stacklevel=2,
+        )
     if not intercept:
         mean_x, mean_y = moments.mean
         xx, yx = xx + torch.outer(mean_x, mean_x), yx + torch.outer(mean_y, mean_x)

@@ -50,11 +50,34 @@ def select_features(
         min_gain: stop where the next feature would add less than this share, and drop what adds
             less.
     """
-    pursuit = _Pursuit(second_moment, directions)
+    values, vectors = torch.linalg.eigh(second_moment)
+    return _select(_Pursuit(values, vectors, directions), n_features, min_gain)
+
+
+def compute_chance(
+    second_moment: Float[Tensor, "d d"],
+    directions: Float[Tensor, "n d"],
+    *,
+    n_features: int,
+    seed: int = 0,
+) -> float:
+    """The share that so many features, chosen alike, span of a change that knows nothing of them.
+
+    That is a change with the same eigenvalues in random directions.
+    """
+    values = torch.linalg.eigvalsh(second_moment)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(*second_moment.shape, generator=generator, dtype=values.dtype)
+    vectors = torch.linalg.qr(noise[:, :_MAX_DIRECTIONS]).Q
+    pursuit = _Pursuit(values[-vectors.shape[1] :], vectors, directions)
+    return _select(pursuit, n_features, 0.0).spanned
+
+
+def _select(pursuit: _Pursuit, n_features: int, min_gain: float) -> Selection:
     chosen: list[int] = []
-    while len(chosen) < min(n_features, len(directions)):
+    while len(chosen) < n_features:
         feature, gain = pursuit.best_addition(chosen)
-        if gain < min_gain:
+        if gain < min_gain or not gain:
             break
         chosen.append(feature)
     chosen = pursuit.shrink(pursuit.exchange(chosen), min_gain)
@@ -65,11 +88,12 @@ def select_features(
 
 
 class _Pursuit:
-    def __init__(self, second_moment: Tensor, directions: Tensor) -> None:
-        values, vectors = torch.linalg.eigh(second_moment)
-        values, vectors = values.flip(0)[:_MAX_DIRECTIONS], vectors.flip(1)[:, :_MAX_DIRECTIONS]
-        kept = values > 1e-12 * values[0]
-        self._total = float(second_moment.trace())
+    """A change by the eigenvalues, ascending, and eigenvectors of its second moment."""
+
+    def __init__(self, values: Tensor, vectors: Tensor, directions: Tensor) -> None:
+        self._total = float(values.clamp(min=0).sum())
+        values, vectors = values[-_MAX_DIRECTIONS:], vectors[:, -_MAX_DIRECTIONS:]
+        kept = values > 1e-12 * values[-1]
         self._factor = vectors[:, kept] * values[kept].sqrt()
         self._directions = directions
         self._norms = directions.square().sum(dim=1)

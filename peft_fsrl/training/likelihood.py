@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .tokens import Tokenized
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 
 class Batch(NamedTuple):
@@ -48,6 +48,32 @@ def mean_log_probability(model: nn.Module, batch: Batch) -> Float[Tensor, "batch
     per_token = -F.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
     mask = batch.answer_mask[:, 1:].to(per_token.dtype)
     return (per_token * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def next_log_probabilities(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    predicted: Bool[Tensor, "batch seq"],
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "tokens vocabulary"]:
+    """What a model says of the tokens at ``predicted`` from those before them.
+
+    Args:
+        model: a causal language model.
+        inputs: of its forward.
+        predicted: which tokens; the first of a sequence, which nothing predicts, never counts.
+        dtype: in this or a wider one.
+    """
+    logits = model(**inputs).logits[:, :-1]
+    kept = logits[predicted[:, 1:].to(logits.device)]
+    return torch.log_softmax(kept.to(torch.promote_types(kept.dtype, dtype)), dim=-1)
+
+
+def compute_kl(
+    log_p: Float[Tensor, "tokens vocabulary"], log_q: Float[Tensor, "tokens vocabulary"]
+) -> Float[Tensor, "tokens"]:
+    """``KL(p || q)`` of each token, in nats."""
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)
 
 
 def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..steering import adapter_configs, scale_steering
+from ..tuner.outputs import hidden_states_of, replace_hidden_states
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @contextmanager
@@ -55,6 +59,27 @@ def trained_modules(model: nn.Module) -> dict[str, AuxiliaryTrainingWrapper]:
         and not module.disable_adapters
         and names & set(module.active_adapters)
     }
+
+
+@contextmanager
+def on_output(
+    module: nn.Module, act: Callable[[Tensor, Tensor], Float[Tensor, "*batch d"] | None]
+) -> Iterator[None]:
+    """Call ``act`` with a module's input and output; what it returns takes the output's place.
+
+    It comes last on the module, so the output has been steered if an adapter steers it.
+    """
+
+    def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        given = args[0] if args else next(iter(kwargs.values()))
+        changed = act(given, hidden_states_of(output))
+        return None if changed is None else replace_hidden_states(output, changed)
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

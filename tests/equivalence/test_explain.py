@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_export import batches, inputs
 from torch import Tensor
 
-from helpers import D_IN, D_SAE, bare_layer, fsrl_model, only_layer, tiny_model, tiny_sae
+from equivalence_helpers import batches, inputs
+from helpers import D_IN, D_SAE, bare_layer, fsrl_model, only_layer, tiny_model, tiny_sae, token_ids
 from peft_fsrl import FSRLLayer, freeze_sae
 from peft_fsrl.equivalence import (
     NotAffineError,
@@ -21,8 +21,8 @@ from peft_fsrl.equivalence import (
     from_lora,
     insert_projection,
 )
-from peft_fsrl.equivalence.selection import select_features
-from peft_fsrl.equivalence.study import _share
+from peft_fsrl.equivalence.explain import _share
+from peft_fsrl.equivalence.selection import compute_chance, select_features
 
 PLANTED = [3, 8, 21]
 # PEFT takes the bias of `lora_bias=True` for a shard of a matrix when it saves.
@@ -273,6 +273,37 @@ def brute_force(second: Tensor, directions: Tensor, k: int) -> tuple[set[int], f
 
     best = max(combinations(range(len(directions)), k), key=spanned)
     return set(best), spanned(best)
+
+
+def test_chance_by_hand() -> None:
+    # With a flat spectrum any four directions of eight span a half.
+    directions, flat = random(20, 8), torch.eye(8, dtype=torch.float64)
+    assert compute_chance(flat, directions, n_features=4) == pytest.approx(0.5)
+    assert compute_chance(flat, directions, n_features=8) == pytest.approx(1)
+    # One random direction in 64 and an orthonormal dictionary: the share is the largest square of
+    # its coordinates.
+    line = torch.zeros(64, 64, dtype=torch.float64)
+    line[0, 0] = 3.0
+    draws = random(2000, 64).square()
+    mean = float((draws.amax(dim=1) / draws.sum(dim=1)).mean())
+    axes = torch.eye(64, dtype=torch.float64)
+    found = [compute_chance(line, axes, n_features=1, seed=seed) for seed in range(200)]
+    assert sum(found) / 200 == pytest.approx(mean, rel=0.1)
+
+
+def test_a_planted_change_is_above_chance_and_says_so() -> None:
+    sae, tuned = tiny_sae(), fsrl_model(features=PLANTED[:1], non_negative=False)
+    found = explain(tiny_model(), tuned, sae, batches())
+    assert found.in_features.value == pytest.approx(1, abs=1e-6)
+    assert 0 < found.chance < 0.6
+    assert f"by chance      {found.chance:.1%}" in str(found)
+
+
+def test_too_few_tokens_are_said() -> None:
+    sae, tuned = tiny_sae(), fsrl_model()
+    few = [{"input_ids": token_ids(3, 7)}]
+    with pytest.warns(UserWarning, match="21 tokens are too few to fit a map of 16 inputs"):
+        explain(tiny_model(), tuned, sae, few, held_out=batches(2, seed=40))
 
 
 @pytest.mark.parametrize("seed", range(6))

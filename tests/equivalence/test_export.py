@@ -13,6 +13,7 @@ from peft.tuners.lora import convert_to_lora
 from torch import Tensor
 from torch.nn import functional as F
 
+from equivalence_helpers import batches, inputs
 from helpers import (
     D_IN,
     bare_layer,
@@ -24,24 +25,11 @@ from helpers import (
     token_ids,
 )
 from peft_fsrl import FSRLConfig
-from peft_fsrl.equivalence import compare, fit_single_lora, insert_projection, stand_ins, to_lora
+from peft_fsrl.equivalence import fit_single_lora, insert_projection, measure_fidelity, to_lora
 from peft_fsrl.equivalence.reduced_rank import Moments, reduced_rank_regression
 from peft_fsrl.steering import fsrl_layers, observe
 
 NO_BIAS = r"`lora_bias=True` was passed but the targeted layer"
-
-
-def batches(n: int = 6, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Padded on both sides, with labels on the later tokens of each sequence."""
-    found = []
-    for index in range(n):
-        ids = token_ids(8, 9, seed=seed + index)
-        mask = torch.ones_like(ids)
-        mask[0, -2:] = 0
-        mask[1, :2] = 0
-        labels = ids.masked_fill((mask == 0) | (torch.arange(9) < 4), -100)
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return found
 
 
 def pairs(n: int = 400, d_x: int = 6, d_y: int = 5) -> tuple[Tensor, Tensor]:
@@ -205,10 +193,6 @@ def test_stock_peft_loads_the_export(family: str, tmp_path: Path) -> None:
     assert f"{export.error:.1%}" in str(export)
 
 
-def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
 def naive_figures(steered: Any, other: Any, data: Any) -> tuple[float, float]:
     """Loss of the other and its divergence from the steered model, token by token."""
     losses, divergences = [], []
@@ -225,7 +209,7 @@ def naive_figures(steered: Any, other: Any, data: Any) -> tuple[float, float]:
 
 def test_compare_by_hand() -> None:
     model, data = fsrl_model(), batches(3)
-    comparison = compare(model, data)
+    comparison = measure_fidelity(model, data)
     assert list(comparison.models) == ["base", "FSRL"]
     assert comparison.n_tokens == sum(int((b["labels"] != -100).sum()) for b in data)
     loss, kl = naive_figures(model, tiny_model(), data)
@@ -241,14 +225,59 @@ def test_compare_by_hand() -> None:
 def test_without_labels_every_real_token_but_the_first_is_scored() -> None:
     data = [inputs(batch) for batch in batches(1)]
     # Two of nine are padding in two rows, on the right and on the left.
-    assert compare(fsrl_model(), data).n_tokens == 6 * 8 + 2 * 6
+    assert measure_fidelity(fsrl_model(), data).n_tokens == 6 * 8 + 2 * 6
     left = {name: value[1:2] for name, value in data[0].items()}
     cut = {name: value[:, 2:] for name, value in left.items()}
     cut["position_ids"] = torch.arange(2, 9)[None]
-    padded, plain = (compare(fsrl_model(), [batch]) for batch in (left, cut))
+    padded, plain = (measure_fidelity(fsrl_model(), [batch]) for batch in (left, cut))
     assert padded.models["FSRL"].loss == pytest.approx(plain.models["FSRL"].loss, rel=1e-4)
     labelled = {**left, "labels": left["input_ids"]}
-    assert compare(fsrl_model(), [labelled]) == padded
+    assert measure_fidelity(fsrl_model(), [labelled]) == padded
+
+
+def test_the_base_is_the_base_where_a_module_was_trained_beside() -> None:
+    model, data = fsrl_model(modules_to_save=["lm_head"]), batches(2)
+    head = model.base_model.model.lm_head.modules_to_save["default"]
+    head.weight.data.add_(torch.randn_like(head.weight))
+    found = measure_fidelity(model, data).models["base"]
+    loss, kl = naive_figures(model, tiny_model(), data)
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+    assert found.kl == pytest.approx(kl, rel=1e-4)
+
+
+def test_what_a_lora_does_where_the_adapter_is_silent() -> None:
+    model, data = fsrl_model(), batches()
+    other = [{"input_ids": token_ids(4, 9, seed=90 + i)} for i in range(2)]
+    largest: list[Tensor] = []
+    adapter = only_layer(model).fsrl_adapter["default"]
+    adapter.threshold.data.zero_()
+    with (
+        torch.no_grad(),
+        observe(model, lambda event: largest.append(event.steering_vector.abs().amax((0, 1)))),
+    ):
+        for batch in other:
+            model(**batch)
+    adapter.threshold.data.copy_(torch.stack(largest).amax(0))
+    export = to_lora(model, data, 8, other_text=other)
+    assert export.comparison.kept_kl("LoRA of rank 8") > 0
+    elsewhere = export.elsewhere
+    assert elsewhere is not None
+    assert elsewhere == measure_fidelity(model, other, fit_single_lora(model, data).stand_ins([8]))
+    # The adapter does nothing there, and the LoRA something.
+    assert elsewhere.models["base"].kl == 0
+    assert elsewhere.models["LoRA of rank 8"].kl > 1e-6
+    assert f"On other text:\n{elsewhere}" in str(export)
+    assert "On other text: not measured" in str(to_lora(model, data, 8))
+
+
+def test_too_few_tokens_are_said() -> None:
+    # `down_proj` reads 32 numbers.
+    few = [{"input_ids": token_ids(7, 9)}]
+    with pytest.warns(UserWarning, match="63 tokens are too few to fit a map of 32 inputs"):
+        to_lora(fsrl_model(), few, 4)
+    # Warnings are errors here.
+    to_lora(fsrl_model(), few, 4, ridge=0.1)
+    to_lora(fsrl_model(), [{"input_ids": token_ids(8, 8)}], 4)
 
 
 def test_without_a_bias() -> None:
@@ -295,7 +324,7 @@ def test_a_wrapped_linear_carries_its_own_lora() -> None:
     model = fsrl_model(target_modules=["model.layers.1.mlp.down_proj"])
     fitted = fit_single_lora(model, batches())
     assert [site.path for site in fitted.sites] == ["model.layers.1.mlp.down_proj"]
-    comparison = compare(model, batches(2), stand_ins(fitted, [4, 16]))
+    comparison = measure_fidelity(model, batches(2), fitted.stand_ins([4, 16]))
     base, low, high = (
         comparison.models[name].kl for name in ("base", "LoRA of rank 4", "LoRA of rank 16")
     )
@@ -340,13 +369,13 @@ def test_bad_data() -> None:
     for data in (iter(batches(1)), batches(1)[0]):
         with pytest.raises(TypeError, match="batches that can be read several times"):
             fit_single_lora(model, data)
-    with pytest.raises(TypeError, match="Expected each batch to be a mapping with `input_ids`"):
+    with pytest.raises(TypeError, match=r"Expected a mapping with `input_ids`.*got Tensor"):
         fit_single_lora(model, [token_ids()])
     with pytest.raises(ValueError, match="Expected at least one batch, found none"):
         fit_single_lora(model, [])
     unlabelled = [{**batches(1)[0], "labels": torch.full((8, 9), -100)}]
     with pytest.raises(ValueError, match="Expected at least one token to predict"):
-        compare(model, unlabelled)
+        measure_fidelity(model, unlabelled)
 
 
 def test_only_layers_where_the_active_adapter_acts() -> None:

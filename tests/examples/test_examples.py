@@ -216,7 +216,7 @@ def test_equivalence_on_a_tiny_run(
     from peft import get_peft_model
 
     from peft_fsrl import organism
-    from peft_fsrl.analysis import Correspondence
+    from peft_fsrl.equivalence import Correspondence
 
     creature = organism.load()
     config = peft_fsrl.FSRLConfig(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..records import Correspondence
 from ._style import COLOURS, subplots, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from ...equivalence import Correspondence
 
 
 def plot_correspondence(record: Correspondence) -> Figure:
@@ -48,6 +49,7 @@ def plot_correspondence(record: Correspondence) -> Figure:
     for values, style, label in (
         (record.spanned, "o-", "in their span"),
         (record.explained, "s--", "explained by the refitted adapter"),
+        (record.chance, ":", "in their span by chance"),
     ):
         features.plot(record.n_features, values, style, color=COLOURS[0], label=label)
     features.set(xscale="log", ylim=(0, 1.03), xlabel="features chosen blindly")

@@ -11,7 +11,6 @@ from .effects import (
     SteeringLevel,
     StratumEffect,
 )
-from .equivalence import Correspondence, StandIn
 from .preferences import LengthBucket, PreferenceScores, WinRate
 from .texts import (
     Continuation,
@@ -62,7 +61,6 @@ __all__ = [
     "Composition",
     "Context",
     "Continuation",
-    "Correspondence",
     "Curve",
     "Detection",
     "ErrorRates",
@@ -91,7 +89,6 @@ __all__ = [
     "SAEFit",
     "Setting",
     "Spend",
-    "StandIn",
     "StaticDynamic",
     "SteeredFeature",
     "SteeredToken",

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from ..steering import base_model, scale_steering
-from ..training.running import evaluating
-from .capture import Batches, check_batches, model_inputs, scored_tokens
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
+from ..steering import base_model
+from ..training.likelihood import compute_kl, next_log_probabilities
+from ..training.running import as_base, evaluating
+from .batches import Batches, check_batches, model_inputs, scored_tokens
 
 BASE, FSRL = "base", "FSRL"
 
@@ -52,7 +48,10 @@ class Comparison:
         return (base - self.models[name].loss) / (base - fsrl) if base != fsrl else float("nan")
 
     def kept_kl(self, name: str) -> float:
-        """``1 - KL(FSRL || name) / KL(FSRL || base)``; nan where the adapter has no effect."""
+        """``1 - KL(FSRL || name) / KL(FSRL || base)``; nan where the adapter has no effect.
+
+        Below 0 where the base model is nearer to the steered one than the stand-in is.
+        """
         base = self.models[BASE].kl
         return 1 - self.models[name].kl / base if base else float("nan")
 
@@ -64,7 +63,7 @@ class Comparison:
         return "\n".join(rows)
 
 
-def compare(
+def measure_fidelity(
     model: nn.Module,
     data: Batches,
     stand_ins: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
@@ -75,11 +74,11 @@ def compare(
         model: a causal language model with FSRL adapters.
         data: batches of ``input_ids``, ``attention_mask`` and, to score some tokens only,
             ``labels`` with -100 elsewhere.
-        stand_ins: by name, a function that returns a context in which ``model``, not steered, acts
-            as the stand-in.
+        stand_ins: by name, a function that returns a context in which the base model acts as the
+            stand-in; see ``SingleLoRA.stand_ins``.
 
     Raises:
-        TypeError: see ``capture.check_batches``.
+        TypeError: see ``batches.check_batches``.
         ValueError: if no token is scored.
     """
     entered = {BASE: nullcontext, **(stand_ins or {})}
@@ -88,24 +87,17 @@ def compare(
     inner = base_model(model)
     with evaluating(model):
         for batch in check_batches(data):
-            inputs, mask = model_inputs(batch, inner), scored_tokens(batch)[:, 1:]
-            targets = batch["input_ids"].cpu()[:, 1:][mask]
+            inputs, scored = model_inputs(batch, inner), scored_tokens(batch)
+            targets = batch["input_ids"].cpu()[scored][:, None]
             n_tokens += len(targets)
-            steered = _log_probabilities(inner, inputs, mask)
-            totals[FSRL][0] -= steered.gather(1, targets[:, None]).sum()
+            steered = next_log_probabilities(inner, inputs, scored, torch.float64).cpu()
+            totals[FSRL][0] -= steered.gather(1, targets).sum()
             for name, enter in entered.items():
-                with scale_steering(model, 0.0), enter():
-                    found = _log_probabilities(inner, inputs, mask)
-                totals[name][0] -= found.gather(1, targets[:, None]).sum()
-                totals[name][1] += F.kl_div(found, steered, log_target=True, reduction="sum")
+                with as_base(model), enter():
+                    found = next_log_probabilities(inner, inputs, scored, torch.float64).cpu()
+                totals[name][0] -= found.gather(1, targets).sum()
+                totals[name][1] += compute_kl(steered, found).sum()
     if not n_tokens:
         raise ValueError("Expected at least one token to predict, found none.")
     figures = {name: Fidelity(*(total / n_tokens).tolist()) for name, total in totals.items()}
     return Comparison(n_tokens, {BASE: figures.pop(BASE), FSRL: figures.pop(FSRL), **figures})
-
-
-def _log_probabilities(
-    model: nn.Module, inputs: Mapping[str, Any], mask: Tensor
-) -> Float[Tensor, "n vocabulary"]:
-    logits = model(**inputs).logits[:, :-1]
-    return torch.log_softmax(logits[mask.to(logits.device)].double(), dim=-1).cpu()
