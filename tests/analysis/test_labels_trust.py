@@ -113,7 +113,7 @@ def test_comparisons_that_cannot_be() -> None:
         compare_labels(a, a, ["tone"])
     with pytest.raises(ValueError, match=r"both label, found 1: 'a' labels 2, 'b' labels 2"):
         compare_labels(a, labels_of({"style": [True, True]}, "b", features=[1, 2]))
-    with pytest.raises(ValueError, match="the d_sae is 2 in 'a' and 3 in 'b'"):
+    with pytest.raises(ValueError, match="an SAE with 2 features, but this one has 3"):
         compare_labels(a, labels_of({"style": [True, True]}, "b", d_sae=3))
     with pytest.raises(ValueError, match="at least two labellings"):
         compare_judges([a])

@@ -124,10 +124,13 @@ def collect_judgements(
     questions = [(feature, name) for feature in known for name in systems]
     prompts = [_chat(systems[name], known[feature]) for feature, name in questions]
     answers = [judge.ask(prompts, sample=n) for n in range(samples)]
-    return tuple(
-        _judgement(feature, name, [parse_verdict(answer) for answer in given])
-        for (feature, name), *given in zip(questions, *answers, strict=True)
-    )
+    judgements = []
+    for (feature, name), *given in zip(questions, *answers, strict=True):
+        verdicts, confidences = zip(*map(parse_verdict, given), strict=True)
+        claimed = [confidence for confidence in confidences if confidence is not None]
+        confidence = sum(claimed) / len(claimed) if claimed else None
+        judgements.append(Judgement(feature, name, verdicts, confidence))
+    return tuple(judgements)
 
 
 def judge_features(
@@ -171,7 +174,9 @@ def judge_features(
             undecided.append(feature)
             continue
         names = tuple(judgement.category for judgement in found if judgement.verdict)
-        labels.append(FeatureLabel(feature, None, names, _agreement(found)))
+        agreement = sum(j.verdicts.count(j.verdict) for j in found) / (samples * len(found))
+        quality = agreement if samples > 1 else None
+        labels.append(FeatureLabel(feature, None, names, quality))
     _warn(judge, len(undecided), len(by_feature), "labels")
     names = tuple(category.name for category in categories)
     judged = Labels(f"judge {judge.model}", names, None, None, tuple(labels), tuple(undecided))
@@ -350,8 +355,9 @@ def render_evidence(evidence: FeatureEvidence | None, description: str | None) -
         share = f"active on {evidence.density:.3%} of all tokens"
         parts.append("\n".join([f"Contexts, strongest first ({share}):", *contexts]))
     if evidence is not None and evidence.promoted:
-        parts.append(f"Tokens that it promotes: {_quoted(evidence.promoted)}")
-        parts.append(f"Tokens that it suppresses: {_quoted(evidence.suppressed)}")
+        for what, tokens in ("promotes", evidence.promoted), ("suppresses", evidence.suppressed):
+            quoted = ", ".join(repr(token.strip() or token) for token in tokens)
+            parts.append(f"Tokens that it {what}: {quoted}")
     if not parts:
         raise ValueError(
             "Expected a feature with a description, contexts or tokens to judge by, got nothing."
@@ -372,10 +378,6 @@ def render_context(context: Context, *, marked: bool = True) -> str:
     return text.replace("\n", "\\n")
 
 
-def _quoted(tokens: Sequence[str]) -> str:
-    return ", ".join(repr(token.strip() or token) for token in tokens)
-
-
 def _render_material(material: Material, descriptions: Labels | None) -> dict[int, str]:
     evidence: dict[int, FeatureEvidence] = {}
     words: dict[int, str | None] = {}
@@ -389,21 +391,6 @@ def _render_material(material: Material, descriptions: Labels | None) -> dict[in
     if not known:
         raise ValueError("Expected at least one feature to judge, got none.")
     return {f: render_evidence(evidence.get(f), words.get(f)) for f in known}
-
-
-def _judgement(
-    feature: int, category: str, answers: Sequence[tuple[bool | None, float | None]]
-) -> Judgement:
-    claimed = [confidence for _, confidence in answers if confidence is not None]
-    confidence = sum(claimed) / len(claimed) if claimed else None
-    return Judgement(feature, category, tuple(verdict for verdict, _ in answers), confidence)
-
-
-def _agreement(judgements: Sequence[Judgement]) -> float | None:
-    if len(judgements[0].verdicts) < 2:
-        return None
-    shares = [j.verdicts.count(j.verdict) / len(j.verdicts) for j in judgements]
-    return sum(shares) / len(shares)
 
 
 def _confidence(text: str) -> float | None:

@@ -22,6 +22,7 @@ BUCKET = "https://neuronpedia-datasets.s3.us-east-1.amazonaws.com"
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 # What an id and a file may be called: one step down in a folder, never up or elsewhere.
 _NAME = re.compile(r"\w[\w.+-]*", flags=re.ASCII)
+_SPACE = re.compile(r"\s+")
 # Characters of one explanation. The largest seen, with an embedding, has a tenth.
 _LONGEST = 2**20
 # Bytes of one answer of the bucket that is no file, and such answers: a page names 1,000 files.
@@ -240,9 +241,8 @@ def _items(text: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 def _skip_space(text: str, at: int) -> int:
-    while text[at : at + 1].isspace():
-        at += 1
-    return at
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
 
 
 def _decode(text: str, where: str, at: int = 0) -> tuple[Any, int]:

@@ -98,14 +98,10 @@ def propagate(
     for categories in tqdm(draws, total=n_draws, **bar):
         for name, value in measure(categories).items():
             drawn[name].append(value)
+    if not isinstance(reference, Mapping):
+        reference = dict.fromkeys(measured, reference)
     return tuple(
-        _robustness(
-            name,
-            value,
-            drawn[name],
-            reference[name] if isinstance(reference, Mapping) else reference,
-            level,
-        )
+        _robustness(name, value, drawn[name], reference[name], level)
         for name, value in measured.items()
     )
 
@@ -139,16 +135,8 @@ def propagate_composition(
                 references[name] = 0.0
         return figures
 
-    return propagate(
-        labels,
-        rates,
-        measure,
-        reference=references,
-        strata=strata,
-        n_draws=n_draws,
-        level=level,
-        seed=seed,
-    )
+    how: dict[str, Any] = {"strata": strata, "n_draws": n_draws, "level": level, "seed": seed}
+    return propagate(labels, rates, measure, reference=references, **how)
 
 
 def propagate_ablation(
@@ -176,17 +164,8 @@ def propagate_ablation(
             figures[f"rise without {one} less rise without {other}"] = rises[one] - rises[other]
         return figures
 
-    return propagate(
-        labels,
-        rates,
-        measure,
-        reference=0.0,
-        strata=strata,
-        n_draws=n_draws,
-        level=level,
-        seed=seed,
-        progress=progress,
-    )
+    how: dict[str, Any] = {"strata": strata, "n_draws": n_draws, "level": level, "seed": seed}
+    return propagate(labels, rates, measure, reference=0.0, progress=progress, **how)
 
 
 def strata_by_use(counts: FeatureCounts, n: int = 4) -> list[list[int]]:

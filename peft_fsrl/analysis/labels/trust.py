@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 from ...records import Interval, Record
 from .. import statistics
-from .source import Labels
+from .source import FeatureLabel, Labels, require_fit
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,7 @@ def compare_labels(
             or fewer than two features in common.
         ImportError: without the ``audit`` extra.
     """
-    for name in ("fingerprint", "d_sae"):
-        one, other = getattr(judged, name), getattr(reference, name)
-        if None not in (one, other) and one != other:
-            raise ValueError(
-                f"Expected labels of one SAE, but the {name} is {one} in {judged.source!r} and "
-                f"{other} in {reference.source!r}."
-            )
+    require_fit(judged, d_sae=reference.d_sae, fingerprint=reference.fingerprint)
     known = [name for name in judged.categories if name in reference.categories]
     wanted = known if categories is None else list(categories)
     if not wanted or not set(wanted) <= set(known):
@@ -84,25 +77,24 @@ def compare_labels(
             f"Expected at least two features that both label, found {len(common)}: "
             f"{judged.source!r} labels {len(ours)}, {reference.source!r} labels {len(theirs)}."
         )
-    agreements = []
-    for name in wanted:
+
+    def agreement(name: str) -> Agreement:
         a = [name in ours[feature] for feature in common]
         b = [name in theirs[feature] for feature in common]
         pairs = list(zip(a, b, strict=True))
-        agreements.append(
-            Agreement(
-                category=name,
-                judged=judged.source,
-                reference=reference.source,
-                both=pairs.count((True, True)),
-                only_judged=pairs.count((True, False)),
-                only_reference=pairs.count((False, True)),
-                neither=pairs.count((False, False)),
-                mcc=statistics.matthews_correlation(a, b, level=level, seed=seed),
-                kappa=statistics.cohen_kappa(a, b, level=level, seed=seed),
-            )
+        return Agreement(
+            name,
+            judged.source,
+            reference.source,
+            both=pairs.count((True, True)),
+            only_judged=pairs.count((True, False)),
+            only_reference=pairs.count((False, True)),
+            neither=pairs.count((False, False)),
+            mcc=statistics.matthews_correlation(a, b, level=level, seed=seed),
+            kappa=statistics.cohen_kappa(a, b, level=level, seed=seed),
         )
-    return tuple(agreements)
+
+    return tuple(map(agreement, wanted))
 
 
 def compare_judges(
@@ -143,33 +135,27 @@ def majority_labels(labellings: Sequence[Labels]) -> Labels:
     """
     if len(labellings) < 2:
         raise ValueError(f"Expected at least two labellings, got {len(labellings)}.")
-    names = [
-        name
-        for name in labellings[0].categories
-        if all(name in labels.categories for labels in labellings)
-    ]
-    by_feature = [{label.feature: label for label in labels.features} for labels in labellings]
-    common = [f for f in by_feature[0] if all(f in labels for labels in by_feature)]
+    first, *others = labellings
+    names = [n for n in first.categories if all(n in labels.categories for labels in others)]
+    said: dict[int, list[FeatureLabel]] = {}
+    for label in itertools.chain(*(labels.features for labels in labellings)):
+        said.setdefault(label.feature, []).append(label)
+    common = [each.feature for each in first.features if len(said[each.feature]) > len(others)]
     if not names or not common:
         raise ValueError("Expected labellings with categories and features in common.")
     features, undecided = [], []
     for feature in common:
-        said = [labels[feature] for labels in by_feature]
-        shares = {name: sum(name in s.categories for s in said) / len(said) for name in names}
+        n = len(labellings)
+        shares = {name: sum(name in s.categories for s in said[feature]) / n for name in names}
         if 0.5 in shares.values():
             undecided.append(feature)
             continue
         quality = sum(max(share, 1 - share) for share in shares.values()) / len(shares)
         chosen = tuple(name for name, share in shares.items() if share > 0.5)
-        features.append(dataclasses.replace(said[0], categories=chosen, quality=quality))
+        features.append(FeatureLabel(feature, said[feature][0].description, chosen, quality))
     source = "majority of " + ", ".join(labels.source for labels in labellings)
-    return dataclasses.replace(
-        labellings[0],
-        source=source,
-        categories=tuple(names),
-        features=tuple(features),
-        undecided=tuple(undecided),
-    )
+    found = tuple(names), first.d_sae, first.fingerprint, tuple(features), tuple(undecided)
+    return Labels(source, *found)
 
 
 @dataclass(frozen=True)
@@ -196,14 +182,8 @@ class ErrorRates(Record):
 
 def error_rates(agreement: Agreement) -> ErrorRates:
     """The judge's errors as an agreement with the truth has counted them."""
-    return ErrorRates(
-        agreement.category,
-        agreement.both,
-        agreement.only_judged,
-        agreement.only_reference,
-        agreement.neither,
-        exact=False,
-    )
+    a = agreement
+    return ErrorRates(a.category, a.both, a.only_judged, a.only_reference, a.neither, exact=False)
 
 
 def error_rates_for_mcc(
