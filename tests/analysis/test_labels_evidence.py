@@ -64,10 +64,10 @@ def test_contexts_and_density_against_loops(architecture: str) -> None:
     assert [evidence.feature for evidence in found] == features
     rows = [row for row in ROWS if not is_held_out(row, 0.3)]
     assert 0 < len(rows) < len(ROWS)
+    texts = [naive_acts(row, architecture) for row in rows]
     for evidence in found:
         peaks, active, counted = [], 0, 0
-        for row in rows:
-            ids, acts = naive_acts(row, architecture)
+        for ids, acts in texts:
             values = [
                 0.0 if token in SPECIAL else float(acts[i, evidence.feature])
                 for i, token in enumerate(ids)

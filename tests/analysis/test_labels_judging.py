@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -456,12 +455,8 @@ def transformers_server(tmp_path: Path) -> Iterator[str]:
                 time.sleep(0.2)
         yield f"{url}/v1"
     finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        server.kill()
+        server.wait()
         log.close()
 
 

@@ -77,7 +77,7 @@ def test_confusion_mcc_and_kappa_by_hand() -> None:
 
 
 def test_what_is_resampled_is_what_scikit_learn_computes() -> None:
-    for table in itertools.product(range(4), repeat=4):
+    for table in itertools.product(range(3), repeat=4):
         a = np.repeat([1.0, 1.0, 0.0, 0.0], table)
         b = np.repeat([1.0, 0.0, 1.0, 0.0], table)
         if len(a) < 2:
@@ -237,7 +237,8 @@ def test_intervals_cover_the_truth(tied_to_truth: bool) -> None:
         rates = ErrorRates("style", *table, int((~a & ~b).sum()), exact=False)
         true = composition_of(counts, {"style": np.flatnonzero(truth).tolist()})["style"]
         judged = labels_of({"style": verdict.tolist()})
-        for name, strata in (("plain", None), ("strata", strata_by_use(counts, 1))):
+        tried = {"plain": None, "strata": strata_by_use(counts, 1)}
+        for name, strata in tried.items() if tied_to_truth else [("plain", None)]:
             [found] = propagate_composition(
                 judged, [rates], [counts], strata=strata, n_draws=100, seed=world
             )
