@@ -20,7 +20,11 @@ from pathlib import Path
 from table import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_COPIED = ("peft_fsrl", "tests", "pyproject.toml", "README.md")
+# The package, its tests, and all that tests import or read.
+_COPIED = (
+    *("peft_fsrl", "tests", "tools", "examples", "benchmarks", "docs"),
+    *("pyproject.toml", "README.md", "CHANGELOG.md"),
+)
 _TESTS_FAILED = 1
 _COULD_NOT_RUN = 99
 
@@ -117,9 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chosen = [m for m in MUTANTS if options.only in m.name or options.only in m.file]
     width = max((len(mutant.name) for mutant in chosen), default=0)
+    files = max((len(mutant.file) for mutant in chosen), default=0)
     if options.list:
         for mutant in chosen:
-            print(f"{mutant.file:16} {mutant.name}")
+            print(f"{mutant.file:{files}} {mutant.name}")
         return 0
     preload()
     failures = 0
@@ -138,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             start = time.perf_counter()
             verdict = judge(mutant, folder, output)
             seconds = time.perf_counter() - start
-            print(f"{mutant.file:16} {mutant.name:{width}} {verdict} ({seconds:.0f} s)", flush=True)
+            place = f"{mutant.file:{files}} {mutant.name:{width}}"
+            print(f"{place} {verdict} ({seconds:.0f} s)", flush=True)
             failures += verdict != "killed"
     print(f"{len(chosen) - failures} of {len(chosen)} mutants were killed.")
     return 1 if failures else 0
