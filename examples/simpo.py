@@ -26,10 +26,14 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from peft_fsrl import organism, with_fsrl
 from peft_fsrl.analysis import compute_summary, render_summary, statistics
-from peft_fsrl.training.arguments import FSRLArguments
-from peft_fsrl.training.coherence import CoherenceCallback
-from peft_fsrl.training.data import prepare_preferences, prompt_texts
-from peft_fsrl.training.simpo import SimPOConfig, SimPOTrainer
+from peft_fsrl.training import (
+    CoherenceCallback,
+    FSRLArguments,
+    SimPOConfig,
+    SimPOTrainer,
+    prepare_preferences,
+    prompt_texts,
+)
 
 ORGANISM = "organism"
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "organism.yaml"

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from peft_fsrl import organism
 from peft_fsrl.analysis import SweepPoint, load_sweep, save_sweep
+from peft_fsrl.training import complete_checkpoints
 
 SCRIPT = Path(__file__).parent / "simpo.py"
 BUILDER = Path(__file__).parents[1] / "tools" / "organism"
@@ -99,12 +100,8 @@ class Table:
             fcntl.flock(file, fcntl.LOCK_EX)
             if self._figures(name):
                 return None
-            states = (self.folder / name).glob("checkpoint-*/trainer_state.json")
-            # A state that cannot be read is of a checkpoint that was not written to its end.
-            checkpoints = [path.parent for path in states if read_json(path)]
-            if checkpoints:
-                last = max(checkpoints, key=lambda path: int(path.name.partition("-")[2]))
-                command = [*command, f"--resume_from_checkpoint={last}"]
+            if complete_checkpoints(self.folder / name):
+                command = [*command, "--resume_from_checkpoint=true"]
             file.truncate(0)
             started = time.monotonic()
             subprocess.run([*command, "--overwrite_output=true"], stdout=file, stderr=file)

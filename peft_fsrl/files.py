@@ -23,12 +23,18 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield unfinished
-        # To the disk before the rename: a name must not outlive a power cut that its bytes did not.
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        move_file(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Put a file in the place of another on the same file system; its folder is made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # To the disk before the rename: a name must not outlive a power cut that its bytes did not.
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(source, target)
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:

@@ -1,18 +1,34 @@
-"""The model card of an adapter: what was steered, how it was trained, what it reached."""
+"""The model card of an adapter: what was steered, how it was trained, what an audit found.
+
+The audit's section stands between two comments, of which the first names the SHA-256 of the weights
+that were audited. A card must not praise weights that nobody has looked at.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..files import compute_sha256
 from ..tuner.config import FSRLConfig
+
+CARD = "README.md"
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _PACKAGES = ("peft-fsrl", "peft", "trl", "transformers", "torch", "sae-lens", "datasets")
+
+_START = "<!-- fsrl-audit:start weights={} -->"
+_END = "<!-- fsrl-audit:end -->"
+_SECTION = re.compile(
+    rf"\n*{re.escape(_START).replace(re.escape('{}'), '([0-9a-f]{64})')}.*?{re.escape(_END)}\n*",
+    flags=re.DOTALL,
+)
 
 
 def render_model_card(
@@ -80,6 +96,40 @@ def render_model_card(
         figures=_cells(figures),
         versions=", ".join(_versions()),
     )
+
+
+def put_section(card: str, body: str, weights: str) -> str:
+    """A card with its section replaced, or added at the end.
+
+    Args:
+        card: Markdown.
+        body: of the section, Markdown without comments.
+        weights: SHA-256 of the file of weights that it is about.
+    """
+    # Said to the reader too: PEFT's own `save_pretrained` keeps what it finds in a card.
+    about = f"Of the weights with SHA-256 `{weights}`; of others it says nothing."
+    section = f"{_START.format(weights)}\n{body.strip()}\n\n{about}\n{_END}"
+    return _append(_SECTION.sub("\n\n", card), section)
+
+
+def weights_digest(folder: str | Path) -> str | None:
+    """SHA-256 of the file of weights in an adapter's folder; None if it has none."""
+    paths = [Path(folder, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    files = [path for path in paths if path.is_file()]
+    return compute_sha256(files[0]) if files else None
+
+
+def keep_section(card: str, old_card: str | Path, folder: str | Path) -> str:
+    """A new card with the section of an old one, if that is about the weights in ``folder``."""
+    path = Path(old_card)
+    found = _SECTION.search(path.read_text("utf-8")) if path.is_file() else None
+    if found is None or found[1] != weights_digest(folder):
+        return card
+    return _append(card, found[0].strip())
+
+
+def _append(card: str, section: str) -> str:
+    return f"{card.rstrip()}\n\n{section}\n" if card.strip() else f"{section}\n"
 
 
 def _by_layer(sae_info: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,8 @@ UNUSABLE = ("error", "drop")
 _Settings = tuple[Any, "int | None", bool]
 _SIDES = ("chosen", "rejected")
 _PAIR = ("prompt", *_SIDES)
+# What a chat template is given beside the messages.
+_FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 # With one of these beside a preference pair, TRL takes the row for another task's and refuses it.
 _OTHER_TASKS = ("messages", "completion", "label")
 _NOTES = Features(
@@ -85,7 +88,7 @@ class PreferenceReport:
 def prompt_texts(dataset: Iterable[Mapping[str, Any]], tokenizer: Any, n: int) -> list[str]:
     """The first ``n`` prompts of a preference data set as text, with the chat template applied."""
     pairs = (_extract(row) for row in itertools.islice(dataset, n))
-    return [maybe_apply_chat_template(pair, tokenizer)["prompt"] for pair in pairs]
+    return [_as_text(pair, tokenizer)["prompt"] for pair in pairs]
 
 
 def pair_texts(
@@ -96,7 +99,7 @@ def pair_texts(
     The chat template is applied where rows hold messages.
     """
     pairs = (_extract(row) for row in itertools.islice(dataset, n))
-    texts = (maybe_apply_chat_template(pair, tokenizer) for pair in pairs)
+    texts = (_as_text(pair, tokenizer) for pair in pairs)
     return [{name: text[name] for name in _PAIR} for text in texts]
 
 
@@ -239,8 +242,16 @@ def _describe(index: int, note: Mapping[str, Any]) -> str:
 
 
 def _extract(row: Mapping[str, Any]) -> dict[str, Any]:
-    pair = {name: row[name] for name in (*_PAIR, "chat_template_kwargs") if name in row}
+    pair = {name: row[name] for name in (*_PAIR, *_FOR_TEMPLATES) if name in row}
     return {**pair, **maybe_extract_prompt(pair)}
+
+
+def _as_text(pair: Mapping[str, Any], tokenizer: Any) -> dict[str, str]:
+    """Messages as text, with the row's tools, which may be written as JSON."""
+    tools = pair.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    text: dict[str, str] = maybe_apply_chat_template(dict(pair), tokenizer, tools=tools)
+    return text
 
 
 def _examine(row: Mapping[str, Any], settings: _Settings) -> dict[str, Any]:
@@ -324,5 +335,5 @@ def _drop_exchange(
 
 
 def _tokenize_pair(pair: Mapping[str, Any], tokenizer: Any) -> dict[str, Tokenized]:
-    text = maybe_apply_chat_template(dict(pair), tokenizer)
+    text = _as_text(pair, tokenizer)
     return {side: tokenize(text["prompt"], text[side], tokenizer) for side in _SIDES}

@@ -13,9 +13,6 @@ from ..steering import base_model
 from ..tuner.layer import FSRLLayer
 from ..tuner.placement import decoder_layers
 
-# Of transformers' decoder layers.
-_FLAG = "gradient_checkpointing"
-
 
 @contextmanager
 def without_prefix_graph(model: nn.Module) -> Iterator[bool]:
@@ -23,9 +20,10 @@ def without_prefix_graph(model: nn.Module) -> Iterator[bool]:
 
     A trainer that checkpoints gradients makes the embeddings' output require one, and every frozen
     layer below the first adapter is then recomputed and differentiated for nothing. Inside this
-    block the first decoder layer gets its input detached, and the frozen layers are not
-    checkpointed. It changes no gradient that anybody asked for: nothing is cut where a parameter
-    trains in or below the layer that is steered, or where ``inputs_embeds`` needs a gradient.
+    block the first decoder layer gets its input detached; a checkpointed layer whose inputs need
+    no gradient is not recomputed. It changes no gradient that anybody asked for: nothing is cut
+    where a parameter trains in or below the layer that is steered, or where ``inputs_embeds`` needs
+    a gradient. A reentrant checkpoint complains of inputs without gradients: do not cut there.
 
     Args:
         model: a model with FSRL adapters.
@@ -34,8 +32,8 @@ def without_prefix_graph(model: nn.Module) -> Iterator[bool]:
         Whether passes from token ids are cut.
     """
     inner = base_model(model)
-    frozen = _frozen_layers(inner)
-    if not frozen:
+    first = _first_of_frozen_layers(inner)
+    if first is None:
         yield False
         return
     is_cut = False
@@ -50,54 +48,38 @@ def without_prefix_graph(model: nn.Module) -> Iterator[bool]:
 
     hooks = [
         inner.register_forward_pre_hook(look, with_kwargs=True),
-        frozen[0].register_forward_pre_hook(cut, with_kwargs=True),
+        first.register_forward_pre_hook(cut, with_kwargs=True),
     ]
-    checkpointed = [each for each in map(_wrapped, frozen) if _is_checkpointed(each)]
-    steering = frozen[-1]
-    assert isinstance(steering, FSRLLayer)
-    for layer in checkpointed:
-        setattr(layer, _FLAG, False)
-    steering.recomputes_alone = steering.base_layer in checkpointed
     try:
         yield True
     finally:
-        steering.recomputes_alone = False
-        for layer in checkpointed:
-            setattr(layer, _FLAG, True)
         for hook in hooks:
             hook.remove()
 
 
-def _frozen_layers(inner: nn.Module) -> list[nn.Module]:
-    """The decoder layers up to the lowest one whose adapter trains; none where more trains."""
+def _first_of_frozen_layers(inner: nn.Module) -> nn.Module | None:
+    """The first decoder layer, if nothing trains up to the lowest that is steered and trains."""
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        return []
+        return None
     try:
         paths = decoder_layers(inner)
     except ValueError:
-        return []
+        return None
     stack = [inner.get_submodule(paths[index]) for index in sorted(paths)]
     inside = {id(parameter) for layer in stack for parameter in layer.parameters()}
     if any(p.requires_grad and id(p) not in inside for p in inner.parameters()):
-        return []
-    for index, layer in enumerate(stack):
-        if _any_trains(_wrapped(layer).parameters()):
-            return []
+        return None
+    for layer in stack:
+        wrapped = layer.base_layer if isinstance(layer, FSRLLayer) else layer
+        if _any_trains(wrapped.parameters()):
+            return None
         if isinstance(layer, FSRLLayer) and _any_trains(layer.fsrl_adapter.parameters()):
-            return stack[: index + 1]
-    return []
-
-
-def _wrapped(layer: nn.Module) -> nn.Module:
-    return layer.base_layer if isinstance(layer, FSRLLayer) else layer
+            return stack[0]
+    return None
 
 
 def _any_trains(parameters: Iterable[nn.Parameter]) -> bool:
     return any(parameter.requires_grad for parameter in parameters)
-
-
-def _is_checkpointed(layer: nn.Module) -> bool:
-    return bool(getattr(layer, _FLAG, False))
 
 
 def _needs_gradient(value: Any) -> bool:

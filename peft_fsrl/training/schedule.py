@@ -19,7 +19,7 @@ class PenaltySchedule(TrainerCallback, ExportableState):
     """``scale = min(1, step / warm-up steps) * factor`` on both coefficients of an adapter.
 
     ``factor`` is 1, unless the config names a ``target_l0``: nobody can guess a coefficient, but a
-    sparsity can be named. After every optimiser step ``log factor`` then moves by
+    sparsity can be named. After every optimizer step ``log factor`` then moves by
     ``pull * log(l0 / target_l0) + damping * change of log l0``, smoothed and limited: up while too
     many features are steered, unless their number is already falling fast enough. Its state is in
     the trainer's checkpoints and continues from there.
@@ -29,6 +29,12 @@ class PenaltySchedule(TrainerCallback, ExportableState):
         self.log_factor: dict[str, float] = {}
         self.log_l0: dict[str, float] = {}
         self._seen: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+
+    def reset(self) -> None:
+        """Begin as a new run does, whatever the weight was moved to in another one."""
+        self.log_factor.clear()
+        self.log_l0.clear()
+        self._seen.clear()
 
     def scale(self, adapter_name: str, config: Any, state: Any) -> float:
         """The factor of an adapter's coefficients at the step that ``state`` is in."""

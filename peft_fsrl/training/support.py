@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import transformers
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..steering import adapter_configs, base_model, fsrl_layers
-
-# Older transformers wrap a layer's call in a checkpoint, newer ones its forward, without its hooks.
-CHECKPOINTS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
+from ..tuner.layer import FSRLLayer
 
 
-def require_compute_loss(trainer_class: type[Trainer]) -> None:
-    """Refuse a trainer whose training step does not go through ``compute_loss``.
+def refuse_vllm(arguments: Iterable[Any]) -> None:
+    """Refuse a trainer that would send merged weights to vLLM, before it looks for a server.
+
+    Args:
+        arguments: of the trainer; its settings are among them.
 
     Raises:
-        TypeError: naming the class whose ``training_step`` replaces the stock one.
+        ValueError: for settings with ``use_vllm=True``.
     """
-    for owner in trainer_class.__mro__:
-        if owner is Trainer:
-            return
-        step = vars(owner).get("training_step")
-        if step is None:
-            continue
-        names = inspect.unwrap(step).__code__.co_names
-        if "compute_loss" in names:
-            return
-        if "training_step" not in names:
-            raise TypeError(
-                f"{owner.__name__}.training_step makes its loss without `compute_loss`, where the "
-                "FSRL penalty is added. Train with one of CPOTrainer, DPOTrainer, KTOTrainer, "
-                "ORPOTrainer, SFTTrainer, GRPOTrainer, RLOOTrainer or Trainer, or set "
-                "l1_coeff=0 and use the trainer as it is."
+    for value in arguments:
+        if getattr(value, "use_vllm", False) is True:
+            raise ValueError(
+                f"{type(value).__name__} has use_vllm=True: TRL then sends the base model's "
+                "weights, with the adapter merged into them, and an FSRL adapter cannot be merged. "
+                "Set use_vllm=False, to sample with the model that is trained."
             )
 
 
@@ -46,8 +39,8 @@ def require_support(trainer: Trainer) -> None:
 
     Raises:
         ValueError: no FSRL adapter; gradient checkpointing that would lose the penalty; several
-            GPUs in one process; sequences that are joined without a mask; processes that were
-            launched together but do not know of each other.
+            GPUs in one process; sequences that are joined without a mask; an encoder-decoder;
+            processes that were launched together but do not know of each other.
     """
     model, args = trainer.model, trainer.args
     _require_one_job(args.world_size)
@@ -59,16 +52,109 @@ def require_support(trainer: Trainer) -> None:
             "share the original's hooks. Start one process per GPU with `accelerate launch`, or "
             "set CUDA_VISIBLE_DEVICES to one of them."
         )
-    if args.gradient_checkpointing:
-        _require_penalty_outside_checkpoints(model, args.gradient_checkpointing_kwargs or {})
-    if getattr(trainer, "padding_free", False):
-        sequence = [n for n, c in adapter_configs(model).items() if c.penalty_reduction != "token"]
-        if sequence:
+    if reentrant(args):
+        _require_penalty_outside_checkpoints(model)
+    if getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base_model(model)).__name__} is an encoder-decoder: its attention mask says "
+            "which of the encoder's tokens are real, not which of the decoder's, and the penalty "
+            "would count padding. Train a decoder-only model, or set l1_coeff=0 and l0_coeff=0 and "
+            "use the trainer as it is."
+        )
+    if getattr(trainer, "padding_free", False) or getattr(args, "packing", False):
+        require_reduction_by_token(model)
+
+
+def reentrant(args: Any) -> bool:
+    """Whether gradient checkpoints, if there are any, are reentrant."""
+    return bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False))
+
+
+def require_reduction_by_token(model: nn.Module) -> None:
+    """Refuse sequences that are joined into one row where the penalty takes its mean by sequence.
+
+    Raises:
+        ValueError: naming the adapter.
+    """
+    for name, config in adapter_configs(model).items():
+        if config.penalty_reduction != "token":
             raise ValueError(
-                "Without padding, sequences are joined into one row and the penalty cannot tell "
-                f"them apart, but adapter '{sequence[0]}' takes its mean by sequence. Set "
-                "padding_free=False and packing=False, or penalty_reduction='token'."
+                "Sequences are joined into one row and the penalty cannot tell them apart, but "
+                f"adapter '{name}' takes its mean by sequence. Set padding_free=False and "
+                "packing=False, take a collator that pads, or set penalty_reduction='token'."
             )
+
+
+@contextmanager
+def require_real_tokens(model: nn.Module) -> Iterator[None]:
+    """Refuse forward passes that do not say which tokens are real, or where a sequence ends.
+
+    Raises:
+        ValueError: at the pass, for an attention mask that is not two-dimensional, or for positions
+            that start again within a row that has no mask.
+    """
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+            raise ValueError(
+                f"Expected an `attention_mask` of shape (batch, seq), found {found}: it does not "
+                "say which tokens are padding, and the penalty would count them. Pass the "
+                "two-dimensional mask, or set l1_coeff=0 and l0_coeff=0 and use the trainer as it "
+                "is."
+            )
+        # Of several axes are the positions of images and videos.
+        if mask is None and isinstance(positions, Tensor) and positions.dim() == 2:
+            starts_again = (positions[:, 1:] <= positions[:, :-1]).any()
+            if starts_again:
+                require_reduction_by_token(model)
+
+    hook = base_model(model).register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class WidePrecision:
+    """Keeps FSRL adapters as wide as they are, where TRL narrows what trains.
+
+    On a base model in 4 or 8 bits TRL casts trainable parameters to bfloat16, for LoRA. There a
+    threshold that a step moves by less than 0.2 % of its size does not move at all.
+
+    Args:
+        model: what the trainer is given; anything but a quantized model is left alone.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._kept: dict[str, Tensor] = {}
+        if isinstance(model, nn.Module) and _is_quantized(model):
+            self._kept = {n: p.detach().to("cpu", copy=True) for n, p in _adapters(model).items()}
+
+    def restore(self, model: nn.Module) -> None:
+        """Put back what was narrowed since, and widen what the trainer has made since."""
+        if not _is_quantized(model):
+            return
+        for name, parameter in _adapters(model).items():
+            if name in self._kept:
+                parameter.data = self._kept[name].to(parameter.device)
+            elif parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.detach().float()
+
+
+def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{layer.layer_name}.{name}": parameter
+        for layer in model.modules()
+        if isinstance(layer, FSRLLayer)
+        for name, parameter in layer.fsrl_adapter.named_parameters()
+    }
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    inner = base_model(model)
+    return any(getattr(inner, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
 
 
 def _require_one_job(world_size: int) -> None:
@@ -81,15 +167,7 @@ def _require_one_job(world_size: int) -> None:
         )
 
 
-def _require_penalty_outside_checkpoints(model: nn.Module, settings: dict[str, Any]) -> None:
-    if CHECKPOINTS_HOOKS:
-        raise ValueError(
-            f"transformers {transformers.__version__} recomputes a layer's hooks with the "
-            "layer, and the penalty would not survive that. Set gradient_checkpointing=False, "
-            "or install transformers 5.23 or newer (Python 3.11)."
-        )
-    if not settings.get("use_reentrant"):
-        return
+def _require_penalty_outside_checkpoints(model: nn.Module) -> None:
     steering = set(fsrl_layers(model).values())
     for name, module in base_model(model).named_modules():
         inside = steering & set(module.modules())

@@ -1,31 +1,38 @@
 """The sparsity penalty in any TRL or transformers trainer.
 
 ``with_fsrl(CPOTrainer)`` is a subclass of a stock trainer that adds the penalty of the active FSRL
-adapters to the training loss, logs what the steering costs, and gives thresholds their own learning
-rate. It copies nothing of the trainer. Evaluation is left alone: ``eval_loss`` is the preference
-loss, comparable with any other method's.
+adapters to the training loss, logs what the steering costs, gives thresholds their own learning
+rate, and never saves half of an adapter or one that has diverged. It copies nothing of the trainer.
+Evaluation is left alone: ``eval_loss`` is the preference loss, comparable with any other method's.
 """
 
 from __future__ import annotations
 
-import os
+from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..files import write_text_atomically
 from ..steering import ForwardRecord, SteeringMonitor, adapter_configs, base_model, fsrl_layers
-from .card import render_model_card
-from .card_section import keep_section
-from .metrics import Means, token_totals
-from .nonfinite import NonfiniteReport
+from .card import CARD, keep_section, render_model_card
+from .checkpoints import find_checkpoint, mark_complete, replacing_adapter, require_same_run
+from .metrics import Means, NonfiniteReport, token_totals
 from .penalty import SparsityPenalty
 from .prefix import without_prefix_graph
-from .resume import find_checkpoint
 from .schedule import PenaltySchedule
-from .support import require_compute_loss, require_support
+from .support import (
+    WidePrecision,
+    reentrant,
+    refuse_vllm,
+    require_real_tokens,
+    require_support,
+)
 from .thresholds import group_thresholds
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)
@@ -47,6 +54,16 @@ _CARD_SETTINGS = (
 )
 
 
+class _RunStart(TrainerCallback):
+    """Calls the trainer when training begins, and when it begins anew with smaller batches."""
+
+    def __init__(self, begin: Any) -> None:
+        self._begin = begin
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._begin()
+
+
 class FSRLTrainerMixin(Trainer):
     """Put before a trainer class: ``class MyTrainer(FSRLTrainerMixin, CPOTrainer)``.
 
@@ -59,29 +76,76 @@ class FSRLTrainerMixin(Trainer):
 
     Raises:
         ValueError: the model has no FSRL adapter, or the settings would make the penalty wrong.
-        RuntimeError: at the first step, the trainer goes past the model's own forward.
+        RuntimeError: at the first step, the trainer goes past ``compute_loss`` or past the model's
+            own forward.
+        FloatingPointError: at the step whose loss is nan or inf, before anything is changed by it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        refuse_vllm((*args, *kwargs.values()))
+        precision = WidePrecision(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
-        require_support(self)
         assert isinstance(self.model, nn.Module)
-        self.fsrl_penalty = SparsityPenalty(self.model)
+        precision.restore(self.model)
+        require_support(self)
         self.add_callback(PenaltySchedule())
+        self.add_callback(_RunStart(self._fsrl_begin))
         self._fsrl_metrics = {"train": Means(), "eval": Means()}
         self._fsrl_nonfinite = NonfiniteReport()
         self._fsrl_evaluated: list[ForwardRecord] | None = None
         self._fsrl_scales: dict[str, float] = {}
+        self._fsrl_reached = False
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """The trainer's own, but ``True`` passes over a checkpoint that was not finished."""
+        """The trainer's own; resumes only what was written to its end, for the same adapter.
+
+        Raises:
+            ValueError: no complete checkpoint, or one of another adapter.
+        """
         if resume_from_checkpoint:
             resume_from_checkpoint = find_checkpoint(
                 str(self.args.output_dir), resume_from_checkpoint
             )
+            assert isinstance(self.model, nn.Module)
+            require_same_run(self.model, resume_from_checkpoint)
+        elif self.model_init is not None:
+            # A new model: what was learned of the weight of its penalty is another model's.
+            self._fsrl_schedule.reset()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _fsrl_begin(self) -> None:
+        # The model may be another one than before, and what was counted is of what failed.
+        require_support(self)
+        self._fsrl_metrics["train"].clear()
+        self._fsrl_nonfinite = NonfiniteReport()
+        self._fsrl_scales = {}
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The trainer's own, which must come by ``compute_loss`` and give a finite loss."""
+        self._fsrl_reached = False
+        loss = super().training_step(*args, **kwargs)
+        if not self._fsrl_reached:
+            raise RuntimeError(
+                f"{self._fsrl_trainer_name} makes its loss without `compute_loss`, where the FSRL "
+                "penalty is added. Train with one of CPOTrainer, DPOTrainer, KTOTrainer, "
+                "ORPOTrainer, SFTTrainer, GRPOTrainer, RLOOTrainer or Trainer, or set l1_coeff=0 "
+                "and use the trainer as it is."
+            )
+        # With a scaler, float16 skips the steps that overflow, and goes on.
+        if self.accelerator.scaler is None and not torch.isfinite(loss):
+            causes = self._fsrl_nonfinite.describe() or [
+                "No token had nan or inf where an adapter steers, so it came into the loss "
+                "afterwards: an answer without tokens divides by zero. Look for prompts as long as "
+                "max_length with `prepare_preferences`."
+            ]
+            raise FloatingPointError(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}: training would "
+                f"go on without learning anything. The adapter is as the last step left it. "
+                f"{' '.join(causes)}"
+            )
+        return loss
 
     def compute_loss(
         self,
@@ -91,6 +155,7 @@ class FSRLTrainerMixin(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The trainer's own loss plus the penalty of the forward passes that it made."""
+        self._fsrl_reached = True
         call = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         if self._fsrl_evaluated is not None:
             # What came before in this evaluation step, such as sampling, is not what is evaluated.
@@ -101,11 +166,12 @@ class FSRLTrainerMixin(Trainer):
         # Attached for this call only: other forward passes (generation, a later trainer of the same
         # model) are none of this trainer's business.
         monitor = SteeringMonitor(self.model, records.append)
-        with without_prefix_graph(self.model), monitor:
+        cut = nullcontext() if reentrant(self.args) else without_prefix_graph(self.model)
+        with cut, require_real_tokens(self.model), monitor:
             result = super().compute_loss(model, inputs, **call)
         if monitor.missed is not None:
             raise RuntimeError(
-                f"{type(self).__mro__[2].__name__} steered at '{monitor.missed}' without a call of "
+                f"{self._fsrl_trainer_name} steered at '{monitor.missed}' without a call of "
                 f"{type(base_model(self.model)).__name__}, where the FSRL penalty is measured: it "
                 "calls a module inside. Switch off what does so (a fused or chunked loss), or set "
                 "l1_coeff=0 and l0_coeff=0 and use the trainer as it is."
@@ -180,26 +246,36 @@ class FSRLTrainerMixin(Trainer):
         """Write ``README.md`` with the SAE, the settings and the last evaluation's figures."""
         if not self.is_world_process_zero():
             return
-        directory = str(self.args.output_dir)
-        name = model_name or self.hub_model_id or os.path.basename(os.path.abspath(directory))
+        folder = Path(self.args.output_dir)
+        name = model_name or self.hub_model_id or folder.resolve().name
         extra = [tags] if isinstance(tags, str) else list(tags or [])
-        self._write_card(directory, name, dataset_name, extra)
+        self._write_card(folder, name, dataset_name, extra, old=folder)
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        super()._save(output_dir, *args, **kwargs)
+        folder = str(output_dir or self.args.output_dir)
         if not self.args.should_save:
-            return
-        # PEFT has just written a blank form there.
-        directory = str(output_dir or self.args.output_dir)
-        self._write_card(directory, os.path.basename(os.path.abspath(directory)), None, [])
+            return super()._save(folder, *args, **kwargs)
+        with replacing_adapter(folder) as staging:
+            super()._save(str(staging), *args, **kwargs)
+            # PEFT has just written a blank form there.
+            self._write_card(staging, Path(folder).resolve().name, None, [], old=Path(folder))
 
-    def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_rng_state(*args, **kwargs)
-        # What follows, the trainer's state, says that the checkpoint is complete.
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Older checkpoints go when this one is complete, which is after the last process's part.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run = self._get_output_dir(trial=trial)
+            mark_complete(Path(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(run, limit, best_model_checkpoint=best, use_mtime=True)
 
     def _write_card(
-        self, directory: str, name: str, dataset_name: str | None, tags: list[str]
+        self, folder: Path, name: str, dataset_name: str | None, tags: list[str], old: Path
     ) -> None:
         assert isinstance(self.model, nn.Module)
         inner = base_model(self.model)
@@ -210,15 +286,20 @@ class FSRLTrainerMixin(Trainer):
             next(iter(adapter_configs(self.model).values())),
             base_model=getattr(inner, "name_or_path", None) or None,
             model_name=name.split("/")[-1],
-            adapter_id=self.hub_model_id or directory,
-            training={"trainer": type(self).__mro__[2].__name__, **settings},
+            adapter_id=self.hub_model_id or str(old),
+            training={"trainer": self._fsrl_trainer_name, **settings},
             figures={k: v for k, v in last.items() if k.startswith("eval_") and "_per_" not in k},
             dataset_name=dataset_name,
             tags=tags,
         )
-        os.makedirs(directory, exist_ok=True)
-        card.content = keep_section(card.content, directory)
-        card.save(os.path.join(directory, "README.md"))
+        text = keep_section(str(card), old / CARD, folder)
+        write_text_atomically(folder / CARD, text)
+
+    @property
+    def _fsrl_trainer_name(self) -> str:
+        """Of the class that this one extends, however often it was extended since."""
+        classes = type(self).__mro__
+        return classes[classes.index(FSRLTrainerMixin) + 1].__name__
 
     @property
     def _fsrl_schedule(self) -> PenaltySchedule:
@@ -235,7 +316,8 @@ class FSRLTrainerMixin(Trainer):
             name: schedule.scale(name, config, self.state) for name, config in configs.items()
         }
         batch_sizes = torch.tensor([float(r.tokens[0].l1.shape[0]) for r in records])
-        terms = torch.stack([self.fsrl_penalty(record, scales) for record in records])
+        penalise = SparsityPenalty(self.model)
+        terms = torch.stack([penalise(record, scales) for record in records])
         weights = (batch_sizes / batch_sizes.sum()).to(terms)
         penalty = (terms * weights).sum()
         mean = self.accelerator.reduce(penalty.detach(), reduction="mean")
@@ -287,13 +369,9 @@ def with_fsrl(trainer_class: type[TrainerT]) -> type[TrainerT]:
     Args:
         trainer_class: ``transformers.Trainer`` or a trainer of TRL.
 
-    Raises:
-        TypeError: for a trainer that makes its loss without ``compute_loss``.
-
     Example:
         ``with_fsrl(CPOTrainer)(model, args=args, peft_config=FSRLConfig(...), ...)``
     """
     if issubclass(trainer_class, FSRLTrainerMixin):
         return trainer_class
-    require_compute_loss(trainer_class)
     return type(f"FSRL{trainer_class.__name__}", (FSRLTrainerMixin, trainer_class), {})

@@ -18,7 +18,6 @@ from peft import PeftModel
 from peft.config import PeftConfigMixin
 from transformers.integrations import PeftAdapterMixin
 
-from ..training.card_section import drop_stale_section
 from .folder import finish_save, replacing, verify
 
 _NAME = "FSRL"
@@ -54,7 +53,6 @@ def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
             return original(self, save_directory, *args, **kwargs)
         with replacing(save_directory) as staging:
             original(self, str(staging), *args, **kwargs)
-            drop_stale_section(staging)
 
     return save_pretrained
 

@@ -444,13 +444,9 @@ def test_the_summary_in_the_model_card(model: PeftModel, tmp_path: Path) -> None
     assert "On 123 held-out" in again
     assert "On 400 held-out" not in again
 
-    assert "On 123 held-out" in save(model, tmp_path), "the same weights"
-    with torch.no_grad():
-        helpers.only_layer(model).fsrl_adapter["default"].weight += 1
-    changed = save(model, tmp_path)
-    assert "fsrl-audit" not in changed
-    assert "held-out" not in changed
-    assert changed.split() == before.split()
+    assert "On 123 held-out" in save(model, tmp_path), "PEFT keeps what it finds in a card"
+    weights = compute_sha256(tmp_path / "adapter_model.safetensors")
+    assert f"Of the weights with SHA-256 `{weights}`" in again
 
 
 def test_only_an_adapters_folder_has_a_card(tmp_path: Path) -> None:
@@ -485,7 +481,9 @@ def test_the_trainers_card_keeps_it(tmp_path: Path, make_trainer: Callable[..., 
     with torch.no_grad():
         helpers.only_layer(trainer.model).fsrl_adapter["default"].weight += 1
     trainer.save_model()
-    assert "fsrl-audit:start" not in (tmp_path / "README.md").read_text()
+    changed = (tmp_path / "README.md").read_text()
+    assert "fsrl-audit" not in changed
+    assert "held-out" not in changed
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 
 from peft_fsrl.analysis import SweepPoint, load_sweep, save_sweep
 from peft_fsrl.analysis.plots import plot_sweep
+from peft_fsrl.training.checkpoints import mark_complete
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # Takes simpo.py's place: writes figures that follow from its options, and a line about each call.
@@ -145,18 +146,14 @@ def test_a_killed_sweep_goes_on(
     assert len(calls(tmp_path)) == len(first) + 1
     # What the killed run left: a checkpoint, and a table with the runs before it.
     killed = Path(calls(tmp_path)[-1]["output_dir"])
-    for step in ("checkpoint-9", "checkpoint-10"):
-        (killed / step).mkdir(parents=True)
-        (killed / step / "trainer_state.json").write_text('{"global_step": 1}')
-    for step, state in (("checkpoint-11", '{"global_st'), ("checkpoint-12", "")):
-        (killed / step).mkdir()
-        (killed / step / "trainer_state.json").write_text(state)
-    (killed / "checkpoint-13").mkdir()
+    (killed / "checkpoint-9").mkdir(parents=True)
+    mark_complete(killed / "checkpoint-9")
+    (killed / "checkpoint-10").mkdir()
     (killed / "eval_results.json").write_text('{"eval_loss"')
     assert run(sweep, monkeypatch, argv) == 0
     resumed = calls(tmp_path)[len(first) + 1]
     assert resumed["output_dir"] == str(killed)
-    assert resumed["resume_from_checkpoint"] == str(killed / "checkpoint-10")
+    assert resumed["resume_from_checkpoint"] == "true"
     assert all(point.finished for point in load_sweep(tmp_path / "out" / "sweep.csv"))
 
 

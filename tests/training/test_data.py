@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset, IterableDataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -17,9 +17,11 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from helpers import fsrl_model, tiny_preferences, tiny_tokenizer
 from peft_fsrl import with_fsrl
+from peft_fsrl.training import StableSimPOConfig, StableSimPOTrainer
 from peft_fsrl.training.data import (
     PreferenceReport,
     check_columns,
+    pair_texts,
     prepare_preferences,
     prompt_texts,
 )
@@ -212,14 +214,39 @@ def test_the_count_names_every_reason() -> None:
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_what_is_refused_would_have_ruined_the_training(tmp_path: Path) -> None:
     rows = Dataset.from_list([{**GOOD, "prompt": LONG}, GOOD])
-    finite = {}
     kept = prepare_preferences(rows, tiny_tokenizer(), max_length=12, unusable="drop").dataset
-    for name, dataset in (("as it is", rows), ("prepared", kept)):
-        trainer = trainer_on(dataset, tiny_tokenizer(), tmp_path, 12)
-        trainer.train()
-        parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-        finite[name] = all(torch.isfinite(parameter).all() for parameter in parameters)
-    assert finite == {"as it is": False, "prepared": True}
+    trainer_on(kept, tiny_tokenizer(), tmp_path, 12).train()
+    with pytest.raises(FloatingPointError, match=r"step 1 is nan.*without tokens divides by zero"):
+        trainer_on(rows, tiny_tokenizer(), tmp_path, 12).train()
+
+
+TOOL = {"name": "a", "description": "b c"}
+
+
+@pytest.mark.parametrize("form", [[TOOL], json.dumps([TOOL])], ids=["list", "JSON"])
+def test_a_template_is_given_the_rows_tools(form: Any, tmp_path: Path) -> None:
+    """A prompt that only its tools make too long is found, as by a trainer that renders them."""
+    tokenizer = merging_tokenizer()
+    tools = "{% for tool in tools or [] %}{{ tool['name'] * 9 }}{% endfor %}"
+    tokenizer.chat_template = tools + tokenizer.chat_template
+    rows = Dataset.from_list([{**TALK, "tools": form}, {**TALK, "tools": form}])
+    assert prompt_texts(rows, tokenizer, 1)[0].startswith("aaaaaaaaa")
+    assert pair_texts(rows, tokenizer)[0]["prompt"].startswith("aaaaaaaaa")
+    bare = rows.remove_columns("tools")
+    length = len(tokenizer(prompt_texts(bare, tokenizer, 1)[0])["input_ids"]) + 6
+    assert prepare_preferences(bare, tokenizer, max_length=length).report.kept == 2
+    with pytest.raises(ValueError, match="a prompt that fills max_length"):
+        prepare_preferences(rows, tokenizer, max_length=length)
+    prepared = prepare_preferences(rows, tokenizer, max_length=length + 9).dataset
+    assert prepared[0]["tools"] == form
+    args = {"max_length": length + 9, "use_cpu": True, "bf16": False, "report_to": "none"}
+    trainer = with_fsrl(StableSimPOTrainer)(
+        fsrl_model(),
+        args=StableSimPOConfig(str(tmp_path), **args),
+        train_dataset=prepared,
+        processing_class=tokenizer,
+    )
+    assert len(trainer.train_dataset) == 2
 
 
 def test_shortened_prompts_keep_answers_whole(tmp_path: Path) -> None:

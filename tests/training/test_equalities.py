@@ -29,14 +29,10 @@ from helpers import (
 from peft_fsrl import with_fsrl
 from peft_fsrl.steering import ForwardRecord, SteeringMonitor, observe
 from peft_fsrl.training.penalty import SparsityPenalty
-from peft_fsrl.training.support import CHECKPOINTS_HOOKS
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers 5.23 renamed them.
     "ignore:`gradient_checkpointing:FutureWarning"
-)
-needs_hooks_outside = pytest.mark.skipif(
-    CHECKPOINTS_HOOKS, reason="this transformers recomputes hooks inside a gradient checkpoint"
 )
 COMMON = {
     "learning_rate": 1e-2,
@@ -179,7 +175,6 @@ def penalised_step(model: PeftModel) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if "fsrl" in n}
 
 
-@needs_hooks_outside
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"activation": "jumprelu", "l0_coeff": 0.4}, {"rank": 3}])
 def test_checkpointing_counts_once_and_changes_nothing(
@@ -217,7 +212,6 @@ def kept_shapes(model: PeftModel, use_reentrant: bool | None) -> list[tuple[int,
     return [tuple(tensor.shape) for tensor in kept.values()]
 
 
-@needs_hooks_outside
 @pytest.mark.parametrize("activation", ["soft_threshold", "relu", "jumprelu"])
 def test_checkpointing_keeps_nothing_as_wide_as_the_sae(activation: str) -> None:
     settings = {"l0_coeff": 0.4} if activation == "jumprelu" else {}
@@ -229,7 +223,6 @@ def test_checkpointing_keeps_nothing_as_wide_as_the_sae(activation: str) -> None
         assert wide not in kept
 
 
-@needs_hooks_outside
 def test_checkpointing_leaves_an_edited_step_as_it_was() -> None:
     """What is recomputed in the backward pass is the edited step, whose block is over by then."""
     results = []
@@ -248,7 +241,6 @@ def test_checkpointing_leaves_an_edited_step_as_it_was() -> None:
 MLP = {"target_modules": ["layers.1.mlp"], "sae": tiny_sae(metadata={}, dtype="float64")}
 
 
-@needs_hooks_outside
 def test_steering_inside_a_checkpoint() -> None:
     """At an MLP the hook is recomputed with its decoder layer."""
     expected = penalised_step(fsrl_model(tiny_model().double(), l1_coeff=0.7, **MLP))
@@ -258,7 +250,6 @@ def test_steering_inside_a_checkpoint() -> None:
             assert_same(penalised_step(model), expected, rtol=1e-12)
 
 
-@needs_hooks_outside
 def test_steering_inside_a_reentrant_checkpoint_is_refused(tmp_path: Path) -> None:
     model = fsrl_model(tiny_model().double(), l1_coeff=0.7, **MLP)
     settings = {

@@ -1,8 +1,7 @@
-"""Nan and inf in activations: nothing raises, everything goes on, and they are reported."""
+"""Nan and inf: a model goes on and they are counted; training stops and keeps what is sound."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from helpers import (
     ARCHITECTURES,
     D_IN,
     bare_layer,
     fsrl_model,
+    only_layer,
     tiny_sae,
     token_ids,
 )
@@ -35,7 +36,7 @@ from peft_fsrl.steering import (
     token_statistics,
     top_k_steering,
 )
-from peft_fsrl.training.nonfinite import NonfiniteReport
+from peft_fsrl.training import NonfiniteReport, find_checkpoint
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 
@@ -171,22 +172,63 @@ def test_no_warning_without_cause() -> None:
     assert report.counts() == {}
 
 
-def test_a_trainer_reports_them_and_goes_on(tmp_path: Path) -> None:
-    model = broken(float("inf"))
+def trainer_of(model: Any, folder: Path, **settings: Any) -> Any:
     rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(2, 7).tolist()]
-    args = TrainingArguments(
-        str(tmp_path), max_steps=2, logging_steps=1, report_to="none", use_cpu=True
-    )
-    trainer = with_fsrl(Trainer)(model=model, args=args, train_dataset=Dataset.from_list(rows))
-    with pytest.warns(UserWarning, match=r"adapter 'default' steers 'model\.layers\.1'") as caught:
+    settings = {"max_steps": 2, "logging_steps": 1, "optim": "sgd", **settings}
+    args = TrainingArguments(str(folder), report_to="none", use_cpu=True, **settings)
+    return with_fsrl(Trainer)(model=model, args=args, train_dataset=Dataset.from_list(rows))
+
+
+def tensors(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_run_stops_at_the_step_that_turns_nan(tmp_path: Path) -> None:
+    """With the place where it began, and before the step has changed anything."""
+    model = broken(float("inf"))
+    before = tensors(model)
+    with pytest.raises(FloatingPointError, match=r"step 1 is nan.*steers 'model\.layers\.1'"):
+        trainer_of(model, tmp_path).train()
+    assert all(torch.equal(value, before[name]) for name, value in tensors(model).items())
+
+
+def test_a_loss_that_divides_by_zero_is_explained(tmp_path: Path) -> None:
+    trainer = trainer_of(fsrl_model(), tmp_path)
+    rows = [{"input_ids": ids, "labels": [-100] * 7} for ids in token_ids(2, 7).tolist()]
+    trainer.train_dataset = Dataset.from_list(rows)
+    with pytest.raises(FloatingPointError, match=r"step 1 is nan.*`prepare_preferences`"):
         trainer.train()
-    assert len([w for w in caught if "nan or inf in" in str(w.message)]) == 1
-    logs = [row for row in trainer.state.log_history if "fsrl/l1" in row]
-    assert len(logs) == 2
-    # One of the batch's fourteen tokens, until the first step has spoilt every parameter.
-    assert logs[0]["fsrl/nonfinite"] == pytest.approx(1 / 14)
-    assert not math.isfinite(logs[0]["fsrl/l1"])
-    assert logs[1]["fsrl/nonfinite"] == 1
+
+
+class Diverges(TrainerCallback):
+    """Spoils a parameter after a step, as a gradient that is no number does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            only_layer(kwargs["model"]).fsrl_adapter["default"].bias.data[3] = float("nan")
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_an_adapter_that_diverged_never_takes_the_place_of_a_sound_one(
+    step: int, tmp_path: Path
+) -> None:
+    every = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
+    trainer = trainer_of(fsrl_model(), tmp_path, **every)
+    trainer.save_model()
+    weights = (tmp_path / "adapter_model.safetensors").read_bytes()
+    trainer.add_callback(Diverges(step))
+    with pytest.raises(FloatingPointError, match=r"not saved.*bias"):
+        trainer.train()
+    sound = find_checkpoint(tmp_path, True)
+    assert sound.endswith(f"checkpoint-{step - 1}")
+    for tensor in load_file(f"{sound}/adapter_model.safetensors").values():
+        assert tensor.isfinite().all()
+    with pytest.raises(FloatingPointError, match="is as it was before"):
+        trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_what_the_base_model_gives_counts_where_nothing_is_steered() -> None:

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -36,6 +36,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from helpers import (
+    D_IN,
     fsrl_model,
     naively_steered,
     only_layer,
@@ -50,8 +51,7 @@ from peft_fsrl import FSRLConfig, with_fsrl
 from peft_fsrl.steering import SteeringMonitor
 from peft_fsrl.training.support import require_support
 
-# So small a step that no threshold is projected back to zero; in float64 it can be read off all the
-# same.
+# So small a step that no threshold crosses zero; in float64 it can be read off all the same.
 LR, COEFFICIENT = 1e-5, 0.7
 COMMON = {
     "optim": "sgd",
@@ -372,17 +372,14 @@ class OwnStep(Trainer):
         return loss.detach()
 
 
-class PoliteStep(Trainer):
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        return super().training_step(*args, **kwargs)
-
-
-def test_a_trainer_without_compute_loss_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"OwnStep.training_step makes its loss without"):
-        with_fsrl(OwnStep)
-    with pytest.raises(TypeError, match="OwnStep"):
-        with_fsrl(type("Heir", (OwnStep,), {}))
-    assert issubclass(with_fsrl(PoliteStep), PoliteStep)
+def test_a_trainer_without_compute_loss_is_stopped_at_its_first_step(tmp_path: Path) -> None:
+    model = double_model()
+    before = snapshot(model)
+    heir = type("Heir", (with_fsrl(OwnStep),), {})
+    trainer = build("Trainer", model, tmp_path, 1, wrap=lambda _: heir)
+    with pytest.raises(RuntimeError, match=r"^OwnStep makes its loss without `compute_loss`"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
 
 
 class Inside(Trainer):
@@ -399,10 +396,76 @@ def test_a_trainer_that_goes_past_the_models_forward_is_stopped(tmp_path: Path) 
         trainer.train()
 
 
-def test_joined_sequences_are_refused_by_sequence(tmp_path: Path) -> None:
-    joined = {"padding_free": True, "max_length": None}
+@pytest.mark.parametrize(
+    "joined",
+    [
+        {"padding_free": True, "max_length": None},
+        {"packing": True, "packing_strategy": "wrapped", "max_length": 16},
+    ],
+)
+def test_joined_sequences_are_refused_by_sequence(joined: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"joined into one row.*penalty_reduction='token'"):
         build("SFT", double_model(), tmp_path, 1, **joined)
+
+
+def flattened(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """What ``DataCollatorWithFlattening`` makes: one row, whose positions start again."""
+    lengths = [sum(row["attention_mask"]) for row in rows]
+    ids = [token for row, n in zip(rows, lengths, strict=True) for token in row["input_ids"][:n]]
+    positions = [position for n in lengths for position in range(n)]
+    joined = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    return {name: torch.tensor([values]) for name, values in joined.items()}
+
+
+def with_masks_of_four_axes(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    columns = {n: torch.tensor([row[n] for row in rows]) for n in ("input_ids", "labels")}
+    mask = torch.tensor([row["attention_mask"] for row in rows]).bool()
+    return {**columns, "attention_mask": (mask[:, None, None] & mask[:, None, :, None])}
+
+
+@pytest.mark.parametrize(
+    ("collate", "message"),
+    [
+        (flattened, "joined into one row"),
+        (with_masks_of_four_axes, r"shape \(batch, seq\), found shape \(4, 1, 7, 7\)"),
+    ],
+)
+def test_tokens_that_are_not_known_to_be_real_stop_the_first_step(
+    collate: Any, message: str, tmp_path: Path
+) -> None:
+    model = double_model(l1_coeff=0.7)
+    before = snapshot(model)
+    trainer = build("Trainer", model, tmp_path, 1)
+    trainer.data_collator = collate
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
+
+
+def test_joined_rows_are_fine_for_a_mean_over_tokens(tmp_path: Path) -> None:
+    model = double_model(l1_coeff=0.7, penalty_reduction="token")
+    trainer = build("Trainer", model, tmp_path, 1)
+    trainer.data_collator = flattened
+    trainer.train()
+    assert trainer.state.log_history[0]["fsrl/penalty"] > 0
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    model = fsrl_model(
+        T5ForConditionalGeneration(
+            T5Config(d_model=D_IN, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=40)
+        ),
+        target_modules=["decoder.block.1.layer.2"],
+        task_type="SEQ_2_SEQ_LM",
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        build("Trainer", model, tmp_path, 1)
+
+
+@pytest.mark.parametrize("objective", ["GRPO", "RLOO"])
+def test_vllm_is_refused_before_it_is_looked_for(objective: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Config has use_vllm=True.*Set use_vllm=False"):
+        build(objective, double_model(), tmp_path, 1, use_vllm=True)
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:

@@ -17,19 +17,22 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from helpers import (
     fsrl_model,
     naively_steered,
     only_layer,
+    randomise_adapter,
     tiny_model,
     tiny_preferences,
     tiny_sae,
     tiny_tokenizer,
     token_ids,
 )
-from peft_fsrl.training.support import CHECKPOINTS_HOOKS
+from peft_fsrl import FSRLConfig
+from peft_fsrl.steering import SteeringMonitor
 from peft_fsrl.training.trainer import FSRLTrainerMixin, with_fsrl
 
 BETA, GAMMA, LR = 10.0, 5.0, 0.5
@@ -49,11 +52,6 @@ COMMON = {
     "remove_unused_columns": False,
     "dataloader_pin_memory": False,
 }
-
-
-needs_hooks_outside = pytest.mark.skipif(
-    CHECKPOINTS_HOOKS, reason="this transformers recomputes hooks inside a gradient checkpoint"
-)
 
 
 class Reporter(TrainerCallback):
@@ -248,7 +246,6 @@ def token_mean_l1(
     return sum(norms) / len(norms)
 
 
-@needs_hooks_outside
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_keeps_the_step(use_reentrant: bool, tmp_path: Path) -> None:
@@ -365,10 +362,7 @@ def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
         with_fsrl(Trainer)(model=tiny_model(), args=args, train_dataset=labelled_rows())
 
 
-@needs_hooks_outside
 def test_the_adapter_is_made_by_the_trainer(tmp_path: Path) -> None:
-    from peft_fsrl import FSRLConfig
-
     base = tiny_model()
     args = CPOConfig(
         str(tmp_path), max_length=64, per_device_train_batch_size=4, **{**COMMON, "max_steps": 1}
@@ -387,3 +381,126 @@ def test_the_adapter_is_made_by_the_trainer(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved")
     for name, value in snapshot(loaded).items():
         assert torch.equal(value, trained[name])
+
+
+class Sub(with_fsrl(Trainer)):
+    """What a user makes of it."""
+
+
+def plain_trainer(directory: Path, kind: Any = None, **options: Any) -> Any:
+    settings = {**COMMON, "per_device_train_batch_size": 2, **options.pop("settings", {})}
+    if "model_init" not in options:
+        options.setdefault("model", fsrl_model(l1_coeff=0.7))
+    return (kind or with_fsrl(Trainer))(
+        args=TrainingArguments(str(directory), **settings),
+        train_dataset=labelled_rows(),
+        **options,
+    )
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def test_a_model_that_is_made_anew_has_its_own_coefficients(tmp_path: Path) -> None:
+    """As in a hyperparameter search, whose trials each make a model."""
+    coefficients = iter([0.1, 0.1, 0.4, 0.1])
+    trainer = plain_trainer(
+        tmp_path,
+        model_init=lambda: fsrl_model(l1_coeff=next(coefficients), target_l0=9.0),
+        settings={"learning_rate": 0.0, "max_steps": 3},
+    )
+    penalties, weights = [], []
+    for _ in range(3):
+        trainer.train()
+        penalties.append(logged(trainer, "fsrl/penalty")[0])
+        weights.append(logged(trainer, "fsrl/l1_coeff"))
+    assert penalties[1] == pytest.approx(4 * penalties[0], rel=1e-5)
+    assert penalties[2] == pytest.approx(penalties[0], rel=1e-5)
+    assert [row[0] for row in weights] == [0.1, 0.4, 0.1], "and its own schedule"
+    assert weights[0] == weights[2]
+    assert weights[0][-1] != weights[0][0]
+
+
+def test_a_failed_attempt_is_not_in_the_first_figures(tmp_path: Path) -> None:
+    """``auto_find_batch_size`` begins anew with half the batch where memory is short."""
+
+    class Short(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1 and trainer._train_batch_size == 4:
+                with torch.no_grad():
+                    only_layer(trainer.model).fsrl_adapter["default"].bias.fill_(0.0)
+                raise RuntimeError("CUDA out of memory.")
+
+    settings = {
+        **{"auto_find_batch_size": True, "per_device_train_batch_size": 4},
+        **{"max_steps": 2, "logging_steps": 2, "learning_rate": 0.0},
+    }
+    trainer = plain_trainer(tmp_path, callbacks=[Short()], settings=settings)
+    trainer.train()
+    records: list[Any] = []
+    with SteeringMonitor(trainer.model, records.append), torch.no_grad():
+        for row in labelled_rows():
+            ids, mask = (torch.tensor([row[name]]) for name in ("input_ids", "attention_mask"))
+            trainer.model(input_ids=ids, attention_mask=mask)
+    total = sum(float(r.tokens[0].l1[r.mask > 0].sum()) for r in records)
+    expected = total / sum(int(r.mask.sum()) for r in records)
+    assert logged(trainer, "fsrl/l1") == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_a_subclass_has_its_trainers_name(tmp_path: Path) -> None:
+    trainer = plain_trainer(tmp_path, Sub)
+    trainer.save_model()
+    assert "| trainer | Trainer |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"sae": tiny_sae(seed=1)}, "sae fingerprint"),
+        ({"features": list(range(1, 24))}, "features="),
+        ({"non_negative": False}, "non_negative=False"),
+        ({"activation": "relu"}, "activation='relu'"),
+    ],
+)
+def test_a_run_of_another_adapter_is_not_resumed(
+    other: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    first = {"features": list(range(23))} if "features" in other else {}
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    plain_trainer(tmp_path, model=fsrl_model(**first), settings=settings).train()
+    again = {"max_steps": 2}
+    plain_trainer(tmp_path, model=fsrl_model(l1_coeff=9.0, **first), settings=again).train(True)
+    trainer = plain_trainer(tmp_path, model=fsrl_model(**other), settings=again)
+    before = snapshot(trainer.model)
+    with pytest.raises(ValueError, match=rf"checkpoint-1 are of another adapter.*{named}"):
+        trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(value, before[n]) for n, value in snapshot(trainer.model).items())
+
+
+# Of TRL, that activates checkpoints under their old name there.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("given", ["adapter", "config"])
+def test_a_quantized_base_leaves_the_adapter_wide(given: str, tmp_path: Path) -> None:
+    """TRL casts what trains to bfloat16 there, in which a threshold does not move at all."""
+    base = tiny_model()
+    base.is_loaded_in_4bit = True
+    config = FSRLConfig(
+        layer=1, sae=tiny_sae(), activation="jumprelu", jumprelu_bandwidth=5.0, l1_coeff=0.7
+    )
+    model = fsrl_model(base, config) if given == "adapter" else base
+    before = snapshot(model) if given == "adapter" else {}
+    trainer = with_fsrl(DPOTrainer)(
+        model,
+        args=DPOConfig(str(tmp_path), **{**COMMON, "learning_rate": 1e-5, "max_steps": 3}),
+        peft_config=config if given == "config" else None,
+        train_dataset=tiny_preferences(4),
+        processing_class=tiny_tokenizer(),
+    )
+    start = snapshot(trainer.model)
+    assert {value.dtype for value in start.values()} == {torch.float32}
+    assert all(torch.equal(value, start[name]) for name, value in before.items())
+    randomise_adapter(only_layer(trainer.model))
+    start = snapshot(trainer.model)
+    trainer.train()
+    assert not torch.equal(snapshot(trainer.model)["log_threshold"], start["log_threshold"])

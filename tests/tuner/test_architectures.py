@@ -26,7 +26,6 @@ from helpers import (
 )
 from peft_fsrl import FSRLConfig, FSRLLayer
 from peft_fsrl.steering import ablate_features, only_features, scale_steering, top_k_steering
-from peft_fsrl.training.support import CHECKPOINTS_HOOKS
 
 SEVERAL = ["llama", "gemma3", "qwen3", "gpt2", "gpt_neox", "gptj"]
 # Where each keeps the linear layer that writes the MLP's output.
@@ -194,7 +193,6 @@ def test_pickles(family: str) -> None:
     assert torch.equal(logits(copy.copy(model)), logits(model))
 
 
-@pytest.mark.skipif(CHECKPOINTS_HOOKS, reason="checkpoints around hooks are refused anyway")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant: bool, family: str) -> None:

@@ -37,7 +37,6 @@ from peft_fsrl import FSRLConfig, FSRLLayer
 from peft_fsrl.functional import ACTIVATIONS
 from peft_fsrl.steering import SteeringMonitor
 from peft_fsrl.training.penalty import SparsityPenalty
-from peft_fsrl.training.support import CHECKPOINTS_HOOKS
 
 PATHS = {"gpt2": "transformer.h.{}", "gptj": "transformer.h.{}", "gpt_neox": "gpt_neox.layers.{}"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...files import write_text_atomically
-from ...training.card_section import put_section, weights_digest
+from ...training.card import put_section, weights_digest
 from ...tuner.folder import CARD, CONFIG, finish_save
 from ..records import Audit
 from ..rendering import render_card_section
