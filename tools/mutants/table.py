@@ -493,10 +493,101 @@ MUTANTS = (
     ),
     Mutant(
         "nan in padding is reported",
-        "training/nonfinite.py",
+        "training/metrics.py",
         "                bad = bad * (record.mask > 0).to(bad)\n",
         "                pass\n",
         ("training/test_nonfinite.py::test_the_report_counts_real_tokens_and_names_the_place",),
+    ),
+    Mutant(
+        "training goes on with a loss that is nan",
+        "training/trainer.py",
+        "if self.accelerator.scaler is None and not torch.isfinite(loss):",
+        "if False:",
+        ("training/test_nonfinite.py::test_a_run_stops_at_the_step_that_turns_nan",),
+    ),
+    Mutant(
+        "an adapter that diverged is saved",
+        "training/checkpoints.py",
+        "        _require_finite(staging, folder)\n",
+        "",
+        (
+            "training/test_nonfinite.py::test_an_adapter_that_diverged_never_takes_the_place_of_a_sound_one",
+        ),
+    ),
+    # A run
+    Mutant(
+        "old weights stay under a new config",
+        "training/checkpoints.py",
+        "                old.with_name(SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)\n",
+        "                pass\n",
+        ("training/test_checkpoints.py::test_a_killed_save_leaves_the_old_adapter_or_the_new_one",),
+    ),
+    Mutant(
+        "weights come before the rest",
+        "training/checkpoints.py",
+        "(path.name == SAFETENSORS_WEIGHTS_NAME, path)",
+        "(path.name != SAFETENSORS_WEIGHTS_NAME, path)",
+        ("training/test_checkpoints.py::test_a_killed_save_leaves_the_old_adapter_or_the_new_one",),
+    ),
+    Mutant(
+        "older checkpoints go while the new one is written",
+        "training/trainer.py",
+        "limit, self.args.save_total_limit = self.args.save_total_limit, None",
+        "limit = self.args.save_total_limit",
+        (
+            "training/test_checkpoints.py::test_older_checkpoints_stay_until_the_new_one_is_complete",
+        ),
+    ),
+    Mutant(
+        "a run of another adapter is resumed",
+        "training/trainer.py",
+        "            require_same_run(self.model, resume_from_checkpoint)\n",
+        "",
+        ("training/test_trainer.py::test_a_run_of_another_adapter_is_not_resumed",),
+    ),
+    Mutant(
+        "two configs are compared without their SAEs",
+        "tuner/compatibility.py",
+        'saes = {"sae fingerprint": fingerprints} if fingerprints else {}',
+        "saes = {}",
+        ("tuner/test_compatibility.py::test_what_decides_the_meaning_is_compared",),
+    ),
+    Mutant(
+        "a new model goes on with another one's schedule",
+        "training/trainer.py",
+        "            self._fsrl_schedule.reset()\n",
+        "            pass\n",
+        ("training/test_trainer.py::test_a_model_that_is_made_anew_has_its_own_coefficients",),
+    ),
+    Mutant(
+        "figures of a failed attempt are logged",
+        "training/trainer.py",
+        '        self._fsrl_metrics["train"].clear()\n',
+        "",
+        ("training/test_trainer.py::test_a_failed_attempt_is_not_in_the_first_figures",),
+    ),
+    Mutant(
+        "a quantized base narrows the adapter",
+        "training/trainer.py",
+        "        precision.restore(self.model)\n",
+        "",
+        ("training/test_trainer.py::test_a_quantized_base_leaves_the_adapter_wide",),
+    ),
+    Mutant(
+        "positions that start again are one sequence",
+        "training/support.py",
+        "            if starts_again:\n                require_reduction_by_token(model)\n",
+        "",
+        (
+            "training/test_objectives.py::test_tokens_that_are_not_known_to_be_real_stop_the_first_step",
+        ),
+    ),
+    Mutant(
+        "templates get no tools",
+        "training/data.py",
+        "maybe_apply_chat_template(dict(pair), tokenizer, tools=tools)",
+        "maybe_apply_chat_template(dict(pair), tokenizer)",
+        ("training/test_data.py::test_a_template_is_given_the_rows_tools",),
     ),
     # Checkpoints
     Mutant(
@@ -908,10 +999,10 @@ MUTANTS = (
     ),
     Mutant(
         "a card keeps the audit of other weights",
-        "training/card_section.py",
-        "if found is not None and found[1] != weights_digest(folder):",
-        "if found is not None and False:",
-        ("analysis/test_audit.py::test_the_summary_in_the_model_card",),
+        "training/card.py",
+        "if found is None or found[1] != weights_digest(folder):",
+        "if found is None:",
+        ("analysis/test_audit.py::test_the_trainers_card_keeps_it",),
     ),
     Mutant(
         "special tokens count for the fit",
