@@ -150,6 +150,7 @@ JSON_ERRORS = {
         "entry of feature 3: feature 3 has both",
     ),
     "outside": (LABELS.to_json().replace('"feature": 90', '"feature": 100'), "for feature 100"),
+    "infinite": (LABELS.to_json().replace('"feature": 90', '"feature": 1e999'), "not its form"),
 }
 
 
@@ -358,6 +359,12 @@ def test_exports(tmp_path: Path, name: str) -> None:
         (b"no gzip", "a.json.gz", {}, "is damaged"),
         (b'{"a": 1}', "a.json", {}, "expected a list, found '{\"a\": 1}'"),
         (b'{"index": 1}', "a.jsonl", {}, r"line 1: expected an explanation of Neuronpedia"),
+        (
+            as_lines([explanation(1, "a") | {"index": 1e999}]),
+            "a.jsonl",
+            {},
+            r"line 1: expected an expl",
+        ),
         (b"[3]", "a.json", {}, r"entry 0: expected an explanation of Neuronpedia"),
         (b"", "a.jsonl", {}, "has no description"),
     ],

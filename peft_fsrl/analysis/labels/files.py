@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...files import write_text_atomically
+from ...records import from_plain
 from .source import FeatureLabel, Labels, printable, require_fit
 
 # A file may name what is in no category by this word.
@@ -144,8 +145,8 @@ def _from_json(text: str, path: Path) -> Labels:
     if "features" not in content:
         return _collect((_json_row(*item) for item in content.items()), str(path))
     try:
-        labels = Labels.from_json(text)
-    except (TypeError, ValueError) as error:
+        labels: Labels = from_plain(Labels, content)
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(
             f"it has 'features' like a file of `save_labels`, but not its form. {error}"
         ) from error

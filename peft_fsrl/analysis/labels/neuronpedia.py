@@ -262,7 +262,7 @@ def _take(where: str, entry: Any) -> tuple[FeatureLabel, str, str]:
         text = None if description is None else str(description).strip()
         writer = printable(str(entry.get("explanationModelName") or "unknown"))
         return FeatureLabel(index, text, (), None), origin, writer
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where}: expected an explanation of Neuronpedia with modelId, layer, index and "
             f"description, found {repr(entry)[:200]}."
