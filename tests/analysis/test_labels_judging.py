@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from peft import get_peft_model
+from transformers.cli.serve import Serve
+from transformers.utils import logging
 
 from helpers import tiny_model, tiny_tokenizer
 from judge_server import serve
@@ -434,33 +433,20 @@ def transformers_server(tmp_path: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = Path(sys.executable).with_name("transformers")
-    log = (tmp_path / "log.txt").open("w")
-    server = subprocess.Popen(
-        [command, "serve", tmp_path, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 120
+    level = logging.get_verbosity()
+    with warnings.catch_warnings(action="ignore"):
+        server = Serve(str(tmp_path), host="127.0.0.1", port=port, device="cpu", non_blocking=True)
     try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                text = (tmp_path / "log.txt").read_text()
-                assert server.poll() is None, text
-                assert time.monotonic() < deadline, text
-                time.sleep(0.2)
-        yield f"{url}/v1"
+        deadline = time.monotonic() + 60
+        while not server.server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}/v1"
     finally:
-        server.kill()
-        server.wait()
-        log.close()
+        server.kill_server()
+        logging.set_verbosity(level)
 
 
-@pytest.mark.slow
 def test_against_transformers_serve(transformers_server: str, tmp_path: Path) -> None:
     """A real server and a model that babbles: answers, their cost, and no verdict made up."""
     cache = tmp_path / "answers.jsonl"
