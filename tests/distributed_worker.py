@@ -354,6 +354,7 @@ def write_jobs(path: Path, jobs: Iterable[Job]) -> None:
 
 def run_example(arguments: list[str]) -> None:
     """``examples/simpo.py`` in float64, which its command line does not offer."""
+    torch.set_num_threads(1)
     sys.path.insert(0, str(EXAMPLES))
     import simpo
 

@@ -54,13 +54,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launch(folder: Path) -> Launch:
-    """Start processes that run jobs together, wait for them, return their exit codes."""
+def context() -> Any:
+    """A fork server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed_worker"])
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with patch.dict(os.environ, {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}):
         multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="module")
+def launch(folder: Path, context: Any) -> Launch:
+    """Start processes that run jobs together, wait for them, return their exit codes."""
     groups = 0
 
     def start(jobs: Iterable[Job], processes: int, fsdp_config: str | None = None) -> list[int]:
@@ -267,12 +273,12 @@ def assert_same_run(folder: Path, cut: str, whole: str, processes: int) -> None:
             assert all(torch.equal(state[key], other[key]) for key in other)
 
 
-# How a run ends, and the step of the last checkpoint that can be resumed.
+# How a run ends, and the step of the last checkpoint that can be resumed. What a killed save leaves
+# file by file is tests/training/test_checkpoints.py's.
 ENDS = {
     "between steps": (None, 4),
     "in a step": ((0, 6, "backward"), 4),
     "writing the adapter": ((0, 4, "adapter_model.safetensors"), 2),
-    "writing the optimizer": ((0, 4, "optimizer.pt"), 2),
     "writing the state": ((0, 4, "trainer_state.json"), 2),
     "before one process has written": ((1, 4, "rng_state_1.pth"), 2),
 }
@@ -297,16 +303,7 @@ def cut_and_resume(
     assert outcome(folder, job.name)["resumed_at"] == last
 
 
-def ends(*fast: str, without: str = "") -> list[Any]:
-    """The ways to end, those that are not in ``fast`` marked as slow."""
-    slow = pytest.mark.slow
-    chosen = [end for end in ENDS if end != without]
-    return [end if end in fast else pytest.param(end, marks=slow) for end in chosen]
-
-
-@pytest.mark.parametrize(
-    "end", ends("in a step", "writing the state", without="before one process has written")
-)
+@pytest.mark.parametrize("end", ["in a step", "writing the adapter", "writing the state"])
 def test_a_run_that_was_cut_resumes_to_the_same_bits(
     end: str, folder: Path, launch: Launch, one: Callable[[str], str]
 ) -> None:
@@ -314,7 +311,7 @@ def test_a_run_that_was_cut_resumes_to_the_same_bits(
     assert_same_run(folder, f"{one('whole')}, cut {end}", one("whole"), 1)
 
 
-@pytest.mark.parametrize("end", ends("in a step", "before one process has written"))
+@pytest.mark.parametrize("end", ["between steps", "before one process has written"])
 def test_two_processes_that_were_cut_resume_to_the_same_bits(
     end: str, folder: Path, launch: Launch, two: None
 ) -> None:
@@ -322,13 +319,9 @@ def test_two_processes_that_were_cut_resume_to_the_same_bits(
     assert_same_run(folder, f"whole, cut {end}", "whole", 2)
 
 
-@pytest.mark.parametrize(
-    "end", ["between steps", pytest.param("in a step", marks=pytest.mark.slow)]
-)
-def test_fsdp2_resumes_to_the_same_bits(
-    end: str, folder: Path, launch: Launch, sharded: None
-) -> None:
-    cut_and_resume(folder, launch, end, replace(LONG, name="whole, FSDP2"), 2, "fsdp2.yaml")
+def test_fsdp2_resumes_to_the_same_bits(folder: Path, launch: Launch, sharded: None) -> None:
+    end, job = "in a step", replace(LONG, name="whole, FSDP2")
+    cut_and_resume(folder, launch, end, job, 2, "fsdp2.yaml")
     assert_same_run(folder, f"whole, FSDP2, cut {end}", "whole, FSDP2", 2)
 
 
@@ -396,16 +389,30 @@ def logged(output_dir: Path) -> list[dict[str, float]]:
     ]
 
 
-# Evaluation batches that both one process and two divide the 400 held-out pairs into evenly.
-DEFAULT_JOB = ("--max_steps", 20, "--logging_steps", 5, "--eval_steps", 10, "--summary_pairs", 40)
-DEFAULT_JOB += ("--per_device_eval_batch_size", 25)
+# Evaluation batches that both one process and two divide the held-out pairs into evenly.
+DEFAULT_JOB = ("--max_steps", 20, "--logging_steps", 5, "--eval_steps", 10, "--summary_pairs", 20)
+DEFAULT_JOB += ("--per_device_eval_batch_size", 25, "--train_pairs", 400, "--test_pairs", 100)
+DEFAULT_JOB += ("--coherence_prompts", 2, "--save_strategy", "steps", "--save_steps", 5)
 HALVED = ("--use_cpu", "true", "--per_device_train_batch_size", 8)
 
 
 @pytest.fixture(scope="module")
-def default_job(folder: Path) -> Path:
-    """The output of a shortened default job, launched in one process."""
-    accelerate(None, "example", *DEFAULT_JOB, "--output_dir", folder / "default")
+def run_example(context: Any) -> Callable[..., None]:
+    """The example in one process that nobody has launched."""
+
+    def run(*arguments: object) -> None:
+        process = context.Process(target=worker.run_example, args=([*map(str, arguments)],))
+        process.start()
+        process.join(LIMIT)
+        assert process.exitcode == 0
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def default_job(folder: Path, run_example: Callable[..., None]) -> Path:
+    """The output of a shortened default job in one process."""
+    run_example(*DEFAULT_JOB, "--output_dir", folder / "default")
     return folder / "default"
 
 
@@ -430,14 +437,15 @@ def test_the_default_job_gives_the_same_figures_in_two_processes(
 
 
 @pytest.mark.slow
-def test_the_example_resumes(folder: Path, default_job: Path) -> None:
+def test_the_example_resumes(
+    folder: Path, default_job: Path, run_example: Callable[..., None]
+) -> None:
     out = folder / "resumed"
-    every = ("--save_strategy", "steps", "--save_steps", 5, "--output_dir", out)
-    accelerate(None, "example", *DEFAULT_JOB, *every)
+    shutil.copytree(default_job, out)
     shutil.rmtree(out / "checkpoint-20")
     (out / "checkpoint-15" / COMPLETE).unlink()
     (out / "adapter_model.safetensors").unlink()
-    accelerate(None, "example", *DEFAULT_JOB, *every, "--resume_from_checkpoint", "true")
+    run_example(*DEFAULT_JOB, "--output_dir", out, "--resume_from_checkpoint", "true")
     expected, found = (load_file(d / "adapter_model.safetensors") for d in (default_job, out))
     assert largest_difference(expected, found) == 0
     assert logged(out)[:-1] == logged(default_job)[:-1]
