@@ -16,13 +16,7 @@ _OPPOSITE = 1e-6
 
 
 class Half(NamedTuple):
-    """One half-space per feature, ``{delta: sign * row . delta > gap}``.
-
-    Attributes:
-        row: name of the row, one of a ``Geometry``'s.
-        sign: 1 or -1.
-        gap: by how much the quantity has to change, shape ``(n,)``; negative where it is inside.
-    """
+    """One half-space per feature, ``{delta: sign * row . delta > gap}``; ``row`` is a name."""
 
     row: str
     sign: int
@@ -30,13 +24,7 @@ class Half(NamedTuple):
 
 
 class Exit(NamedTuple):
-    """One way in which features leave the piece: into all of some half-spaces at once.
-
-    Attributes:
-        boundary: its name.
-        where: which features can leave in this way, shape ``(n,)``.
-        halves: one half-space or two.
-    """
+    """One way in which the features ``where`` leave the piece: into one or two half-spaces."""
 
     boundary: str
     where: Bool[Tensor, "n"]
@@ -44,11 +32,7 @@ class Exit(NamedTuple):
 
 
 class Geometry:
-    """Rows of the affine quantities of each feature, and distances to half-spaces of them.
-
-    Args:
-        rows: by name, each of shape ``(n, d_in)``.
-    """
+    """Rows of the affine quantities of each feature by name, and distances to half-spaces."""
 
     def __init__(self, rows: Mapping[str, Float[Tensor, "n d_in"]]) -> None:
         self._rows = rows

@@ -28,9 +28,9 @@ class LinearAdapter:
 
     Attributes:
         sae: the SAE, restricted to the features that it steers.
-        weight: shape ``(n_features, rank)``, or ``(n_features, d_in)`` without ``down``.
-        down: shape ``(rank, d_in)``, or None.
-        bias: shape ``(n_features,)``.
+        weight: with ``down`` its second factor, without it whole.
+        down: its first factor, or None.
+        bias: of the pre-activations.
         projection_error: the share of ``B``'s Frobenius norm, and its bias's, that lies outside the
             span of the features' directions and is lost: 0 where the adapter equals the LoRA.
     """

@@ -10,11 +10,11 @@ from torch import nn
 
 from ..records import Record
 from ..training.running import as_base
-from .batches import Batches, scored_tokens
+from .batches import Batches, check_batches, scored_tokens
 from .certificates import restricted_lora
 from .explain import explain
-from .export import fit_single_lora
-from .fidelity import BASE, FSRL, measure_fidelity
+from .export import SingleLoRA, fit_single_lora
+from .fidelity import BASE, measure_fidelity
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def measure_correspondence(
     n_features: Sequence[int] = (1, 2, 4, 8, 16),
     n_checks: int = 100,
 ) -> Correspondence:
-    """Everything of this room for one adapter.
+    """Certify one adapter, export it and read it back, and measure all of that.
 
     Args:
         model: a ``PeftModel`` with an FSRL adapter.
@@ -104,50 +104,65 @@ def measure_correspondence(
         n_features: numbers of features for ``explain``.
         n_checks: about how many certificates to check again.
     """
-    found = [
-        certificate
-        for batch in held_out
-        for certificate in restricted_lora(
-            model,
-            {name: value for name, value in batch.items() if name != "labels"},
-            tokens=scored_tokens(batch),
-        )
-    ]
-    checked = found[:: max(1, len(found) // n_checks)]
+    held_out = list(check_batches(held_out))
+    checked: list[bool] = []
+    rows: list[tuple[int, int, float, str]] = []
+    step = max(1, sum(int(scored_tokens(batch).sum()) for batch in held_out) // n_checks)
+    for batch in held_out:
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        # One batch at a time: the certificates of each hold a float64 copy of the adapter.
+        for each in restricted_lora(model, given, tokens=scored_tokens(batch)):
+            if len(rows) % step == 0:
+                checked.append(each.check().holds())
+            radius = each.radius / float(each.x.norm())
+            rows.append((each.rank, len(each.clipped), radius, each.boundary))
+    token_ranks, token_clipped, token_radii, token_boundaries = zip(*rows, strict=True)
     read = [explain(model, model, sae, data, held_out=held_out, n_features=n) for n in n_features]
-    stand_ins, bases = [], {}
-    for target in targets:
-        fitted = fit_single_lora(model, data, target=target)
-        kl: dict[str, tuple[float, ...]] = {}
-        for name, text in (("held_out", held_out), ("other_text", other_text)):
-            found_kl = measure_fidelity(model, text, fitted.stand_ins(ranks)).models if text else {}
-            kl[name] = tuple(each.kl for key, each in found_kl.items() if key not in (BASE, FSRL))
-            bases[name] = found_kl[BASE].kl if found_kl else float("nan")
-        losses = []
-        for rank in ranks:
-            with as_base(model), fitted.applied(rank):
-                losses.append(loss())
-        errors = tuple(fitted.error(rank) for rank in ranks)
-        where = fitted.sites[0].path
-        stand_ins.append(
-            StandIn(where, tuple(ranks), errors, kl["held_out"], kl["other_text"], tuple(losses))
-        )
+    texts = [held_out] if other_text is None else [held_out, other_text]
+    base_kl = [measure_fidelity(model, text).models[BASE].kl for text in texts]
     with as_base(model):
         base_loss = loss()
     return Correspondence(
-        token_ranks=tuple(each.rank for each in found),
-        token_clipped=tuple(len(each.clipped) for each in found),
-        token_radii=tuple(each.radius / float(each.x.norm()) for each in found),
-        token_boundaries=tuple(each.boundary for each in found),
+        token_ranks=token_ranks,
+        token_clipped=token_clipped,
+        token_radii=token_radii,
+        token_boundaries=token_boundaries,
         n_checked=len(checked),
-        n_holding=sum(each.check().holds() for each in checked),
-        base_kl=bases["held_out"],
-        base_kl_elsewhere=bases["other_text"],
+        n_holding=sum(checked),
+        base_kl=base_kl[0],
+        base_kl_elsewhere=float("nan") if other_text is None else base_kl[1],
         base_loss=base_loss,
         steered_loss=loss(),
-        stand_ins=tuple(stand_ins),
+        stand_ins=tuple(
+            _measure_stand_in(model, fit_single_lora(model, data, target=t), ranks, texts, loss)
+            for t in targets
+        ),
         n_features=tuple(n_features),
         spanned=tuple(each.in_features.value for each in read),
         chance=tuple(each.chance for each in read),
         explained=tuple(each.explained.value for each in read),
+    )
+
+
+def _measure_stand_in(
+    model: nn.Module,
+    fitted: SingleLoRA,
+    ranks: Sequence[int],
+    texts: Sequence[Batches],
+    loss: Callable[[], float],
+) -> StandIn:
+    stand_ins = fitted.stand_ins(ranks)
+    found = [measure_fidelity(model, text, stand_ins).models for text in texts]
+    kl = [tuple(models[name].kl for name in stand_ins) for models in found]
+    losses = []
+    for rank in ranks:
+        with as_base(model), fitted.applied(rank):
+            losses.append(loss())
+    return StandIn(
+        target=", ".join(site.path for site in fitted.sites),
+        ranks=tuple(ranks),
+        errors=tuple(fitted.error(rank) for rank in ranks),
+        kl=kl[0],
+        kl_elsewhere=kl[1] if len(kl) > 1 else (),
+        losses=tuple(losses),
     )

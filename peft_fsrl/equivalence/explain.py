@@ -67,11 +67,12 @@ class FeatureShare(NamedTuple):
 class Explanation:
     """The change that a fine-tune makes at one place, in the features of an SAE.
 
-    Shares are of ``E ||h_tuned - h_base||^2`` over the tokens of the held-out data.
+    Shares are of ``E ||h_tuned - h_base||^2`` over the tokens that were judged.
 
     Attributes:
         place: path of the module at whose output the change was seen.
         n_tokens: tokens that were judged.
+        held_out: they are not those of the fit.
         change: ``E ||h_tuned - h_base||^2 / E ||h_base||^2``.
         in_dictionary: what lies in the span of all features. 1 where they span the whole residual
             stream, as most dictionaries do: it says something only below that.
@@ -85,6 +86,7 @@ class Explanation:
 
     place: str
     n_tokens: int
+    held_out: bool
     change: float
     in_dictionary: ChangeShare
     in_features: ChangeShare
@@ -101,7 +103,7 @@ class Explanation:
     def __str__(self) -> str:
         rows = [
             f"Change at {self.place}: {self.change:.2%} of the residual stream's squared norm "
-            f"({self.n_tokens} tokens)",
+            f"({self.n_tokens} tokens{'' if self.held_out else ', those of the fit'})",
             f"  in the span of the dictionary        {self.in_dictionary}",
             f"  in the span of {len(self.features):4} features         {self.in_features}",
             f"    of a random change, by chance      {self.chance:.1%}",
@@ -154,7 +156,7 @@ def explain(
     """
     study = _Study(base, tuned, sae, layer, module, n_features, min_gain)
     selection = study.select(data)
-    return study.judge(study.fit(selection, ridge), selection, held_out or data)
+    return study.judge(study.fit(selection, ridge), selection, data, held_out)
 
 
 def from_lora(
@@ -203,7 +205,7 @@ def from_lora(
             adapter = from_factors(lora_A, lora_B, study.sae, bias=bias, features=few)
             if adapter.projection_error > _EXACT:
                 adapter = from_factors(lora_A, lora_B, study.sae, bias=bias)
-        return study.judge(adapter, selection, held_out or data)
+        return study.judge(adapter, selection, data, held_out)
     finally:
         if not given:
             tuned.unload()
@@ -300,7 +302,13 @@ class _Study:
             bias = bias - lora_B @ (through @ linear.bias.detach().double().cpu())
         return through, lora_B, bias
 
-    def judge(self, adapter: LinearAdapter, selection: Selection, data: Batches) -> Explanation:
+    def judge(
+        self,
+        adapter: LinearAdapter,
+        selection: Selection,
+        data: Batches,
+        held_out: Batches | None,
+    ) -> Explanation:
         """Shares on data, per sequence, by the adapter's own forward in float64."""
         layer = FSRLLayer(nn.Identity(), self.path)
         layer.update_layer("fitted", adapter.config(self.sae, **self.place), adapter.sae)
@@ -316,7 +324,7 @@ class _Study:
         layer.observers.append(add)
         chosen = _projector(self._directions[self.sae.positions(selection.features)])
         whole = _projector(self._directions)
-        for x, delta, mask in self._pairs(data):
+        for x, delta, mask in self._pairs(data if held_out is None else held_out):
             with torch.no_grad():
                 fitted = layer(x) - x
             wrong = (delta - delta @ whole, delta - delta @ chosen, delta - fitted, delta)
@@ -333,6 +341,7 @@ class _Study:
         return Explanation(
             place=self.path,
             n_tokens=n_tokens,
+            held_out=held_out is not None,
             change=float(missed[:, 3].sum()) / base_size,
             in_dictionary=in_dictionary,
             in_features=in_features,

@@ -90,16 +90,8 @@ class SingleLoRA:
         """Those of several ranks, for ``measure_fidelity``."""
         return {f"LoRA of rank {rank}": partial(self.applied, rank) for rank in ranks}
 
-    def export(self, rank: int, **config: Any) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """A LoRA for stock PEFT.
-
-        Args:
-            rank: its rank.
-            config: further settings of the ``LoraConfig``.
-
-        Returns:
-            Config and state dict; what ``PeftModel.save_pretrained`` writes for a LoRA.
-        """
+    def export(self, rank: int) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """A LoRA for stock PEFT: config and state dict, as ``save_pretrained`` writes them."""
         state = {}
         has_bias = any(fit.intercept for fit in self.fits)
         for site, fit in zip(self.sites, self.fits, strict=True):
@@ -109,17 +101,17 @@ class SingleLoRA:
             state[f"{prefix}.lora_B.weight"] = lora_B
             if has_bias:
                 state[f"{prefix}.lora_B.bias"] = bias
-        settings = {
-            "r": rank,
-            "lora_alpha": rank,
-            "lora_dropout": 0.0,
-            "target_modules": [site.path for site in self.sites],
-            "lora_bias": has_bias,
-            "fan_in_fan_out": any(isinstance(site.module, Conv1D) for site in self.sites),
-            "inference_mode": True,
-            "task_type": "CAUSAL_LM",
-        }
-        return LoraConfig(**{**settings, **config}), state
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            lora_dropout=0.0,
+            target_modules=[site.path for site in self.sites],
+            lora_bias=has_bias,
+            fan_in_fan_out=any(isinstance(site.module, Conv1D) for site in self.sites),
+            inference_mode=True,
+            task_type="CAUSAL_LM",
+        )
+        return config, state
 
 
 def fit_single_lora(
@@ -201,6 +193,7 @@ class LoRAExport:
             it was fitted to.
         comparison: loss and divergence of base, FSRL and LoRA, on text of the kind that it was
             fitted to.
+        held_out: that text is not the very data of the fit.
         elsewhere: the same on other text, where the adapter may be silent and the LoRA is not; None
             if that was not measured.
     """
@@ -210,6 +203,7 @@ class LoRAExport:
     rank: int
     error: float
     comparison: Comparison
+    held_out: bool
     elsewhere: Comparison | None
 
     def save(self, directory: str | Path) -> None:
@@ -222,13 +216,14 @@ class LoRAExport:
     def __str__(self) -> str:
         where = ", ".join(sorted(self.config.target_modules))
         title = f"LoRA of rank {self.rank} on {where}: misses {self.error:.1%} of the change"
+        text = "held-out text" if self.held_out else "the data of the fit (give `held_out`)"
         elsewhere = (
-            "On other text: not measured. FSRL is silent where no threshold is crossed, a LoRA "
-            "nowhere: give `other_text`."
+            " not measured. FSRL is silent where no threshold is crossed, a LoRA nowhere: give "
+            "`other_text`."
             if self.elsewhere is None
-            else f"On other text:\n{self.elsewhere}"
+            else f"\n{self.elsewhere}"
         )
-        return f"{title}\n{self.comparison}\n{elsewhere}"
+        return f"{title}\nOn {text}:\n{self.comparison}\nOn other text:{elsewhere}"
 
 
 def to_lora(
@@ -265,6 +260,7 @@ def to_lora(
         rank,
         fitted.error(rank),
         measure(data if held_out is None else held_out),
+        held_out is not None,
         None if other_text is None else measure(other_text),
     )
 
@@ -313,15 +309,14 @@ def _width(model: nn.Module, layer_name: str) -> int:
 
 
 def _resolve_sites(model: nn.Module, target: str | None) -> tuple[Site, ...]:
-    steered = [layer for layer in fsrl_layers(model).values() if _acts(layer)]
-    if not steered:
+    sites = tuple(
+        _resolve_site(layer, target)
+        for layer in fsrl_layers(model).values()
+        if set(layer.active_adapters) & set(layer.fsrl_adapter) and not layer.disable_adapters
+    )
+    if not sites:
         raise ValueError("No adapter is active. Activate one, and leave `disable_adapter`.")
-    return tuple(_resolve_site(layer, target) for layer in steered)
-
-
-def _acts(layer: FSRLLayer) -> bool:
-    active = any(name in layer.fsrl_adapter for name in layer.active_adapters)
-    return active and not layer.disable_adapters
+    return sites
 
 
 def _resolve_site(layer: FSRLLayer, target: str | None) -> Site:

@@ -42,11 +42,6 @@ class Comparison:
     n_tokens: int
     models: Mapping[str, Fidelity]
 
-    def kept_loss(self, name: str) -> float:
-        """The share of the adapter's effect on the loss that a stand-in has; nan without one."""
-        base, fsrl = self.models[BASE].loss, self.models[FSRL].loss
-        return (base - self.models[name].loss) / (base - fsrl) if base != fsrl else float("nan")
-
     def kept_kl(self, name: str) -> float:
         """``1 - KL(FSRL || name) / KL(FSRL || base)``; nan where the adapter has no effect.
 

@@ -76,8 +76,8 @@ class ReducedRank:
     ``r`` first eigenvectors of the covariance of ``M x``.
 
     Attributes:
-        full: ``M``, shape ``(d_y, d_x)``.
-        directions: all eigenvectors as columns, shape ``(d_y, d_y)``.
+        full: ``M``.
+        directions: all eigenvectors, as columns.
         moments: what it was fitted to.
     """
 
@@ -91,8 +91,10 @@ class ReducedRank:
         """The largest rank that there is."""
         return min(self.full.shape)
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """``A (rank, d_x)``, ``B (d_y, rank)`` and the bias ``(d_y,)``.
+    def factors(
+        self, rank: int
+    ) -> tuple[Float[Tensor, "rank d_x"], Float[Tensor, "d_y rank"], Float[Tensor, "d_y"]]:
+        """``A``, ``B`` and the bias.
 
         Raises:
             ValueError: for a rank below 1 or above ``max_rank``.
@@ -105,15 +107,9 @@ class ReducedRank:
         bias = mean_y - lora_B @ (lora_A @ mean_x)
         return lora_A, lora_B, bias if self.intercept else torch.zeros_like(bias)
 
-    def error(self, rank: int, moments: Moments | None = None) -> float:
-        """``E ||y - B A x - bias||^2 / E ||y||^2``: the share of ``y`` that is missed.
-
-        Args:
-            rank: as for ``factors``.
-            moments: of other data; None for what it was fitted to.
-        """
-        moments = moments or self.moments
-        return moments.error(*self.factors(rank)) / moments.size
+    def error(self, rank: int) -> float:
+        """``E ||y - B A x - bias||^2 / E ||y||^2``: the share of ``y`` that is missed."""
+        return self.moments.error(*self.factors(rank)) / self.moments.size
 
 
 def reduced_rank_regression(

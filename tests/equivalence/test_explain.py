@@ -297,6 +297,7 @@ def test_a_planted_change_is_above_chance_and_says_so() -> None:
     assert found.in_features.value == pytest.approx(1, abs=1e-6)
     assert 0 < found.chance < 0.6
     assert f"by chance      {found.chance:.1%}" in str(found)
+    assert "tokens, those of the fit)" in str(found)
 
 
 def test_too_few_tokens_are_said() -> None:

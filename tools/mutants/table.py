@@ -1046,4 +1046,50 @@ MUTANTS = (
         "list(range(len(features)))",
         ("analysis/test_diff.py::test_cosines_of_rows",),
     ),
+    # As LoRA
+    Mutant(
+        "a certificate reaches too far",
+        "equivalence/boundaries.py",
+        "outside = half.gap.clamp(min=0)",
+        "outside = half.gap.clamp(min=0) * 1.02",
+        ("equivalence/test_certificates.py::test_the_radius_is_tight",),
+    ),
+    Mutant(
+        "a certificate that breaks nowhere holds",
+        "equivalence/certificates.py",
+        "return exact and self.break_error <= self.rounding < self.outside_error",
+        "return exact",
+        ("equivalence/test_certificates.py::test_a_broken_certificate_does_not_hold",),
+    ),
+    Mutant(
+        "the model's own error is that of the output",
+        "equivalence/certificates.py",
+        "_relative(own.to(self.x) - self.x, change)",
+        "_relative(own.to(self.x), self.x + change)",
+        ("equivalence/test_certificates.py::test_the_models_own_error_is_that_of_the_change",),
+    ),
+    Mutant(
+        "a map fitted to too few tokens passes in silence",
+        "equivalence/reduced_rank.py",
+        "if not ridge and moments.n < 2 * len(xx):",
+        "if not ridge and moments.n < 1:",
+        (
+            "equivalence/test_explain.py::test_too_few_tokens_are_said",
+            "equivalence/test_export.py::test_too_few_tokens_are_said",
+        ),
+    ),
+    Mutant(
+        "other text is the text of the fit",
+        "equivalence/export.py",
+        "None if other_text is None else measure(other_text)",
+        "None if other_text is None else measure(data)",
+        ("equivalence/test_export.py::test_what_a_lora_does_where_the_adapter_is_silent",),
+    ),
+    Mutant(
+        "chance is measured on the change itself",
+        "equivalence/selection.py",
+        "    vectors = torch.linalg.qr(noise[:, :_MAX_DIRECTIONS]).Q",
+        "    vectors = torch.linalg.eigh(second_moment).eigenvectors",
+        ("equivalence/test_explain.py::test_chance_by_hand",),
+    ),
 )
