@@ -1,4 +1,4 @@
-# Needs Python 3.10+ and make; everything else goes into the virtual environment $(VENV).
+# Needs Python 3.11+ and make; everything else goes into the virtual environment $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt

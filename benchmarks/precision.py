@@ -85,7 +85,10 @@ def follow_the_encoder(model: Any, batch: dict[str, Tensor]) -> None:
         with observe(model, events.append):
             model(**batch)
         sizes = events[0].steering_vector[batch["attention_mask"].bool()].abs()
-        adapter.threshold.copy_(sizes.kthvalue(int(0.99 * len(sizes)), dim=0).values)
+        # Between two tokens' values: on one of them, rounding would decide about it.
+        ordered = sizes.sort(dim=0).values
+        last = int(0.99 * len(sizes))
+        adapter.threshold.copy_(ordered[last - 1 : last + 1].mean(dim=0))
 
 
 def measure(name: str, model: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:

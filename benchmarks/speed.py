@@ -26,7 +26,9 @@ import copy
 import os
 import random
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -77,6 +79,16 @@ def row(
         )
     found = {"part": part, "case": case, "what": what, "figure": figure, "unit": unit}
     return {**found, "against": against, "ratio": share, "goal": goal, "met": met}
+
+
+def kept_going(part: str, case: str, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows; where making them fails, a row that says so: nobody watches."""
+    print(f"{part} {case} ...", file=sys.stderr, flush=True)
+    try:
+        yield from rows
+    except Exception as error:
+        traceback.print_exc()
+        yield row(part, case, f"failed: {type(error).__name__}", None, "")
 
 
 @contextmanager
@@ -157,7 +169,8 @@ def measure_operation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             x, g = torch.randn(2, tokens, d_in, device=options.device, dtype=dtype)
             sae = make_sae(d_in, d_sae, options.device)
             case = f"{tokens} x {d_in} x {d_sae}, {kind}"
-            yield from compare_operation(options, case, sae, sae_dtype, x, g)
+            compared = compare_operation(options, case, sae, sae_dtype, x, g)
+            yield from kept_going("operation", case, compared)
 
 
 def compare_operation(
@@ -301,17 +314,24 @@ def measure_generation(
         models = {
             name: model.to(torch.bfloat16) for name, model in models.items() if name != "FSRL"
         }
-    for batch in (1,) if options.quick else (1, 8, 64) if options.on_gpu else (1, 8):
-        yield from compare_generation(options, models, batch, None)
-    for batch in (1, 64, 8) if options.on_gpu else ():
-        if time.monotonic() < options.deadline:
-            yield from compare_generation(options, models, batch, "static")
-        else:
-            yield row("generation", f"batch {batch}, static cache", "no time left", None, "")
+    batches = [1] if options.quick else [1, 8, 64] if options.on_gpu else [1, 8]
+    cases: list[tuple[int, str | None]] = [(batch, None) for batch in batches]
+    cases += [(batch, "static") for batch in (1, 64, 8) if options.on_gpu]
+    for batch, cache_kind in cases:
+        case = f"batch {batch}, {'static cache, compiled' if cache_kind else 'dynamic cache'}"
+        if cache_kind and time.monotonic() > options.deadline:
+            yield row("generation", case, "no time left", None, "")
+            continue
+        compared = compare_generation(options, models, case, batch, cache_kind)
+        yield from kept_going("generation", case, compared)
 
 
 def compare_generation(
-    options: argparse.Namespace, models: dict[str, Any], batch: int, cache_kind: str | None
+    options: argparse.Namespace,
+    models: dict[str, Any],
+    case: str,
+    batch: int,
+    cache_kind: str | None,
 ) -> Iterator[dict[str, Any]]:
     """Tokens a second against the base's."""
     new = 4 if options.quick else 32
@@ -330,7 +350,6 @@ def compare_generation(
 
     cases = {name: partial(generate, model) for name, model in models.items()}
     seconds = alternate(cases, min(3, options.repeats), options.device)
-    case = f"batch {batch}, {'static cache, compiled' if cache_kind else 'dynamic cache'}"
     for name, times in seconds.items():
         speed = batch * new / statistics.median(times)
         if name == "base":
@@ -360,8 +379,12 @@ def measure_compilations(options: argparse.Namespace) -> Iterator[dict[str, Any]
     yield row("compilations", f"{count} random shapes", "compiled", found, "graphs")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is asked for and report it."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is asked for and report it.
+
+    Returns:
+        1 if a case failed.
+    """
     options_of = parser(__doc__)
     options_of.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options_of.add_argument("--minutes", type=float, default=3.5, help="starts nothing long after")
@@ -374,15 +397,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "operation" in options.parts:
         rows += measure_operation(options)
     if "compilations" in options.parts:
-        rows += measure_compilations(options)
+        rows += kept_going("compilations", "", measure_compilations(options))
     if {"step", "generation"} & set(options.parts):
         models = make_models(options)
         if "step" in options.parts:
-            rows += measure_step(options, models)
+            rows += kept_going("step", "", measure_step(options, models))
         if "generation" in options.parts:
             rows += measure_generation(options, models)
     report("speed", options, rows)
+    return int(any(each["what"].startswith("failed") for each in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,7 +28,7 @@ def _importable() -> Iterator[None]:
 
 def run(name: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     command = ["--quick", "--repeats", "1", "--out", str(folder), *arguments]
-    importlib.import_module(name).main(command)
+    assert not importlib.import_module(name).main(command)
     rows = json.loads((folder / f"{name}-cpu.json").read_text("utf-8"))["rows"]
     assert rows
     assert all(list(row) == list(rows[0]) for row in rows)
@@ -83,3 +83,17 @@ def test_precision(tmp_path: Path) -> None:
     whole, half = rows[0], rows[3]
     assert half["MiB, SAE"] * 2 == whole["MiB, SAE"]
     assert half["MiB, adapter"] * 2 == whole["MiB, adapter"]
+
+
+def test_a_case_that_fails_does_not_take_the_others_along(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    speed = importlib.import_module("speed")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield speed.row("step", "", "FSRL", 1.0, "ms")
+        raise RuntimeError("out of memory")
+
+    found = list(speed.kept_going("step", "2 x 8", rows()))
+    assert [each["what"] for each in found] == ["FSRL", "failed: RuntimeError"]
+    assert "out of memory" in capsys.readouterr().err
