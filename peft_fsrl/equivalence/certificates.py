@@ -16,10 +16,10 @@ from ..training.running import evaluating, on_output
 from ..tuner.layer import FSRLLayer
 from .batches import check_inputs
 from .encoders import NotAffineError
-from .pieces import Factors, PiecewiseAffine, positions
+from .pieces import Factors, Piece, PiecewiseAffine, positions
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, Int8
+    from jaxtyping import Bool, Float, Int
 
 # How far beyond the boundary `check` looks first, in radii: on the boundary itself the two affine
 # maps agree wherever the change is continuous.
@@ -71,8 +71,10 @@ class CertificateCheck(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class RestrictedLoRA:
+class RestrictedLoRA(Piece):
     """``x' = x + B (A x + o)``: what FSRL does to one token and to all within ``radius`` of it.
+
+    For radius, boundary and state see ``Piece``.
 
     Tensors are float64, on the CPU. Factors are made from the adapter and the SAE, of which all
     certificates of a layer share one copy, each time they are asked for: kept, those of a dense
@@ -83,36 +85,24 @@ class RestrictedLoRA:
         adapter_name: the adapter.
         token: position of the token, ``(row, column)`` in a batch.
         x: the wrapped module's own output there.
-        radius: Euclidean distance within which this is exact; infinite if everywhere.
-        tight: no larger radius would do; see ``pieces.Piece``.
-        direction: unit vector to the nearest boundary; zero if not known.
-        boundary: what lies at the nearest boundary; see ``pieces.Piece``.
-        boundary_feature: index in the whole SAE of its feature; -1 if there is none.
     """
 
     layer_name: str
     adapter_name: str
     token: tuple[int, ...]
     x: Float[Tensor, "d_in"]
-    radius: float
-    tight: bool
-    direction: Float[Tensor, "d_in"]
-    boundary: str
-    boundary_feature: int
-    _state: Int8[Tensor, "n_features"] = field(repr=False)
-    _beyond: Tensor = field(repr=False)
     _map: PiecewiseAffine = field(repr=False)
     _own_output: Tensor | None = field(repr=False)
 
     @property
     def active(self) -> tuple[int, ...]:
         """Indices in the whole SAE of the features that act by their steering vector."""
-        return tuple(self._map.sae.feature_index[positions(self._state)[0]].tolist())
+        return tuple(self._map.sae.feature_index[positions(self.state)[0]].tolist())
 
     @property
     def clipped(self) -> tuple[int, ...]:
         """Indices in the whole SAE of the features that the adapter lowers to zero."""
-        return tuple(self._map.sae.feature_index[positions(self._state)[1]].tolist())
+        return tuple(self._map.sae.feature_index[positions(self.state)[1]].tolist())
 
     @property
     def lora_A(self) -> Float[Tensor, "rank d_in"]:
@@ -191,9 +181,9 @@ class RestrictedLoRA:
         inside = self.x + reach * torch.cat([torch.zeros_like(steps[:1]), steps])
         change = self.apply(self.x) - self.x
         unit = float(change.norm()) or norm or 1.0
-        rounding = self._map.noise(self._state, norm + reach) / unit
+        rounding = self._map.noise(self.state, norm + reach) / unit
         errors = (self._forward(inside) - self.apply(inside)).norm(dim=1) / unit
-        errors[self._map.departures(self._state, inside).any(dim=1)] = torch.inf
+        errors[self._map.departures(self.state, inside).any(dim=1)] = torch.inf
         jacobian_error, jacobian_rounding = self._check_jacobian(units)
         outside, after = self._check_break(norm, unit)
         own = self._own_output
@@ -209,7 +199,7 @@ class RestrictedLoRA:
 
     @property
     def _factors(self) -> Factors:
-        return self._map.factors(self._state)
+        return self._map.factors(self.state)
 
     def _forward(self, points: Tensor) -> Tensor:
         # Each a sequence of its own: some encoders read whole sequences.
@@ -225,7 +215,7 @@ class RestrictedLoRA:
         expected = units @ lora_B @ lora_A
         size = float(expected.norm(dim=1).max()) or 1.0
         error = float((pulled - units - expected).norm(dim=1).max())
-        return error / size, self._map.slope_noise(self._state) / size
+        return error / size, self._map.slope_noise(self.state) / size
 
     def _check_break(self, norm: float, unit: float) -> tuple[float | None, float | None]:
         """``outside_error`` and ``break_error``."""
@@ -235,10 +225,10 @@ class RestrictedLoRA:
         further = max(_BEYOND * self.radius, _BEYOND_HERE * (norm or 1.0))
         crossed = self.x + self.radius * self.direction
         while True:
-            point = crossed + further * self._beyond
-            departures = self._map.departures(self._state, point)
+            point = crossed + further * self.beyond
+            departures = self._map.departures(self.state, point)
             predicted = departures @ self._map.directions
-            noise = self._map.noise(self._state, norm + self.radius + further)
+            noise = self._map.noise(self.state, norm + self.radius + further)
             visible = float(predicted.norm()) > _VISIBLE * noise
             found = self._forward(point[None])[0] - self.apply(point)
             if not departures[feature]:
@@ -284,7 +274,6 @@ def certify(
         pieces = PiecewiseAffine(layer, adapter_name)
     except NotAffineError as error:
         raise NotAffineError(str(error), tuple(places)) from None
-    index = pieces.sae.feature_index
     found, refused, reason = [], [], ""
     for place in places:
         point = x[place].detach().to("cpu", torch.float64, copy=True)
@@ -296,17 +285,11 @@ def certify(
             continue
         found.append(
             RestrictedLoRA(
+                **vars(piece),
                 layer_name=layer.layer_name,
                 adapter_name=adapter_name,
                 token=place,
                 x=point,
-                radius=piece.radius,
-                tight=piece.tight,
-                direction=piece.direction,
-                boundary=piece.boundary,
-                boundary_feature=int(index[piece.feature]) if piece.feature >= 0 else -1,
-                _state=piece.state,
-                _beyond=piece.beyond,
                 _map=pieces,
                 # A copy: a view would keep the whole batch.
                 _own_output=None if output is None else output[place].detach().cpu().clone(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -31,13 +31,12 @@ NOWHERE = "none"
 ROUNDING = 8 * torch.finfo(torch.float64).eps
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Piece:
     """The affine piece around one token.
 
     Attributes:
-        state: how each feature acts: not at all, by ``v > 0``, by ``v < 0``, or by ``-f``, because
-            ``f > 0 >= f + v``.
-        radius: within this distance of the token the piece is exact; see ``tight``.
+        radius: Euclidean distance within which the piece is exact; infinite if everywhere.
         tight: no larger radius would do. Where the nearest boundary is one of a top-k selection, of
             an encoder of which nothing is known, or of two rows that are all but opposite, the
             radius is safe but may be too small.
@@ -48,16 +47,18 @@ class Piece(NamedTuple):
             threshold), ``"clamp"`` (``f + v`` reaches zero), ``"encoder"`` (a feature that is being
             suppressed switches off), ``"suppression"`` (a feature that is not steered comes to be
             suppressed, which takes ``v < 0`` and ``f > 0``), or ``"none"``.
-        feature: position of the feature whose boundary that is; -1 where there is none.
+        boundary_feature: index in the whole SAE of its feature; -1 if there is none.
+        state: how each feature acts: not at all (0), by ``v > 0`` (1), by ``v < 0`` (-1), or by
+            ``-f``, because ``f > 0 >= f + v`` (2).
     """
 
-    state: Int8[Tensor, "n_features"]
     radius: float
     tight: bool
-    direction: Float[Tensor, "d_in"]
-    beyond: Float[Tensor, "d_in"]
+    direction: Float[Tensor, "d_in"] = field(repr=False)
+    beyond: Float[Tensor, "d_in"] = field(repr=False)
     boundary: str
-    feature: int
+    boundary_feature: int
+    state: Int8[Tensor, "n_features"] = field(repr=False)
 
 
 class Factors(NamedTuple):
@@ -270,10 +271,11 @@ class PiecewiseAffine:
         radius, tight, found, feature = nearest
         direction = beyond = torch.zeros(self.sae.info.d_in, dtype=torch.float64)
         if found is None:
-            return Piece(state, radius, True, direction, beyond, NOWHERE, -1)
+            return Piece(radius, True, direction, beyond, NOWHERE, -1, state)
         if tight:
             direction, beyond = self._geometry.direction(found, feature)
-        return Piece(state, radius, tight, direction, beyond, found.boundary, feature)
+        index = int(self.sae.feature_index[feature])
+        return Piece(radius, tight, direction, beyond, found.boundary, index, state)
 
     def _exits(self, token: _Token, state: Tensor) -> Iterator[Exit]:
         """Every way in which a feature comes to act by another formula than here."""

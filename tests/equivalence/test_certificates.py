@@ -334,7 +334,7 @@ def test_a_broken_certificate_does_not_hold(scale: float) -> None:
         {"radius": good.radius * 1.05},
         {"radius": good.radius * 0.9},
         {"x": good.x + 2 * good.radius * good.direction},
-        {"_state": good._state.roll(1)},
+        {"state": good.state.roll(1)},
         {"_map": Broken(good._map, lora_A=lambda a: a * (1 + 1e-6))},
         {"_map": Broken(good._map, lora_B=lambda b: b * (1 + 1e-6))},
         {"_map": Broken(good._map, offset=lambda o: o + 1e-6 * scale)},
