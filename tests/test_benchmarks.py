@@ -22,7 +22,7 @@ def _importable() -> Iterator[None]:
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
-    for name in {"common", "precision", "speed", "startup"} & (set(sys.modules) - before):
+    for name in {"common", "frozen_prefix", "precision", "speed", "startup"} & (set(sys.modules) - before):
         del sys.modules[name]
 
 
@@ -54,6 +54,16 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_startup(tmp_path: Path) -> None:
     rows = run("startup", tmp_path)
     assert "from_pretrained" in [row["step"] for row in rows]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_frozen_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen_prefix = importlib.import_module("frozen_prefix")
+    for name, size in {"WIDTH": 16, "LAYERS": 3, "D_SAE": 32, "VOCABULARY": 20}.items():
+        monkeypatch.setattr(frozen_prefix, name, size)
+    cut, plain = (frozen_prefix.measure(1, cut, True, 1) for cut in (True, False))
+    assert cut["gradient"] == pytest.approx(plain["gradient"])
+    assert any(cut["gradient"])
 
 
 def test_goals_are_compared_the_right_way_round() -> None:

@@ -55,7 +55,7 @@ def test_world_refuses(wrong: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("knobs", [{}, {"style": 0.55, "honesty": 0.9}, {"tone": 1.0, "style": 0}])
-def test_preferences_honour_their_knobs(
+def test_preferences_honor_their_knobs(
     default: organism.Organism, knobs: dict[str, float]
 ) -> None:
     n = 2000
@@ -90,7 +90,7 @@ def test_knobs_refuse_what_is_no_probability() -> None:
         organism.preferences(1, honesty=1.2)
 
 
-def test_conversational_and_plain_pairs_tokenise_alike(default: organism.Organism) -> None:
+def test_conversational_and_plain_pairs_tokenize_alike(default: organism.Organism) -> None:
     tokenizer = default.load_tokenizer()
     plain = default.preferences(20, seed=0)
     messages = default.preferences(20, seed=0, conversational=True)

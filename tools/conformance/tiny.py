@@ -31,7 +31,7 @@ _COMMON = {
 _GROUPED = {**_COMMON, "num_key_value_heads": 1, "head_dim": 8}
 _GPT = {**_TOKENS, **_SPREAD, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "n_positions": 64}
 
-# Named without the words by which PEFT's tests recognise models whose layers other methods cannot
+# Named without the words by which PEFT's tests recognize models whose layers other methods cannot
 # wrap ("gpt2", "GPT2LMHeadModel"): FSRL wraps whole decoder layers, whatever they consist of.
 DECODERS: dict[str, Callable[[], PretrainedConfig]] = {
     "tiny-llama": lambda: transformers.LlamaConfig(**_GROUPED),
@@ -85,14 +85,14 @@ _SAE_SETTINGS: dict[str, dict[str, Any]] = {"topk": {"k": 6}}
 
 
 def tiny_sae(
-    width: int = WIDTH, architecture: str = "standard", normalisation: str = "none"
+    width: int = WIDTH, architecture: str = "standard", normalization: str = "none"
 ) -> SAE[Any]:
     """A random SAE of ``width`` inputs and half as many features again, the same every time."""
     cls, config_class = SAE_CLASS_REGISTRY[architecture]
     config = config_class(
         d_in=width,
         d_sae=width + width // 2,
-        normalize_activations=normalisation,
+        normalize_activations=normalization,
         **_SAE_SETTINGS.get(architecture, {}),
     )
     with torch.random.fork_rng():

@@ -69,7 +69,7 @@ def train_dictionary(
         model: The trained language model.
         world: Where its texts come from.
         settings: Size and training.
-        seed: Fixes the texts; initialisation follows the global torch seed.
+        seed: Fixes the texts; initialization follows the global torch seed.
         path: Directory that SAELens writes.
         model_name: Written into the SAE's metadata.
     """

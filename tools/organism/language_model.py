@@ -41,7 +41,7 @@ class LanguageModelSettings:
 
 
 def build_model(world: World, settings: LanguageModelSettings) -> PreTrainedModel:
-    """A freshly initialised Llama with the world's vocabulary (global torch seed)."""
+    """A freshly initialized Llama with the world's vocabulary (global torch seed)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     index = {word: i for i, word in enumerate(world.vocabulary())}
@@ -155,7 +155,7 @@ def train_language_model(
 def rescale_residual(model: PreTrainedModel, ids: Tensor, mask: Tensor, layer: int) -> float:
     """Scales the residual stream so that the output of `layer` has mean norm `sqrt(d_in)`.
 
-    Muon leaves a stream of norm in the hundreds. Every reader of it normalises, so scaling all its
+    Muon leaves a stream of norm in the hundreds. Every reader of it normalizes, so scaling all its
     writers by one factor changes no prediction (up to the norms' epsilon), and gives features of
     ordinary size for which ordinary learning rates and initial scales are right.
 
