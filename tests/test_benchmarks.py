@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+NAMES = {"common", "frozen_prefix", "precision", "speed", "startup"}
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -22,7 +23,7 @@ def _importable() -> Iterator[None]:
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
-    for name in {"common", "frozen_prefix", "precision", "speed", "startup"} & (set(sys.modules) - before):
+    for name in NAMES & (set(sys.modules) - before):
         del sys.modules[name]
 
 

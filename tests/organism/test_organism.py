@@ -55,9 +55,7 @@ def test_world_refuses(wrong: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("knobs", [{}, {"style": 0.55, "honesty": 0.9}, {"tone": 1.0, "style": 0}])
-def test_preferences_honor_their_knobs(
-    default: organism.Organism, knobs: dict[str, float]
-) -> None:
+def test_preferences_honor_their_knobs(default: organism.Organism, knobs: dict[str, float]) -> None:
     n = 2000
     pairs = organism.preferences(n, seed=4, organism=default, **knobs)
     wanted = {"style": 0.9, "honesty": 0.55, "tone": 0.5, "verbosity": 0.5, **knobs}
