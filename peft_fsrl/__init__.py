@@ -7,8 +7,7 @@ Importing the package registers the method with PEFT, so that ``get_peft_model``
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .sae.frozen import FrozenSAE
-from .sae.identity import SAEInfo
+from .sae.frozen import FrozenSAE, SAEInfo
 from .sae.loading import freeze_sae, load_sae
 from .steering import (
     SteeringEvent,

@@ -16,7 +16,7 @@ cancels, and ``x' == x`` exactly where ``v == 0``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,18 +28,37 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("soft_threshold", "relu", "jumprelu")
 
 
+class Norms(NamedTuple):
+    """How strongly each token was steered.
+
+    Attributes:
+        l0: number of features with ``v != 0``.
+        l1: ``||v||_1``, differentiable.
+        l2: ``||v||_2``.
+        open_gates: number of open gates of ``jumprelu``, differentiable; None for the others.
+    """
+
+    l0: Float[Tensor, "*batch"]
+    l1: Float[Tensor, "*batch"]
+    l2: Float[Tensor, "*batch"]
+    open_gates: Float[Tensor, "*batch"] | None
+
+
 class Steered(NamedTuple):
     """What one application of the adapter produced.
 
     Attributes:
-        output: the steered ``x'``, shape ``(..., d_in)``, dtype of ``x``.
-        steering_vector: ``v`` in feature space, shape ``(..., d_sae)``, dtype of the adapter.
-        gate: the differentiable count ``1[u > theta]`` of ``jumprelu`` for an L0 penalty, shape
-            ``(..., d_sae)``, or None for the other activations.
+        output: the steered ``x'``, in the dtype of ``x``.
+        norms: how strongly each token was steered, if that was asked for.
+        steering_vector: ``v`` in feature space as it acted, in the dtype of the adapter, if that
+            was asked for.
+        gate: the differentiable ``1[u > theta]`` of ``jumprelu`` for an L0 penalty, with ``v``;
+            None for the other activations.
     """
 
     output: Float[Tensor, "*batch d_in"]
-    steering_vector: Float[Tensor, "*batch d_sae"]
+    norms: Norms | None
+    steering_vector: Float[Tensor, "*batch d_sae"] | None
     gate: Float[Tensor, "*batch d_sae"] | None
 
 
@@ -59,7 +78,8 @@ def soft_threshold(
         Shrunk values, shape of ``u``; exactly zero where ``|u| <= threshold``.
     """
     threshold = threshold + torch.relu(-threshold).detach()
-    return torch.sign(u) * torch.relu(u.abs() - threshold)
+    # What a clamp takes away is what shrinkage leaves: two passes, and no sign to multiply with.
+    return u - u.clamp(-threshold, threshold)
 
 
 class _StraightThroughStep(torch.autograd.Function):
@@ -216,7 +236,6 @@ def decode_update(
     W_dec: Float[Tensor, "d_sae d_in"],
     feature_scale: Float[Tensor, "d_sae"] | None = None,
     token_scale: Float[Tensor, "*batch 1"] | float | None = None,
-    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Float[Tensor, "*batch d_in"]:
     """The linear part of an SAE's decoder, applied to a change of its feature activations.
 
@@ -226,14 +245,13 @@ def decode_update(
         feature_scale: factor per feature, shape ``(d_sae,)`` (SAEs that treat the decoder's rows as
             normalised).
         token_scale: factor per token, shape ``(..., 1)``; see ``normalisation_scale``. Or a number.
-        product: how ``update @ W_dec`` is computed.
 
     Returns:
         ``decode(f + update) - decode(f)``, shape ``(..., d_in)``.
     """
     if feature_scale is not None:
         update = update * feature_scale
-    delta = product(update, W_dec)
+    delta = update @ W_dec
     return delta if token_scale is None else delta * token_scale
 
 
@@ -258,41 +276,83 @@ def steering_pre(
     return F.linear(sae_input if down is None else F.linear(sae_input, down), weight, bias)
 
 
+class Dictionary(Protocol):
+    """What ``steer`` needs of an SAE; ``peft_fsrl.FrozenSAE`` is one."""
+
+    def process_in(self, x: Tensor) -> Tensor:
+        """``x~``, what the encoder and the adapter read."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations ``f`` of the raw ``x``."""
+
+    def decode_update(self, update: Tensor, x: Tensor) -> Tensor:
+        """``decode(f + update) - decode(f)`` at the token whose raw activations are ``x``."""
+
+
 def steer(
     x: Float[Tensor, "*batch d_in"],
-    u: Float[Tensor, "*batch d_sae"],
+    weight: Float[Tensor, "d_sae rank"],
+    bias: Float[Tensor, "d_sae"],
+    down: Float[Tensor, "rank d_in"] | None,
     threshold: Float[Tensor, "#d_sae"] | None,
     *,
+    sae: Dictionary,
     activation: str,
     bandwidth: float,
-    encode: Callable[[Float[Tensor, "*batch d_sae"]], Float[Tensor, "*batch d_sae"]] | None,
-    decode_update: Callable[[Float[Tensor, "*batch d_sae"]], Float[Tensor, "*batch d_in"]],
+    clamps: bool = True,
     edit: Callable[[Float[Tensor, "*batch d_sae"]], Float[Tensor, "*batch d_sae"]] | None = None,
+    measures: bool = True,
+    keeps_vector: bool = True,
 ) -> Steered:
-    """``x' = x + decode(relu(f + v)) - decode(f)`` with ``v = act_theta(u)``.
+    """``x' = x + decode(relu(f + v)) - decode(f)`` with ``v = act_theta(x~ @ weight.T + bias)``.
 
     Args:
-        x: the wrapped module's output, shape ``(..., d_in)``.
-        u: pre-activations, from ``steering_pre``, shape ``(..., d_sae)``.
+        x: the wrapped module's output.
+        weight: see ``steering_pre``, as for ``bias`` and ``down``.
+        bias: see there.
+        down: see there.
         threshold: see ``steering_vector``.
+        sae: the dictionary in which to steer. Its encoder runs only where a negative ``v`` is
+            possible: elsewhere nothing is clamped.
         activation: one of ``ACTIVATIONS``.
         bandwidth: kernel width of ``jumprelu``.
-        encode: gives ``f`` for ``x``, shape ``(..., d_sae)``, from ``v``: where ``v >= 0`` anything
-            not negative will do, for nothing is clamped there. Called only where a negative ``v``
-            is possible. None where nothing is clamped at all and ``f'`` is ``f + v``: for an SAE
-            whose features carry a sign, or with the clamp switched off.
-        decode_update: linear map from a change in feature space to one of ``x``.
+        clamps: ``f'`` is ``relu(f + v)``; without, ``f + v``, for features that carry a sign or may
+            become negative.
         edit: applied to ``v`` before it acts (ablation, scaling, top-k). None leaves ``v`` alone.
-
-    Returns:
-        The steered output, the steering vector as it acted, and the gate of ``jumprelu``.
+        measures: also return the norms of ``v``.
+        keeps_vector: also return ``v`` and its gate, which are as wide as the SAE.
     """
+    u = steering_pre(sae.process_in(x), weight, bias, down)
     v, gate = steering_vector(u, threshold, activation=activation, bandwidth=bandwidth)
     if edit is not None:
         v = edit(v)
     promotes_only = activation != "soft_threshold" and edit is None
-    update = v if encode is None or promotes_only else clamped_update(v, encode(v))
-    return Steered(x + decode_update(update).to(x.dtype), v, gate)
+    update = clamped_update(v, sae.encode(x)) if clamps and not promotes_only else v
+    return Steered(
+        x + sae.decode_update(update, x).to(x.dtype),
+        compute_norms(v, gate) if measures else None,
+        v if keeps_vector else None,
+        gate if keeps_vector else None,
+    )
+
+
+def compute_norms(
+    v: Float[Tensor, "*batch d_sae"], gate: Float[Tensor, "*batch d_sae"] | None
+) -> Norms:
+    """How strongly each token is steered, in float32 or wider.
+
+    Args:
+        v: steering vectors.
+        gate: of ``jumprelu``, or None.
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    held = v.detach()
+    return Norms(
+        l0=(held != 0).sum(dim=-1).to(wide),
+        l1=token_l1(v),
+        l2=torch.linalg.vector_norm(held, dim=-1, dtype=wide),
+        open_gates=None if gate is None else gate.sum(dim=-1),
+    )
 
 
 def token_l1(v: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch"]:
@@ -304,7 +364,8 @@ def token_l1(v: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch"]:
     Returns:
         Shape ``(...)``.
     """
-    return v.to(torch.promote_types(v.dtype, torch.float32)).abs().sum(dim=-1)
+    wide = torch.promote_types(v.dtype, torch.float32)
+    return torch.linalg.vector_norm(v, ord=1, dim=-1, dtype=wide)
 
 
 def masked_mean(

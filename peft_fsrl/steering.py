@@ -1,6 +1,8 @@
 """Observe and edit what FSRL adapters do: the one place where steering is seen from outside.
 
-Everything here attaches to a model for the length of a ``with`` block and leaves nothing behind.
+Everything here attaches to a model for the length of a ``with`` block, in the thread or asyncio
+task that opened it, and leaves nothing behind. A thread that is started inside the block is outside
+of it, unless it runs in a copy of the context (``contextvars.copy_context().run``).
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from .sae.frozen import FrozenSAE
-from .tuner.events import Observer, SteeringEvent, TokenStatistics, token_statistics
-from .tuner.layer import Edit, FSRLLayer
+from .tuner.events import (
+    Edit,
+    Observer,
+    Scoped,
+    SteeringEvent,
+    TokenStatistics,
+    token_statistics,
+)
+from .tuner.layer import FSRLLayer
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -94,14 +103,9 @@ def observe(model: nn.Module, observer: Observer) -> Iterator[None]:
         observer: must not modify what it is given. A steering vector has shape
             ``(batch, seq, d_sae)``: reduce it at once rather than keeping it.
     """
-    layers = list(fsrl_layers(model).values())
-    for layer in layers:
-        layer.observers.append(observer)
-    try:
+    places = [layer.observers for layer in fsrl_layers(model).values()]
+    with Scoped(observer).attached_to(*places):
         yield
-    finally:
-        for layer in layers:
-            layer.observers.remove(observer)
 
 
 @contextmanager
@@ -120,14 +124,9 @@ def edit_steering(model: nn.Module, edit: Edit, layer_name: str | None = None) -
     layers = fsrl_layers(model)
     if layer_name is not None and layer_name not in layers:
         raise ValueError(f"No FSRL adapter wraps {layer_name!r}; found {sorted(layers)}.")
-    chosen = [layer for name, layer in layers.items() if layer_name in (None, name)]
-    for layer in chosen:
-        layer.edits.append(edit)
-    try:
+    places = [layer.edits for name, layer in layers.items() if layer_name in (None, name)]
+    with Scoped(edit).attached_to(*places):
         yield
-    finally:
-        for layer in chosen:
-            layer.edits.remove(edit)
 
 
 @contextmanager
@@ -245,23 +244,21 @@ class SteeringMonitor:
         self._consume = consume
         self.missed: str | None = None
         self._record: ForwardRecord | None = None
-        self._layers = list(fsrl_layers(model).values())
         inner = base_model(model)
         self._signature = inspect.signature(inner.forward)
         self._hooks = [
             inner.register_forward_pre_hook(self._before, with_kwargs=True),
             inner.register_forward_hook(self._after),
         ]
-        for layer in self._layers:
-            layer.statistics_observers.append(self._observe)
+        places = [layer.statistics_observers for layer in fsrl_layers(model).values()]
+        self._attached = ExitStack()
+        self._attached.enter_context(Scoped(self._observe).attached_to(*places))
 
     def close(self) -> None:
         """Stop collecting and remove every hook; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
-        for layer in self._layers:
-            if self._observe in layer.statistics_observers:
-                layer.statistics_observers.remove(self._observe)
+        self._attached.close()
 
     def __enter__(self) -> SteeringMonitor:
         return self

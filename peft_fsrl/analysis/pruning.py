@@ -22,7 +22,7 @@ from ..steering import (
     observe,
 )
 from ..training.running import evaluating, to_device
-from ..tuner._fields import is_layer_mapping
+from ..tuner.config import is_layer_mapping
 from ..tuner.layer import FSRLLayer
 from ..tuner.placement import decoder_layers
 

@@ -1,4 +1,4 @@
-"""The frozen sparse autoencoder as a steering layer needs it: loading, identity, sharing.
+"""The frozen sparse autoencoder as a steering layer needs it: encode, decode, identity, sharing.
 
 A ``FrozenSAE`` is immutable: moving it to another device or dtype gives another object, shared
 process-wide by everything that needs the same SAE there.
@@ -6,7 +6,11 @@ process-wide by everything that needs the same SAE there.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -15,30 +19,78 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .._sparse import columns_to_read, sparse_product
-from .identity import SAEInfo
-from .modules import (
-    assemble,
-    constant_token_factor,
-    decoder_feature_scale,
-    rebuild,
-    save_module,
-    slice_features,
-    view_features,
-)
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from sae_lens import SAE
 
 _SIGNED_ARCHITECTURES = frozenset({"abstopk"})
+# Each feature's activation depends on its own tensors alone: some can be had without the others.
 _FEATUREWISE_ARCHITECTURES = frozenset({"standard", "gated", "jumprelu"})
 _CONTEXTUAL_ARCHITECTURES = frozenset({"temporal"})
 # Written by SAELens's run-time normalisation during encode and read back in decode, which steering
 # never calls: left in place they would keep the last batch, and its graph, alive.
 _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
+# Along which dimension of each tensor of such an SAE the features lie.
+_FEATURE_DIMENSION = {
+    "W_enc": 1,
+    "W_dec": 0,
+    "b_enc": 0,
+    "threshold": 0,
+    "b_gate": 0,
+    "b_mag": 0,
+    "r_mag": 0,
+}
+# Settings, beside the tensors, that decide what an SAE computes. A fixed list, so that a field that
+# a later SAELens adds does not change the fingerprint of an SAE that did not change.
+_FINGERPRINTED_SETTINGS = (
+    "normalize_activations",
+    "apply_b_dec_to_input",
+    "k",
+    "rescale_acts_by_decoder_norm",
+    "residual_threshold",
+    "max_iterations",
+    "stop_on_duplicate_support",
+    "n_heads",
+    "sae_diff_type",
+    "kval_topk",
+    "tied_weights",
+    "activation_normalization_factor",
+)
+# How much of a tensor is hashed at a time: at least so many rows, and so many bytes.
+_ROWS, _PART = 16, 2**20
+
 _INSTANCES: WeakValueDictionary[tuple[Any, ...], FrozenSAE] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class SAEInfo:
+    """What identifies an SAE in a saved config.
+
+    Attributes:
+        d_in: width of the activations it reads and writes.
+        d_sae: number of features.
+        architecture: SAELens's name, for example ``"jumprelu"``.
+        dtype: dtype of its tensors as loaded.
+        fingerprint: SHA-256 over its tensors and the settings that decide what it computes.
+        hook_name: where it was trained, in TransformerLens's words, if known.
+        model_name: the model it was trained on, if known.
+        neuronpedia_id: its id on Neuronpedia, if known.
+    """
+
+    d_in: int
+    d_sae: int
+    architecture: str
+    dtype: str
+    fingerprint: str
+    hook_name: str | None = None
+    model_name: str | None = None
+    neuronpedia_id: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, as the adapter's config stores them."""
+        return asdict(self)
 
 
 class FrozenSAE:
@@ -55,7 +107,6 @@ class FrozenSAE:
         features: as given.
         signed: feature activations may be negative (``abstopk``), so steering does not clamp them.
         contextual: ``encode`` looks at earlier tokens (``temporal``), so it needs whole sequences.
-        featurewise: each feature's activation depends on its own tensors alone.
         feature_scale: factor of each feature when it is decoded, ``(n_features,)``, or None for 1.
     """
 
@@ -70,17 +121,16 @@ class FrozenSAE:
         self.features = features
         self.signed = info.architecture in _SIGNED_ARCHITECTURES
         self.contextual = info.architecture in _CONTEXTUAL_ARCHITECTURES
-        self.featurewise = info.architecture in _FEATUREWISE_ARCHITECTURES
         self._module = module
         self._rounding = rounding
         self._normalisation: str = module.cfg.normalize_activations
-        self.feature_scale = decoder_feature_scale(module)
-        self._token_factor = constant_token_factor(module)
+        self.feature_scale = _decoder_feature_scale(module)
+        self._token_factor = _constant_token_factor(module)
         self._W_dec: Tensor = module.W_dec
         # What a feature-wise encoder does not need is gone from the module; the others compete for
         # their activations, so all are encoded and some are kept.
         self._columns: Tensor | None = None
-        if features is not None and not self.featurewise:
+        if features is not None and not _is_featurewise(info):
             self._columns = torch.tensor(features, dtype=torch.long, device=module.W_dec.device)
             self._W_dec = module.W_dec[self._columns]
             if self.feature_scale is not None:
@@ -112,11 +162,6 @@ class FrozenSAE:
     def n_features(self) -> int:
         """How many features it has: ``d_sae``, or fewer where it is restricted."""
         return self._W_dec.shape[0]
-
-    @property
-    def n_encoded(self) -> int:
-        """How many features its encoder gives: some are dropped where it is not ``featurewise``."""
-        return self.n_features if self._columns is None else self.info.d_sae
 
     @property
     def feature_index(self) -> Int[Tensor, "n_features"]:
@@ -159,7 +204,9 @@ class FrozenSAE:
             self.dtype,
             self._rounding,
             tuple(chosen),
-            lambda: slice_features(self._module, rows) if self.featurewise else self._module,
+            lambda: (
+                _slice_features(self._module, rows) if _is_featurewise(self.info) else self._module
+            ),
         )
 
     @property
@@ -173,38 +220,11 @@ class FrozenSAE:
         self._forget_normalisation_state()
         return processed
 
-    def encode(
-        self, x: Float[Tensor, "*batch d_in"], needed: Bool[Tensor, "*batch d_sae"] | None = None
-    ) -> Float[Tensor, "*batch d_sae"]:
-        """Feature activations of the raw activations ``x``, by SAELens's own ``encode``.
-
-        Where ``needed`` is false, zeros may stand in their place.
-        """
-        if needed is not None and (pieces := self._pieces(needed)) is not None:
-            feature_acts = torch.zeros(needed.shape, dtype=self.dtype, device=x.device)
-            for columns in pieces:
-                feature_acts[..., columns] = view_features(self._module, columns).encode(x)
-        else:
-            feature_acts = self._module.encode(x)
-            if self._columns is not None:
-                feature_acts = feature_acts[..., self._columns]
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_features"]:
+        """Feature activations of the raw activations ``x``, by SAELens's own ``encode``."""
+        feature_acts: Tensor = self._module.encode(x)
         self._forget_normalisation_state()
-        return feature_acts
-
-    def encode_slice(
-        self, x: Float[Tensor, "*batch d_in"], features: slice
-    ) -> Float[Tensor, "*batch part"]:
-        """Feature activations at some consecutive places, at less cost where ``featurewise``."""
-        if not self.featurewise:
-            return self.encode(x)[..., features]
-        feature_acts: Tensor = view_features(self._module, features).encode(x)
-        self._forget_normalisation_state()
-        return feature_acts
-
-    def _pieces(self, needed: Tensor) -> tuple[Tensor, ...] | None:
-        if self.featurewise:
-            return columns_to_read(needed, self._module.W_enc)
-        return None if needed.any() else ()
+        return feature_acts if self._columns is None else feature_acts[..., self._columns]
 
     def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor]:
         """Feature activations of ``x`` and what SAELens's own ``decode`` makes of them."""
@@ -214,18 +234,13 @@ class FrozenSAE:
         return feature_acts, reconstruction
 
     def decode_update(
-        self,
-        update: Float[Tensor, "*batch d_sae"],
-        x: Float[Tensor, "*batch d_in"],
-        selects: bool = False,
+        self, update: Float[Tensor, "*batch n_features"], x: Float[Tensor, "*batch d_in"]
     ) -> Float[Tensor, "*batch d_in"]:
-        """``decode(f + update) - decode(f)`` at the token whose raw activations are ``x``.
-
-        With ``selects`` only the rows of what changes may be read; see ``_sparse.can_select``.
-        """
-        product = sparse_product if selects else torch.matmul
-        update, scale = update.to(self.dtype), self.token_scale(x)
-        return functional.decode_update(update, self._W_dec, self.feature_scale, scale, product)
+        """``decode(f + update) - decode(f)`` at the token whose raw activations are ``x``."""
+        scale = self.token_scale(x)
+        return functional.decode_update(
+            update.to(self.dtype), self._W_dec, self.feature_scale, scale
+        )
 
     def token_scale(
         self, x: Float[Tensor, "*batch d_in"]
@@ -247,7 +262,7 @@ class FrozenSAE:
             dtype,
             rounding,
             self.features,
-            lambda: rebuild(self._module, device, dtype),
+            lambda: _rebuild(self._module, device, dtype),
         )
 
     def save(self, directory: str | Path) -> None:
@@ -258,7 +273,7 @@ class FrozenSAE:
         """
         if self.features is not None:
             raise ValueError(f"Only a whole SAE can be saved; this one has {self.n_features}.")
-        save_module(self._module, directory)
+        self._module.save_model(directory)
 
     def _forget_normalisation_state(self) -> None:
         for name in _NORMALISATION_STATE:
@@ -287,7 +302,23 @@ class FrozenSAE:
 def share_sae(sae: SAE[Any], info: SAEInfo, *, copy: bool) -> FrozenSAE:
     """The process's one frozen copy of an SAE; without ``copy`` it takes over its tensors."""
     device, dtype = sae.W_dec.device, sae.W_dec.dtype
-    return _share(info, device, dtype, (), None, lambda: rebuild(sae, device, dtype, copy=copy))
+    return _share(info, device, dtype, (), None, lambda: _rebuild(sae, device, dtype, copy=copy))
+
+
+def compute_fingerprint(sae: SAE[Any]) -> str:
+    """SHA-256 over an SAE's architecture, settings and tensors (name, dtype, shape and bytes)."""
+    digest = hashlib.sha256()
+    cfg = sae.cfg.to_dict()
+    settings = {name: cfg[name] for name in _FINGERPRINTED_SETTINGS if name in cfg}
+    digest.update(json.dumps([cfg["architecture"], settings], sort_keys=True).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        # In parts, for what is not contiguous or on another device has to be copied.
+        whole = tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
+        row_bytes = max(1, whole[:1].numel() * whole.element_size())
+        for part in whole.split(max(_ROWS, _PART // row_bytes)):
+            digest.update(part.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check_features(features: Iterable[int], info: SAEInfo) -> list[int]:
@@ -308,7 +339,7 @@ def _unpickle(
     features: tuple[int, ...] | None,
 ) -> FrozenSAE:
     device, dtype = state["W_dec"].device, state["W_dec"].dtype
-    return _share(info, device, dtype, rounding, features, lambda: assemble(cfg_dict, state))
+    return _share(info, device, dtype, rounding, features, lambda: _assemble(cfg_dict, state))
 
 
 def _share(
@@ -328,3 +359,64 @@ def _share(
             found = FrozenSAE(build(), info, rounding, features)
         _INSTANCES[key] = found
     return found
+
+
+def _assemble(cfg_dict: dict[str, Any], state: dict[str, Tensor]) -> SAE[Any]:
+    """A frozen SAE for inference from a config and tensors, which it shares."""
+    from sae_lens import SAE
+
+    reference = state["W_dec"]
+    cfg_dict = deepcopy(cfg_dict)
+    # A transformers module hands over heads already flattened: there is nothing to reshape.
+    cfg_dict.update(device="meta", dtype=str(reference.dtype), reshape_activations="none")
+    # The notice on how to load the model for TransformerLens does not concern transformers models.
+    cfg_dict["metadata"].pop("model_from_pretrained_kwargs", None)
+    sae = SAE.from_dict(cfg_dict)
+    sae.load_state_dict(state, assign=True)
+    sae.to(device=reference.device, dtype=reference.dtype)
+    return sae.requires_grad_(False).eval()
+
+
+def _rebuild(
+    module: SAE[Any], device: torch.device, dtype: torch.dtype, *, copy: bool = False
+) -> SAE[Any]:
+    """A frozen copy on ``device`` in ``dtype``, which shares storage where neither changes.
+
+    With ``copy`` it never does.
+    """
+    state = {}
+    for name, tensor in module.state_dict().items():
+        moved = tensor.detach().to(device, dtype, copy=copy)
+        # A tensor of inference mode could never take part in a later training step.
+        state[name] = moved.clone() if moved.is_inference() else moved
+    return _assemble(module.cfg.to_dict(), state)
+
+
+def _slice_features(module: SAE[Any], rows: Tensor) -> SAE[Any]:
+    """A frozen SAE with some features of one whose encoder is feature-wise."""
+    rows = rows.to(module.W_dec.device)
+    state = {
+        name: tensor.index_select(_FEATURE_DIMENSION[name], rows)
+        if name in _FEATURE_DIMENSION
+        else tensor
+        for name, tensor in module.state_dict().items()
+    }
+    return _assemble({**module.cfg.to_dict(), "d_sae": len(rows)}, state)
+
+
+def _is_featurewise(info: SAEInfo) -> bool:
+    return info.architecture in _FEATUREWISE_ARCHITECTURES
+
+
+def _decoder_feature_scale(module: SAE[Any]) -> Tensor | None:
+    """By which each feature is multiplied before it is decoded, ``(d_sae,)``; None for 1."""
+    if getattr(module.cfg, "rescale_acts_by_decoder_norm", False):
+        return 1 / module.W_dec.norm(dim=-1)
+    return None
+
+
+def _constant_token_factor(module: SAE[Any]) -> float | None:
+    """By which what is decoded is multiplied, the same for every token; None for 1."""
+    if module.cfg.normalize_activations == "constant_scalar_rescale":
+        return 1 / module.cfg.activation_normalization_factor
+    return None

@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .frozen import FrozenSAE, share_sae
-from .identity import SAEInfo, compute_fingerprint
-from .modules import load_folder
+from .frozen import FrozenSAE, SAEInfo, compute_fingerprint, share_sae
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -49,6 +47,7 @@ def _freeze(sae: SAE[Any], *, copy: bool) -> FrozenSAE:
         )
     if not isinstance(sae, SAE):
         raise TypeError(f"Expected a sae_lens.SAE, got {type(sae).__name__}.")
+    _require_finite(sae)
     info = SAEInfo(
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
@@ -60,6 +59,16 @@ def _freeze(sae: SAE[Any], *, copy: bool) -> FrozenSAE:
         neuronpedia_id=_optional_str(sae.cfg.metadata.neuronpedia_id),
     )
     return share_sae(sae, info, copy=copy)
+
+
+def _require_finite(sae: SAE[Any]) -> None:
+    for name, tensor in sae.state_dict().items():
+        # Of the extremes, not of each value, which would take as much memory again.
+        if tensor.numel() and not all(end.isfinite() for end in tensor.detach().aminmax()):
+            raise ValueError(
+                f"Expected an SAE of finite tensors, found nan or inf in {name}: whatever it "
+                "steers would be nan. Load it again from where it was made."
+            )
 
 
 def load_sae(reference: str | Mapping[str, str]) -> FrozenSAE:
@@ -124,7 +133,8 @@ class HookPoint(NamedTuple):
 
     Attributes:
         layer: index of the decoder layer.
-        place: ``"resid_post"``, ``"attn_out"`` or ``"mlp_out"``.
+        place: ``"resid_post"``, ``"attn_out"``, ``"mlp_out"``, or ``"z"``: what the attention's
+            output projection reads, all heads side by side.
     """
 
     layer: int
@@ -132,12 +142,13 @@ class HookPoint(NamedTuple):
 
 
 def parse_hook(hook_name: str | None) -> HookPoint | None:
-    """The place that a hook name means; None for any that no module's output is.
+    """The place that a hook name means; None for any that cannot be steered.
 
     ``blocks.12.hook_resid_post`` and ``blocks.13.hook_resid_pre`` are both the output of layer 12.
     """
     match = re.fullmatch(
-        r"blocks\.(\d+)\.hook_(resid_post|resid_pre|attn_out|mlp_out)", hook_name or ""
+        r"blocks\.(\d+)\.(?:attn\.)?hook_(resid_post|resid_pre|attn_out|mlp_out|z)",
+        hook_name or "",
     )
     if match is None:
         match = re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", hook_name or "")
@@ -160,7 +171,9 @@ def _load_folder(path: Path) -> SAE[Any]:
             "Expected an SAE in SAELens's format (cfg.json and sae_weights.safetensors) in "
             f"{path}, found no cfg.json. Save one with `sae.save_model(path)`, or name a release."
         )
-    return load_folder(path)
+    from sae_lens import SAE
+
+    return SAE.load_from_disk(path)
 
 
 def _load_released(release: str, sae_id: str) -> SAE[Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FSRLConfig
+from .folder import compute_identity
 
 _SMALL_START = 1e-9
 _THRESHOLD_NAMES = {"soft_threshold": "threshold", "jumprelu": "log_threshold"}
@@ -43,8 +44,9 @@ class SteeringAdapter(nn.Module):
         super().__init__()
         self.activation = config.activation
         # Whether somebody has to add a penalty to the loss; see ``PenaltyWatch``.
-        self.penalised = bool(config.l1_coeff or config.l0_coeff)
+        self.penalized = bool(config.l1_coeff or config.l0_coeff)
         self.bandwidth = config.jumprelu_bandwidth
+        self.compiles = config.compile
         self.non_negative = config.non_negative
         width = config.rank or d_in
         self.weight = nn.Parameter(torch.empty(n_features, width, device=device, dtype=dtype))
@@ -55,6 +57,8 @@ class SteeringAdapter(nn.Module):
         # In float16 a very small start would round to zero, from where nothing trains.
         scale = max(scale, torch.finfo(self.weight.dtype).smallest_normal / 64)
         nn.init.uniform_(self.weight, -scale, scale)
+        # Saved with the weights, so that they are never loaded over other features.
+        self.register_buffer("identity", torch.zeros(32, dtype=torch.uint8, device=device))
         self.register_parameter("down", None)
         if config.rank is not None:
             # Of unit size, so that the product starts as small as a full weight does.
@@ -74,6 +78,11 @@ class SteeringAdapter(nn.Module):
         name = _THRESHOLD_NAMES.get(self.activation)
         # Not `get_parameter`: under FSDP, what stands under the name is a view and no parameter.
         return None if name is None else getattr(self, name)
+
+    def identify(self, fingerprint: str, features: tuple[int, ...] | None) -> None:
+        """Note whose features the rows steer: the SAE's fingerprint, and which of its features."""
+        identity = compute_identity(fingerprint, features, self.activation, self.non_negative)
+        self.identity = identity.to(self.weight.device)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all features but those at some positions, in their order; parameters are new."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,26 +14,18 @@ from typing import Any, cast
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from ._fields import (
+from ..functional import ACTIVATIONS
+from ..sae.loading import take_sae
+from .folder import (
     BESIDE,
-    LIVE_SAE,
-    adapter_folder,
+    LiveSAE,
     beside_folder,
+    check_header,
+    find_folder,
     is_beside,
-    is_integer,
-    is_layer_mapping,
-    plain,
-    plain_features,
-    plain_integers,
-    require_bool,
-    require_number,
-    require_one_of,
-    require_one_sae_per_layer,
-    require_schedule,
+    sae_inside,
 )
-from .folder import forget_sums
 
-_ACTIVATIONS = ("soft_threshold", "relu", "jumprelu")
 _REDUCTIONS = ("sequence", "token")
 
 
@@ -81,9 +76,13 @@ class FSRLConfig(PeftConfig):
         threshold_lr_multiplier: Learning rate of the thresholds as a multiple of the trainer's.
         sae_dtype: Dtype in which the SAE computes, for example ``"bfloat16"``. Defaults to the
             dtype in which it is stored.
+        compile: Compile the steering function. Defaults to what the environment variable
+            ``PEFT_FSRL_COMPILE`` says (``0`` or ``1``), else to True on CUDA and False elsewhere.
         modules_to_save: Further modules to train and save whole, in PEFT's way.
-        sae_info: Filled in when the SAE is loaded: sizes, hook name, architecture, dtype and
-            SHA-256 fingerprint. A different SAE is refused when the adapter is loaded again.
+        sae_info: Identity of each SAE by layer (``""`` where one serves every target): sizes, hook
+            name, architecture, dtype and SHA-256 fingerprint. Filled in, in the model's own copy of
+            the config, when the SAE is loaded; a different SAE is refused when the adapter is
+            loaded again.
 
     Raises:
         TypeError: a value of the wrong kind.
@@ -126,7 +125,7 @@ class FSRLConfig(PeftConfig):
     )
     activation: str = field(
         default="soft_threshold",
-        metadata={"help": f"Activation of the steering vector, one of {_ACTIVATIONS}."},
+        metadata={"help": f"Activation of the steering vector, one of {ACTIVATIONS}."},
     )
     non_negative: bool = field(default=True, metadata={"help": "Keep f + v non-negative."})
     init_scale: float | None = field(
@@ -159,30 +158,42 @@ class FSRLConfig(PeftConfig):
     sae_dtype: str | None = field(
         default=None, metadata={"help": "Dtype in which the SAE computes."}
     )
+    compile: bool | None = field(
+        default=None, metadata={"help": "Compile the steering function; by default on CUDA."}
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save whole."}
     )
     sae_info: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Identity of the SAE, filled in when it is loaded."}
+        default=None, metadata={"help": "Identity of each SAE, filled in when it is loaded."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = cast(PeftType, PeftType["FSRL"])
-        # Not a field: `asdict` would deep-copy a live SAE and JSON could not hold it.
-        self._live_saes: dict[str, Any] = {}
-        self._folder: str | None = None
-        self.target_modules = plain(self.target_modules)
-        self.exclude_modules = plain(self.exclude_modules)
-        self.layer, self.rank = plain_integers(self.layer), plain_integers(self.rank)
-        self.features = plain_features(self.features)
-        self.exclude_features = plain_features(self.exclude_features)
+        self._normalize()
+
+    def copied(self) -> FSRLConfig:
+        """A copy for one model, to which the model adds what it finds out.
+
+        Whatever was set on this object after it was made is brought into plain form and checked.
+        """
+        other = copy.copy(self)
+        other._normalize()
+        return other
+
+    def _normalize(self) -> None:
+        self.target_modules = _plain(self.target_modules)
+        self.exclude_modules = _plain(self.exclude_modules)
+        self.layer, self.rank = _plain_integers(self.layer), _plain_integers(self.rank)
+        self.features = _plain_features(self.features)
+        self.exclude_features = _plain_features(self.exclude_features)
         if is_layer_mapping(self.sae):
-            self.sae = {str(k): self._normalise_sae(v, str(k)) for k, v in self.sae.items()}
+            self.sae = {str(key): _plain_reference(value) for key, value in self.sae.items()}
             if self.layer is None:
                 self.layer = sorted(int(key) for key in self.sae)
         else:
-            self.sae = self._normalise_sae(self.sae, "")
+            self.sae = _plain_reference(self.sae)
         self._validate()
 
     @property
@@ -207,8 +218,22 @@ class FSRLConfig(PeftConfig):
                 "FSRLConfig needs `sae`: 'release/sae_id', a folder that SAELens wrote, or a live "
                 "sae_lens.SAE."
             )
-        references = self.sae if is_layer_mapping(self.sae) else {"": self.sae}
-        return {key: self._resolve_sae(key, reference) for key, reference in references.items()}
+        references = self._references()
+        for reference in references.values():
+            if is_beside(reference):
+                raise ValueError(
+                    f"This adapter's SAE was saved beside it, in '{reference[BESIDE]}/', but the "
+                    "config does not know which folder it was read from. Read it with "
+                    "FSRLConfig.from_pretrained(folder) (PeftModel.from_pretrained does; to "
+                    "transformers' load_adapter pass it as `peft_config`), or set `sae`."
+                )
+        return {key: _source_of(reference) for key, reference in references.items()}
+
+    def _references(self) -> dict[str, Any]:
+        return dict(self.sae) if is_layer_mapping(self.sae) else {"": self.sae}
+
+    def _with_references(self, references: Mapping[str, Any]) -> Any:
+        return dict(references) if is_layer_mapping(self.sae) else references[""]
 
     def select_features(self, key: str, d_sae: int) -> list[int] | None:
         """The features of one layer's SAE that may be steered, ascending; None for all.
@@ -236,89 +261,66 @@ class FSRLConfig(PeftConfig):
 
     def bind_sae(self, frozen: Any, info: dict[str, Any], key: str = "") -> None:
         """Keep a loaded SAE's identity, and the SAE itself where it has no other address."""
-        self.sae_info = {**(self.sae_info or {}), key: info} if key else info
-        reference = self.sae[key] if key else self.sae
-        if reference == LIVE_SAE or is_beside(reference):
-            self._live_saes[key] = frozen
-
-    def _resolve_sae(self, key: str, reference: Any) -> Any:
-        if key in self._live_saes:
-            return self._live_saes[key]
-        if reference == LIVE_SAE:
-            raise ValueError(
-                "This config was made from a live SAE that is no longer there. Pass the SAE again, "
-                "or save the adapter first, which writes the SAE next to it."
-            )
-        if not is_beside(reference):
-            return reference
-        if self._folder is None:
-            raise ValueError(
-                f"This adapter's SAE was saved beside it, in '{reference[BESIDE]}/', but the "
-                "config does not know which folder it was read from. Read it with "
-                "PeftConfig.from_pretrained(...) or PeftModel.from_pretrained(...), or set `sae`."
-            )
-        return {"path": os.path.join(self._folder, reference[BESIDE])}
+        self.sae_info = {**(self.sae_info or {}), key: info}
+        references = self._references()
+        if isinstance(references[key], LiveSAE):
+            references[key] = LiveSAE.holding(frozen)
+            self.sae = self._with_references(references)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and the SAE in ``sae/`` where it has no other address."""
-        # Of the files that these replace; a save of the whole adapter writes new ones.
-        forget_sums(save_directory)
-        in_memory = self.sae
-        saved: dict[str, Any] = {}
-        for key, live in self._live_saes.items():
-            # A live SAE that no model has taken yet is SAELens's own object.
-            write = live.save if hasattr(live, "save") else live.save_model
-            saved[key] = {BESIDE: beside_folder(key)}
-            write(os.path.join(save_directory, saved[key][BESIDE]))
-        try:
-            if saved:
-                self.sae = saved.get("") or {**in_memory, **saved}
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.sae = in_memory
+        saved = self.copied()
+        references = saved._references()
+        for key, reference in references.items():
+            if isinstance(reference, LiveSAE):
+                folder = beside_folder(key)
+                take_sae(reference.source).save(os.path.join(save_directory, folder))
+                references[key] = {BESIDE: folder}
+        saved.sae = saved._with_references(references)
+        super(FSRLConfig, saved).save_pretrained(save_directory, **kwargs)
 
-    def locate(self, name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> None:
-        """Learn where this config was read from, and fetch the SAEs that were saved beside it.
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Read a config, and compare the weights beside it with what it promises.
 
-        Called at the end of ``PeftConfig.from_pretrained``; see ``_saving``.
+        Nothing is written and no weight is read: names, shapes and dtypes stand in the header of
+        ``adapter_model.safetensors``. PEFT calls this before it makes an adapter.
+
+        Raises:
+            ValueError: for a file of weights with tensors that are not this adapter's, or of other
+                shapes or dtypes, and for an SAE that is not inside the adapter's folder.
         """
-        references = self.sae.values() if is_layer_mapping(self.sae) else [self.sae]
-        beside = [reference[BESIDE] for reference in references if is_beside(reference)]
-        if beside:
-            self._folder = adapter_folder(name_or_path, subfolder, beside, kwargs)
+        name = os.fspath(pretrained_model_name_or_path)
+        config = super().from_pretrained(name, subfolder=subfolder, **kwargs)
+        if isinstance(config, FSRLConfig):
+            references = config._references()
+            beside = {k: r[BESIDE] for k, r in references.items() if is_beside(r)}
+            folder = find_folder(name, subfolder, sorted(beside.values()), kwargs)
+            for key, inside in beside.items():
+                references[key] = LiveSAE.holding({"path": sae_inside(folder, inside)})
+            config.sae = config._with_references(references)
+            config._check_weights(folder)
+        return config
 
-    def _normalise_sae(self, sae: Any, key: str) -> Any:
-        if sae is None:
-            return None
-        if isinstance(sae, (str, Path)):
-            # Absolute, so that the saved config can be read from another working directory.
-            folder = Path(sae).expanduser()
-            return str(folder.resolve()) if str(sae) and folder.is_dir() else str(sae)
-        if isinstance(sae, (tuple, list)):
-            if len(sae) != 2 or not all(isinstance(part, str) for part in sae):
-                raise TypeError(
-                    f"`sae` as a pair must be (release, sae_id), two strings; got {sae!r}."
-                )
-            return {"release": sae[0], "sae_id": sae[1]}
-        if isinstance(sae, Mapping):
-            return {str(key): str(value) for key, value in sae.items()}
-        if hasattr(sae, "encode") and hasattr(sae, "W_dec"):
-            self._live_saes[key] = sae
-            return LIVE_SAE
-        raise TypeError(
-            "`sae` must be 'release/sae_id', a folder, a (release, sae_id) pair, a mapping or a "
-            f"live sae_lens.SAE; got {type(sae).__name__}."
-        )
+    def _check_weights(self, folder: str) -> None:
+        shapes = []
+        for key, info in (self.sae_info or {}).items():
+            chosen = self.select_features(key, info["d_sae"])
+            n_features = info["d_sae"] if chosen is None else len(chosen)
+            shapes.append((n_features, info["d_in"]))
+        check_header(folder, shapes, self.rank, self.modules_to_save or [])
 
     def _validate(self) -> None:
-        if not all(is_integer(layer) for layer in self.layers):
+        if not all(_is_integer(layer) for layer in self.layers):
             raise TypeError(
                 f"`layer` must be an integer or a list of integers, got {self.layer!r}."
             )
         if any(layer < 0 for layer in self.layers):
             raise ValueError(f"`layer` must be 0 or more, got {self.layer}.")
-        require_one_sae_per_layer(self)
-        if self.rank is not None and (not is_integer(self.rank) or self.rank < 1):
+        _require_one_sae_per_layer(self)
+        if self.rank is not None and (not _is_integer(self.rank) or self.rank < 1):
             raise ValueError(f"`rank` must be an integer of 1 or more, got {self.rank!r}.")
         if self.features is not None and self.exclude_features is not None:
             raise ValueError("Give `features` or `exclude_features`, not both.")
@@ -327,18 +329,20 @@ class FSRLConfig(PeftConfig):
                 "`layer` and `target_modules` both say what to steer; give one of them "
                 f"(got layer={self.layer}, target_modules={self.target_modules})."
             )
-        require_one_of("activation", self.activation, _ACTIVATIONS)
-        require_one_of("penalty_reduction", self.penalty_reduction, _REDUCTIONS)
-        require_bool("non_negative", self.non_negative)
+        _require_one_of("activation", self.activation, ACTIVATIONS)
+        _require_one_of("penalty_reduction", self.penalty_reduction, _REDUCTIONS)
+        _require_bool("non_negative", self.non_negative)
+        if self.compile is not None:
+            _require_bool("compile", self.compile)
         for name in ("jumprelu_bandwidth", "threshold_lr_multiplier"):
-            require_number(name, getattr(self, name), positive=True)
+            _require_number(name, getattr(self, name), positive=True)
         if self.init_scale is not None:
-            require_number("init_scale", self.init_scale, positive=True)
+            _require_number("init_scale", self.init_scale, positive=True)
         for name in ("l1_coeff", "l0_coeff", "penalty_warmup_ratio"):
-            require_number(name, getattr(self, name), positive=False)
-        require_schedule(self)
+            _require_number(name, getattr(self, name), positive=False)
+        _require_schedule(self)
         if self.init_threshold is not None:
-            require_number(
+            _require_number(
                 "init_threshold", self.init_threshold, positive=self.activation == "jumprelu"
             )
         if self.l0_coeff and self.activation != "jumprelu":
@@ -346,3 +350,133 @@ class FSRLConfig(PeftConfig):
                 f"`l0_coeff` needs activation='jumprelu', whose gate has a gradient; got "
                 f"{self.activation!r}. Use `l1_coeff`."
             )
+
+
+def _plain_reference(sae: Any) -> Any:
+    """A reference to an SAE as plain JSON, or as text with a live SAE behind it."""
+    if sae is None or isinstance(sae, LiveSAE):
+        return sae
+    if isinstance(sae, (str, Path)):
+        # Absolute, so that the saved config can be read from another working directory.
+        folder = Path(sae).expanduser()
+        return str(folder.resolve()) if str(sae) and folder.is_dir() else str(sae)
+    if isinstance(sae, (tuple, list)):
+        if len(sae) != 2 or not all(isinstance(part, str) for part in sae):
+            raise TypeError(f"`sae` as a pair must be (release, sae_id), two strings; got {sae!r}.")
+        return {"release": sae[0], "sae_id": sae[1]}
+    if isinstance(sae, Mapping):
+        return {str(key): str(value) for key, value in sae.items()}
+    if hasattr(sae, "encode") and hasattr(sae, "W_dec"):
+        return LiveSAE.holding(sae)
+    raise TypeError(
+        "`sae` must be 'release/sae_id', a folder, a (release, sae_id) pair, a mapping or a "
+        f"live sae_lens.SAE; got {type(sae).__name__}."
+    )
+
+
+def _source_of(reference: Any) -> Any:
+    if isinstance(reference, LiveSAE):
+        return reference.source
+    if reference == LiveSAE.TEXT:
+        raise ValueError(
+            "This config was made from a live SAE that is no longer there. Pass the SAE again, "
+            "or save the adapter first, which writes the SAE next to it."
+        )
+    return reference
+
+
+def _plain(modules: Any) -> Any:
+    """A set of module names as a list, which JSON can hold in one order."""
+    return sorted(modules) if isinstance(modules, (set, frozenset)) else modules
+
+
+def is_layer_mapping(sae: Any) -> bool:
+    """Whether a mapping goes from layers to SAEs, and is not itself a reference to one."""
+    return isinstance(sae, Mapping) and all(str(key).isdecimal() for key in sae) and bool(sae)
+
+
+def _plain_features(features: Any) -> Any:
+    """Feature indices as lists of integers, which JSON can hold; by layer where they are."""
+    if features is None:
+        return None
+    if isinstance(features, Mapping):
+        return {str(layer): _plain_features(chosen) for layer, chosen in features.items()}
+    features = list(features)
+    if any(isinstance(f, bool) or str(getattr(f, "dtype", "")).endswith("bool") for f in features):
+        raise TypeError("Expected feature indices, got a mask of truth values: give its indices.")
+    chosen = sorted({operator.index(feature) for feature in features})
+    if not chosen or chosen[0] < 0:
+        raise ValueError(f"Expected feature indices of 0 or more, at least one; got {chosen[:5]}.")
+    return chosen
+
+
+def _require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+
+
+def _require_one_sae_per_layer(config: Any) -> None:
+    """One SAE for one layer, or a mapping with an SAE for each of several."""
+    layers = config.layers
+    if len(set(layers)) != len(layers) or config.layer == []:
+        raise ValueError(f"`layer` must name each layer once, at least one; got {config.layer}.")
+    given = set(config.sae) if is_layer_mapping(config.sae) else None
+    for name in ("features", "exclude_features"):
+        by_layer = getattr(config, name)
+        if isinstance(by_layer, Mapping) and not set(by_layer) <= (given or set()):
+            raise ValueError(
+                f"`{name}` by layer goes with `sae` by layer: expected layers among "
+                f"{sorted(given or [])}, got {sorted(by_layer)}. For one SAE, give a list."
+            )
+    if given is not None and given != {str(layer) for layer in layers}:
+        raise ValueError(
+            f"`sae` must have one SAE for each of the layers {layers}, found SAEs for "
+            f"{sorted(given)}."
+        )
+    if given is None and len(layers) > 1:
+        raise ValueError(
+            f"Several layers need an SAE each: pass `sae` as a mapping from layer to SAE, got "
+            f"one SAE for {layers}."
+        )
+
+
+def _require_schedule(config: Any) -> None:
+    """Check the fields that say how the penalty's weight moves during training."""
+    if config.penalty_warmup_ratio > 1:
+        raise ValueError(
+            "`penalty_warmup_ratio` is a share of the training steps, at most 1; got "
+            f"{config.penalty_warmup_ratio}."
+        )
+    if config.target_l0 is None:
+        return
+    _require_number("target_l0", config.target_l0, positive=True)
+    if not config.l1_coeff and not config.l0_coeff:
+        raise ValueError(
+            "`target_l0` moves the penalty's weight from where it starts, which must not be zero. "
+            "Give `l1_coeff` (or `l0_coeff`) a positive start."
+        )
+
+
+def _plain_integers(value: Any) -> Any:
+    """NumPy's integers as Python's, which JSON can hold; what is no integer is left alone."""
+    if isinstance(value, (list, tuple)):
+        return [_plain_integers(each) for each in value]
+    return operator.index(value) if _is_integer(value) else value
+
+
+def _is_integer(value: Any) -> bool:
+    # NumPy's integers are not `int`, but like it have `__index__`; floats and strings have not.
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _require_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def _require_number(name: str, value: Any, *, positive: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        wanted = "positive" if positive else "not negative"
+        raise ValueError(f"`{name}` must be finite and {wanted}, got {value}.")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..functional import Norms, compute_norms
 from ..sae.frozen import FrozenSAE
 
 if TYPE_CHECKING:
@@ -25,8 +29,6 @@ class SteeringEvent(NamedTuple):
             ``sae.feature_index`` says which features these are.
         gate: ``jumprelu``'s differentiable gate of the same shape, or None.
         sae: the SAE whose features are steered, on the device of the layer.
-        l1: ``||v||_1`` of each token, shape ``(batch, seq)``, float32 or wider.
-        open_gates: sum of ``gate`` over the features, shape ``(batch, seq)``, or None.
     """
 
     layer_name: str
@@ -35,8 +37,6 @@ class SteeringEvent(NamedTuple):
     steering_vector: Float[Tensor, "*batch d_sae"]
     gate: Float[Tensor, "*batch d_sae"] | None
     sae: FrozenSAE
-    l1: Float[Tensor, "*batch"]
-    open_gates: Float[Tensor, "*batch"] | None
 
 
 @dataclass
@@ -65,27 +65,66 @@ class TokenStatistics:
 
 Observer = Callable[[SteeringEvent], None]
 StatisticsObserver = Callable[[TokenStatistics], None]
+Edit = Callable[[Tensor, FrozenSAE], Tensor]
+
+# What is attached by the running thread or task, and counts for it alone.
+_OPEN: ContextVar[tuple[Scoped, ...]] = ContextVar("peft_fsrl_attached", default=())
+
+
+class Scoped:
+    """A value that counts only in the thread or task that opened it, and in no copy of a model.
+
+    A server may answer two requests on one model: an ablation for the one must not reach the other.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    @contextmanager
+    def attached_to(self, *places: list[Any]) -> Iterator[None]:
+        """Stand in some lists of layers for the length of a ``with`` block."""
+        for place in places:
+            place.append(self)
+        _OPEN.set((*_OPEN.get(), self))
+        try:
+            yield
+        finally:
+            _OPEN.set(tuple(other for other in _OPEN.get() if other is not self))
+            for place in places:
+                place.remove(self)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it counts here."""
+        # Where a checkpoint is recomputed, the thread is one of autograd's.
+        return self in _OPEN.get() or torch._C._current_graph_task_id() != -1
+
+
+def open_values(attached: Iterable[Any]) -> list[Any]:
+    """What counts here of a layer's list: values that stand in it for good, and open scopes'."""
+    values = (
+        item.value if isinstance(item, Scoped) else item for item in attached if is_open(item)
+    )
+    return list(values)
+
+
+def is_open(item: Any) -> bool:
+    """Whether an entry of a layer's list counts here."""
+    return not isinstance(item, Scoped) or item.is_open
 
 
 def token_statistics(event: SteeringEvent) -> TokenStatistics:
-    """Reduce a steering vector to per-token norms, in float32 or wider."""
-    v = event.steering_vector.detach()
-    wide = v.to(event.l1.dtype)
-    return TokenStatistics(
-        event.layer_name,
-        event.adapter_name,
-        l0=(v != 0).sum(dim=-1).to(wide.dtype),
-        l1=event.l1,
-        l2=wide.norm(dim=-1),
-        open_gates=event.open_gates,
-        nonfinite=nonfinite_tokens(event.hidden_states, event.l1),
-    )
+    """Reduce the steering vectors of an event to per-token norms, in float32 or wider."""
+    norms = compute_norms(event.steering_vector, event.gate)
+    return describe_norms(event.layer_name, event.adapter_name, event.hidden_states, norms)
 
 
-def nonfinite_tokens(
-    hidden_states: Float[Tensor, "*batch d_in"], l1: Float[Tensor, "*batch"]
-) -> Float[Tensor, "*batch"]:
-    """1 for a token with nan or inf in the hidden states or in ``v``, else 0; dtype of ``l1``."""
+def describe_norms(
+    layer_name: str, adapter_name: str, hidden_states: Float[Tensor, "*batch d_in"], norms: Norms
+) -> TokenStatistics:
+    """The norms of one application, with the tokens at which something is not finite."""
     # The norm is finite exactly where all of v is: no second pass over its many features.
-    finite = l1.detach().isfinite() & hidden_states.detach().isfinite().all(dim=-1)
-    return (~finite).to(l1.dtype)
+    finite = norms.l1.detach().isfinite() & hidden_states.detach().isfinite().all(dim=-1)
+    return TokenStatistics(
+        layer_name, adapter_name, **norms._asdict(), nonfinite=(~finite).to(norms.l1.dtype)
+    )

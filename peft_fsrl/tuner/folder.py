@@ -1,172 +1,229 @@
-"""An adapter's folder on disk: replaced whole or not at all, and checked when it is read.
+"""What a saved adapter must hold: its own tensors, and the SAEs that have no other address.
 
-A save first writes every file into a staging folder inside the adapter's. Renaming that folder to
-``.fsrl_saved`` is the moment from which the new checkpoint counts: whoever finds it, the next
-reader or the next save, moves its files into place. A process that is killed leaves the old
-checkpoint before that moment and the new one after it, and never the files of both.
+PEFT writes and reads the files. Here stands what makes a folder believable: which names, shapes and
+dtypes its weights may have, whose features they steer, and where an SAE beside them may lie.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import shutil
-import time
-import uuid
+import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-CARD = "README.md"
-SUMS = "SHA256SUMS"
-_STAGING = ".fsrl_saving_"
-_SAVED = ".fsrl_saved"
-# No save takes this long: a staging folder of that age belongs to a process that was killed.
-_ABANDONED_SECONDS = 3600.0
-_CHUNK = 1 << 20
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+# How a saved config names an SAE that lies in a folder next to the weights.
+BESIDE = "beside_adapter"
+_BESIDE_FOLDER = re.compile(r"sae(_layer_\d+)?")
+_OWN_KEY = re.compile(r"(?:.*\.)?fsrl_adapter\.(weight|bias|down|threshold|log_threshold|identity)")
+_FLOATING = ("F64", "F32", "F16", "BF16")
 
 
-@contextmanager
-def replacing(folder: str | Path) -> Iterator[Path]:
-    """A folder to save an adapter in, whose files replace those of ``folder`` together at the end.
+class LiveSAE(str):
+    """A text that stands for an SAE without an address, and brings it along.
 
-    Adapters in subfolders are replaced one after the other. If the block raises, nothing changes.
+    A config's fields must survive ``asdict``, ``replace`` and JSON, which an SAE does not.
+
+    Attributes:
+        source: a live SAE, or ``{"path": ...}``.
+    """
+
+    TEXT = "<live>"
+    source: Any
+
+    @classmethod
+    def holding(cls, source: Any) -> LiveSAE:
+        """Bring ``source`` along."""
+        made = cls(cls.TEXT)
+        made.source = source
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveSAE:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LiveSAE.holding, (self.source,)
+
+
+def is_beside(reference: Any) -> bool:
+    """Whether a reference means the copy of an SAE next to the adapter."""
+    return isinstance(reference, Mapping) and set(reference) == {BESIDE}
+
+
+def beside_folder(layer: str) -> str:
+    """Folder, inside the adapter's, for the SAE of a layer, or of all targets under ``""``.
+
+    Never nested: ``push_to_hub`` uploads folders one level deep.
+    """
+    return f"sae_layer_{layer}" if layer else "sae"
+
+
+def find_folder(
+    name_or_path: str, subfolder: str | None, beside: Sequence[str], kwargs: Mapping[str, Any]
+) -> str:
+    """The local folder of an adapter, fetched from the Hub with what lies beside its config.
 
     Args:
-        folder: the adapter's folder, which is made where it does not exist.
+        name_or_path: a folder, or a repository on the Hub.
+        subfolder: of the adapter inside it.
+        beside: folders of SAEs inside the adapter's.
+        kwargs: of ``from_pretrained``, of which those for the Hub count.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    staging = folder / f"{_STAGING}{uuid.uuid4().hex}"
-    staging.mkdir()
-    try:
-        if (folder / CARD).is_file():
-            # PEFT completes the card that it finds.
-            shutil.copy2(folder / CARD, staging / CARD)
-        yield staging
-        inside = sorted(path.parent for path in staging.rglob(f"*/{CONFIG}"))
-        for adapter in reversed(inside):
-            _commit(adapter, folder / adapter.relative_to(staging))
-        _commit(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    local = os.path.join(name_or_path, subfolder) if subfolder else name_or_path
+    if os.path.isdir(local):
+        return os.path.abspath(local)
+    from huggingface_hub import snapshot_download
+
+    inside = f"{subfolder}/" if subfolder else ""
+    wanted = [SAFETENSORS_WEIGHTS_NAME, *(f"{_require_beside(name)}/*" for name in beside)]
+    allowed = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+    root = snapshot_download(
+        name_or_path,
+        allow_patterns=[inside + name for name in wanted],
+        **{key: kwargs[key] for key in allowed if key in kwargs},
+    )
+    return os.path.join(root, subfolder) if subfolder else root
 
 
-def finish_save(folder: str | Path) -> None:
-    """Put the files of a save in place that was killed after it was complete, if there is one.
+def sae_inside(folder: str, name: str) -> str:
+    """The path of an SAE beside an adapter, which must lie in the adapter's folder.
 
     Raises:
-        OSError: for a folder that may not be written.
+        ValueError: for a name that leads elsewhere.
     """
-    folder = Path(folder)
-    saved = folder / _SAVED
-    if not saved.is_dir():
+    path = os.path.join(folder, _require_beside(name))
+    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
+        raise ValueError(
+            f"Expected the adapter's SAE in {path}, found a link to {os.path.realpath(path)}. An "
+            "SAE beside an adapter is read from the adapter's own folder only: copy it there."
+        )
+    return path
+
+
+def _require_beside(name: str) -> str:
+    if not _BESIDE_FOLDER.fullmatch(str(name)):
+        raise ValueError(
+            f"Expected the adapter's SAE in a folder named 'sae' or 'sae_layer_N' beside it, found "
+            f"{name!r} in adapter_config.json. The config was damaged or made to read files from "
+            "elsewhere: do not use it."
+        )
+    return name
+
+
+def check_header(
+    folder: str, shapes: Iterable[tuple[int, int]], rank: int | None, trained: Iterable[str]
+) -> None:
+    """Compare names, shapes and dtypes of the weights in a folder with what its config promises.
+
+    Without a file of safetensors there is nothing to compare.
+
+    Args:
+        folder: of the adapter.
+        shapes: number of features and width of each layer's SAE.
+        rank: of the adapter's weight.
+        trained: names of further modules that were saved whole.
+
+    Raises:
+        ValueError: for a tensor that is not the adapter's, or not as promised.
+    """
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(path):
         return
-    files = [path for path in saved.rglob("*") if path.is_file()]
-    if any(path.name in WEIGHTS for path in files):
-        # Of two kinds of weights PEFT reads the one that may be older.
-        for name in WEIGHTS:
-            if not (saved / name).exists():
-                (folder / name).unlink(missing_ok=True)
-    # The config first: where it is still another method's, no reader would come here to finish.
-    for path in sorted(files, key=lambda path: (path.name != CONFIG, path)):
-        target = folder / path.relative_to(saved)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may be doing the same.
-        with suppress(FileNotFoundError):
-            os.replace(path, target)
-    for path in sorted((p for p in saved.rglob("*") if p.is_dir()), reverse=True):
-        _remove_if_empty(path)
-    _remove_if_empty(saved)
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            found = {k: (tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"Expected weights in {path}, found a file that cannot be read ({error}). It is "
+            "damaged or incomplete: copy it again."
+        ) from None
+    promised: dict[str, set[tuple[int, ...]]] = {}
+    for n_features, d_in in shapes:
+        allowed = {"weight": (n_features, rank or d_in), "down": (rank or 0, d_in)}
+        for name in ("weight", "bias", "down", "threshold", "log_threshold"):
+            promised.setdefault(name, set()).add(allowed.get(name, (n_features,)))
+    for key, (shape, dtype) in found.items():
+        own = _OWN_KEY.fullmatch(key)
+        if own is None:
+            if any(f".{name}." in f".{key}" for name in trained):
+                continue
+            raise ValueError(_foreign([key], path))
+        if own[1] == "identity":
+            continue
+        if dtype not in _FLOATING or (promised and shape not in promised[own[1]]):
+            expected = f" of shape {sorted(promised[own[1]])}" if promised else ""
+            raise ValueError(
+                f"Expected {key} in {path} as floating-point numbers{expected}, found {dtype} of "
+                f"shape {shape}. The weights belong to another adapter_config.json: copy both."
+            )
 
 
-def forget_sums(folder: str | Path) -> None:
-    """Remove the checksums of a folder whose files are about to be written by someone else."""
-    (Path(folder) / SUMS).unlink(missing_ok=True)
+def check_state(
+    model: nn.Module, adapter_name: str, state: Mapping[str, Tensor], says: str
+) -> None:
+    """Compare tensors that are about to be loaded with those of an adapter in a model.
 
-
-def verify(folder: str | Path) -> None:
-    """Compare an adapter's files with the checksums that were saved with them, if they were.
+    Args:
+        model: with the adapter.
+        adapter_name: its name.
+        state: tensors under the names that they have in the model.
+        says: what the adapter is, for messages.
 
     Raises:
-        ValueError: for weights that are not those that were saved, or checksums that cannot be
-            read.
+        ValueError: for a tensor that is not the adapter's or not of its shape, one that is missing,
+            or an adapter of other features.
 
     Warns:
-        UserWarning: for another file that changed, which may have been edited on purpose.
+        UserWarning: for nan or inf.
     """
-    folder = Path(folder)
-    if not (folder / SUMS).is_file():
-        return
-    for expected, name in _read_sums(folder / SUMS):
-        path = folder / name
-        if path.is_file():
-            found = compute_sha256(path)
-            if found == expected:
-                continue
-            fact = f"expected SHA-256 {expected[:16]}..., found {found[:16]}..."
-        else:
-            fact = "expected a file, found none"
-        message = (
-            f"{name} in {folder} is not what was saved with this adapter: {fact}. It is damaged, "
-            "or belongs to another checkpoint: copy it again. If it was changed on purpose, delete "
-            f"its line from {SUMS}."
-        )
-        if name in WEIGHTS:
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=2)
-
-
-def compute_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _commit(staging: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_sums(staging)
-    finish_save(folder)
-    os.rename(staging, folder / _SAVED)
-    finish_save(folder)
-
-
-def _write_sums(folder: Path) -> None:
-    """In the format of ``sha256sum``; not the card, which is for editing, nor an SAE's tensors."""
-    names = [name for name in (CONFIG, *WEIGHTS) if (folder / name).is_file()]
-    # What an SAE computes has a fingerprint in the adapter's config.
-    names += sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/cfg.json"))
-    if names:
-        lines = [f"{compute_sha256(folder / name)}  {name}\n" for name in names]
-        (folder / SUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def _read_sums(path: Path) -> list[tuple[str, str]]:
-    rows = [line.split("  ", 1) for line in path.read_text("utf-8", "replace").splitlines()]
-    if not all(len(row) == 2 and len(row[0]) == 64 for row in rows):
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    marks = (f".fsrl_adapter.{adapter_name}.", f".modules_to_save.{adapter_name}.")
+    own = {key: tensor for key, tensor in tensors.items() if any(m in f".{key}" for m in marks)}
+    if foreign := sorted(set(state) - set(own)):
+        raise ValueError(_foreign(foreign, "the weights"))
+    if missing := sorted(key for key in set(own) - set(state) if marks[0] in f".{key}"):
         raise ValueError(
-            f"Expected lines of a SHA-256, two spaces and a name in {path}, as sha256sum writes "
-            "them, and found something else. The folder is damaged: copy it again. To load it "
-            f"unchecked, delete {SUMS}."
+            f"The weights do not belong to this adapter ({says}) or to this model: expected "
+            f"{missing}, found none. Load the weights with the config and the base model that they "
+            "were trained with."
         )
-    return [(row[0], row[1]) for row in rows]
+    for key, tensor in state.items():
+        if key.endswith(".identity"):
+            if not torch.equal(tensor.cpu(), own[key].cpu()):
+                raise ValueError(
+                    f"The weights steer other features than adapter '{adapter_name}' ({says}) at "
+                    f"{key.rpartition('.fsrl_adapter')[0]}: they were trained with another SAE, "
+                    "other `features`, another `activation` or another `non_negative`. Load them "
+                    "under a new adapter name, with their own config."
+                )
+        elif not tensor.is_floating_point():
+            raise ValueError(f"Expected floating-point numbers in {key}, found {tensor.dtype}.")
+        elif tensor.numel() and not all(end.isfinite() for end in tensor.detach().aminmax()):
+            warnings.warn(
+                f"The weights contain nan or inf, in {key}: the adapter's output will too. "
+                "Training diverged before they were saved: load an earlier checkpoint.",
+                stacklevel=2,
+            )
 
 
-def _remove_abandoned(folder: Path) -> None:
-    for path in folder.glob(f"{_STAGING}*"):
-        with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+def compute_identity(*facts: Any) -> Tensor:
+    """SHA-256 of what decides which features an adapter's rows steer: shape ``(32,)``, uint8."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+    return torch.tensor(list(digest), dtype=torch.uint8)
 
 
-def _remove_if_empty(path: Path) -> None:
-    # Not `rmtree`: another process may have completed a save here meanwhile.
-    with suppress(OSError):
-        path.rmdir()
+def _foreign(keys: Sequence[str], where: str) -> str:
+    return (
+        f"Expected only tensors of the adapter (and of `modules_to_save`) in {where}, found "
+        f"{keys[:3]}. Loaded, they would replace weights of the base model for good. If they were "
+        "trained on purpose, name their modules in `modules_to_save`; if they are embeddings that "
+        "PEFT saved along, save with `save_embedding_layers=False`."
+    )

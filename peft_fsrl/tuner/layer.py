@@ -11,27 +11,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import functional, fused
-from .._sparse import can_select, is_short
-from .._tracing import is_traced
+from .. import functional
+from ..functional import Steered
 from ..sae.frozen import FrozenSAE
-from ._watch import PenaltyWatch
 from .adapter import SteeringAdapter
+from .compile import compiles, run_compiled
 from .config import FSRLConfig
 from .events import (
+    Edit,
     Observer,
+    Scoped,
     StatisticsObserver,
     SteeringEvent,
-    TokenStatistics,
-    nonfinite_tokens,
-    token_statistics,
+    describe_norms,
+    open_values,
 )
 from .outputs import hidden_states_of, replace_hidden_states
-
-Edit = Callable[[Tensor, FrozenSAE], Tensor]
-
-# The steered output, ||v||_1, the count of open gates, and what makes statistics of all that.
-_Result = tuple[Tensor, Tensor | None, Tensor | None, Callable[[], TokenStatistics]]
+from .watch import PenaltyWatch
 
 
 class FSRLLayer(nn.Module, BaseTunerLayer):
@@ -47,20 +43,23 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: the module whose output is steered; a tensor, or a tuple that starts with one.
         layer_name: its path in the base model, for messages and records.
+        steers_input: steer what the module reads, and not what it returns: the place of SAEs that
+            were trained on the concatenated heads of an attention layer.
 
     Attributes:
-        observers: called with a ``SteeringEvent`` after every application.
+        observers: called with a ``SteeringEvent`` after every application. This list and the others
+            may hold a ``Scoped`` entry, which counts only where it was opened.
         statistics_observers: called with ``TokenStatistics``, for which no steering vector needs to
             be kept.
         edits: applied in order to the steering vector, with the SAE, before it acts.
-        batch_adapter_names: which adapter steers each sample of the batch; None for the active one.
-        recomputes_alone: under gradient checkpointing, of which the wrapped module has no need.
+        batch_adapter_names: the last entry says which adapter steers each sample of the batch;
+            where there is none, the active one does.
     """
 
     adapter_layer_names = ("fsrl_adapter",)
     other_param_names = ("fsrl_sae", "_watches")
 
-    def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, layer_name: str, steers_input: bool = False) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.layer_name = layer_name
@@ -72,18 +71,21 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         self.observers: list[Observer] = []
         self.statistics_observers: list[StatisticsObserver] = []
         self.edits: list[Edit] = []
+        self.batch_adapter_names: list[Any] = []
         self._watches: dict[str, PenaltyWatch] = {}
-        self.batch_adapter_names: list[str] | None = None
-        self.recomputes_alone = False
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._hook = base_layer.register_forward_hook(self._steer_output, prepend=True)
+        if steers_input:
+            self._hook = base_layer.register_forward_pre_hook(self._steer_input, prepend=True)
+        else:
+            self._hook = base_layer.register_forward_hook(self._steer_output, prepend=True)
 
     def update_layer(self, adapter_name: str, config: FSRLConfig, sae: FrozenSAE) -> None:
         """Add an adapter, or replace the one of that name, and make it active."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         adapter = SteeringAdapter(sae.info.d_in, sae.n_features, config, device, dtype)
+        adapter.identify(sae.info.fingerprint, sae.features)
         self.fsrl_adapter[adapter_name] = adapter
         self.fsrl_sae[adapter_name] = sae
         self._watches[adapter_name] = PenaltyWatch(adapter_name)
@@ -101,6 +103,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         adapter = self.fsrl_adapter[adapter_name]
         assert isinstance(adapter, SteeringAdapter)
         adapter.keep_rows(sae.positions(restricted.feature_index.tolist()))
+        adapter.identify(restricted.info.fingerprint, restricted.features)
         self.fsrl_sae[adapter_name] = restricted
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -146,15 +149,27 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         raise ValueError(merge_refusal())
 
     def _steer_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        hidden_states = hidden_states_of(output)
+        steered = self._steer_all(hidden_states)
+        return output if steered is hidden_states else replace_hidden_states(output, steered)
+
+    def _steer_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self._steer_all(args[0]), *args[1:]
+
+    def _steer_all(self, x: Tensor) -> Tensor:
         if self.disable_adapters:
-            return output
-        if self.batch_adapter_names is not None:
-            steered = self._steer_samples(hidden_states_of(output), self.batch_adapter_names)
-            return replace_hidden_states(output, steered)
+            return x
+        if self.batch_adapter_names and (names := open_values(self.batch_adapter_names)):
+            return self._steer_samples(x, names[-1])
         for name in self.active_adapters:
             if name in self.fsrl_adapter:
-                output = replace_hidden_states(output, self._steer(name, hidden_states_of(output)))
-        return output
+                x = self._steer(name, x)
+        return x
+
+    def acting_adapters(self) -> set[str]:
+        """The adapters of this layer that steer here and now."""
+        names = open_values(self.batch_adapter_names)
+        return {*(names[-1] if names else self.active_adapters)} & set(self.fsrl_adapter)
 
     def _steer_samples(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Steer each sample with its own adapter; names that are not on this layer steer nothing.
@@ -187,100 +202,69 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             )
         if sae.device != x.device:
             sae = self.fsrl_sae[adapter_name] = sae.to(x.device, sae.dtype)
-        fast = not self.observers and self._can_fuse(adapter, sae, x)
-        steer = self._steer_fused if fast else self._steer_plainly
+        observers, edits = open_values(self.observers), open_values(self.edits)
+        statistics = open_values(self.statistics_observers)
         # A compiler cannot follow what the watch notes during a backward pass.
-        watched = self.training and adapter.penalised and adapter.weight.requires_grad
-        watched = watched and not is_traced()
-        measured = bool(self.observers or self.statistics_observers) or watched
-        output, l1, open_gates, describe = steer(adapter_name, adapter, sae, x, measured)
-        if watched and l1 is not None and l1.requires_grad:
-            self._watches[adapter_name].follow(output, l1, open_gates)
-        if self.statistics_observers:
-            statistics = describe()
-            for observer in self.statistics_observers:
-                observer(statistics)
-        return output
-
-    def _can_fuse(self, adapter: SteeringAdapter, sae: FrozenSAE, x: Tensor) -> bool:
-        """Whether ``fused.steer`` does what is asked of this layer."""
-        # A frozen adapter is differentiated by analyses, which may do so twice, or in batches.
-        only_x = torch.is_grad_enabled() and x.requires_grad and not adapter.weight.requires_grad
-        reads_less = is_short(x) and can_select(x, *_parameters(adapter))
-        return not (self.edits or sae.contextual or only_x or reads_less or is_traced())
-
-    def _steer_fused(
-        self, adapter_name: str, adapter: SteeringAdapter, sae: FrozenSAE, x: Tensor, measured: bool
-    ) -> _Result:
-        operation = fused.Operation(
-            sae,
-            adapter.activation,
-            adapter.bandwidth,
-            clamps=_clamps(adapter, sae),
-            measures=measured,
-            recomputes=self._recomputes(),
+        watched = self.training and adapter.penalized and adapter.weight.requires_grad
+        watched = watched and not torch.compiler.is_compiling()
+        steered = self._apply_adapter(
+            x, adapter, sae, edits, measures=bool(statistics) or watched, keeps=bool(observers)
         )
-        steered = fused.steer(operation, x, *_parameters(adapter))
+        norms = steered.norms
+        if watched and norms is not None and norms.l1.requires_grad:
+            self._watches[adapter_name].follow(steered.output, norms.l1, norms.open_gates)
+        if observers:
+            assert steered.steering_vector is not None
+            place = (self.layer_name, adapter_name)
+            event = SteeringEvent(*place, x, steered.steering_vector, steered.gate, sae)
+            for observer in observers:
+                observer(event)
+        if statistics:
+            assert norms is not None
+            found = describe_norms(self.layer_name, adapter_name, x, norms)
+            for observer in statistics:
+                observer(found)
+        return steered.output
 
-        def describe() -> TokenStatistics:
-            assert steered.l1 is not None
-            assert steered.l0 is not None
-            assert steered.l2 is not None
-            return TokenStatistics(
-                self.layer_name,
-                adapter_name,
-                l0=steered.l0,
-                l1=steered.l1,
-                l2=steered.l2,
-                open_gates=steered.open_gates,
-                nonfinite=nonfinite_tokens(x, steered.l1),
-            )
-
-        return steered.output, steered.l1, steered.open_gates, describe
-
-    def _steer_plainly(
-        self, adapter_name: str, adapter: SteeringAdapter, sae: FrozenSAE, x: Tensor, measured: bool
-    ) -> _Result:
-        edits = list(self.edits)
-        clamps = _clamps(adapter, sae)
-
-        def steer(
-            x: Tensor, weight: Tensor, bias: Tensor, down: Tensor | None, threshold: Tensor | None
-        ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-            selects = can_select(x, weight, bias, down, threshold)
-            steered = functional.steer(
-                x,
-                functional.steering_pre(sae.process_in(x), weight, bias, down),
-                threshold,
-                activation=adapter.activation,
-                bandwidth=adapter.bandwidth,
-                encode=(lambda v: sae.encode(x, v < 0 if selects else None)) if clamps else None,
-                decode_update=lambda update: sae.decode_update(update, x, selects),
-                edit=(lambda v: _apply_edits(edits, v, sae)) if edits else None,
-            )
-            v, gate = steered.steering_vector, steered.gate
-            if not measured:
-                return steered.output, v, gate, None, None
-            open_gates = None if gate is None else gate.sum(dim=-1)
-            return steered.output, v, gate, functional.token_l1(v), open_gates
-
+    def _apply_adapter(
+        self,
+        x: Tensor,
+        adapter: SteeringAdapter,
+        sae: FrozenSAE,
+        edits: list[Edit],
+        *,
+        measures: bool,
+        keeps: bool,
+    ) -> Steered:
+        plain = partial(
+            functional.steer,
+            sae=sae,
+            activation=adapter.activation,
+            bandwidth=adapter.bandwidth,
+            clamps=adapter.non_negative and not sae.signed,
+            edit=partial(_apply_edits, edits, sae) if edits else None,
+            measures=measures,
+            keeps_vector=keeps,
+        )
+        steer: Callable[..., Steered] = plain
+        # A frozen adapter is differentiated by analyses, which may do so twice, or in batches.
+        trains = adapter.weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad)
+        if not (edits or keeps or sae.contextual) and trains and compiles(adapter.compiles, x):
+            steer = partial(run_compiled, plain)
+        parameters = (adapter.weight, adapter.bias, adapter.down, adapter.threshold_parameter)
         if self._recomputes():
             # The base model's checkpoints do not cover this hook, which makes the widest tensors of
             # all. What the penalty needs is reduced inside, so that none of them is kept.
-            output, v, gate, l1, open_gates = checkpoint(
-                steer, x, *_parameters(adapter), use_reentrant=False, preserve_rng_state=False
+            steered: Steered = checkpoint(
+                steer, x, *parameters, use_reentrant=False, preserve_rng_state=False
             )
-        else:
-            output, v, gate, l1, open_gates = steer(x, *_parameters(adapter))
-        event = SteeringEvent(self.layer_name, adapter_name, x, v, gate, sae, l1, open_gates)
-        for observer in self.observers:
-            observer(event)
-        return output, l1, open_gates, partial(token_statistics, event)
+            return steered
+        return steer(x, *parameters)
 
     def _recomputes(self) -> bool:
         """Whether the wrapped module is recomputed in the backward pass, and steering with it."""
         checkpointed = bool(getattr(self.base_layer, "gradient_checkpointing", False))
-        return (checkpointed or self.recomputes_alone) and self.training and torch.is_grad_enabled()
+        return checkpointed and self.training and torch.is_grad_enabled()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FSRLLayer:
         super()._apply(fn, recurse)
@@ -300,8 +284,16 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         for parameter in base_layer.parameters():
             if parameter.is_floating_point():
                 device = parameter.device if execution_device is None else execution_device
-                return torch.device(device), parameter.dtype
+                # Eight bits are a format for storage: an adapter is not trained in them.
+                dtype = torch.float32 if parameter.element_size() == 1 else parameter.dtype
+                return torch.device(device), dtype
         return None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside a `with` block is not part of it.
+        lists = ("observers", "statistics_observers", "edits", "batch_adapter_names")
+        kept = {n: [v for v in getattr(self, n) if not isinstance(v, Scoped)] for n in lists}
+        return {**self.__dict__, **kept}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -326,15 +318,7 @@ def merge_refusal() -> str:
     )
 
 
-def _clamps(adapter: SteeringAdapter, sae: FrozenSAE) -> bool:
-    return adapter.non_negative and not sae.signed
-
-
-def _parameters(adapter: SteeringAdapter) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    return adapter.weight, adapter.bias, adapter.down, adapter.threshold_parameter
-
-
-def _apply_edits(edits: list[Edit], v: Tensor, sae: FrozenSAE) -> Tensor:
+def _apply_edits(edits: list[Edit], sae: FrozenSAE, v: Tensor) -> Tensor:
     for edit in edits:
         v = edit(v, sae)
     return v

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -17,8 +17,10 @@ from torch import nn
 from ..sae.frozen import FrozenSAE
 from ..sae.loading import take_sae
 from .config import FSRLConfig
+from .events import Scoped
+from .folder import check_state
 from .layer import FSRLLayer, merge_refusal
-from .placement import resolve_targets, warn_of_other_model
+from .placement import reads_heads, resolve_targets, warn_of_other_model
 
 _CACHE_GUARD = "_fsrl_cache_guard"
 # PEFT's name, in a mixed batch, for a sample that no adapter changes.
@@ -50,6 +52,9 @@ class FSRLModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         """Add an adapter; see ``peft.tuners.tuners_utils.BaseTuner.inject_adapter``."""
+        _refuse_second(adapter_name, model)
+        # What is found out about this model is not written into the user's object.
+        self.peft_config[adapter_name] = self.peft_config[adapter_name].copied()
         try:
             super().inject_adapter(model, adapter_name, **kwargs)
         finally:
@@ -124,7 +129,7 @@ class FSRLModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, sae)
             layer = target
         else:
-            layer = FSRLLayer(target, current_key)
+            layer = FSRLLayer(target, current_key, reads_heads(sae))
             layer.update_layer(adapter_name, peft_config, sae)
             setattr(parent, target_name, layer)
         if adapter_name not in self.active_adapters:
@@ -172,24 +177,19 @@ class FSRLModel(BaseTuner):
         self._check_adapter_names(names)
         repeated = [name for name in names for _ in range(_copies_per_sample(kwargs))]
         encoder = _encoder_modules(self.model)
-        layers, handles = [], []
+        stack = ExitStack()
         for module in self.modules():
             # `generate` repeats what the decoder sees, not what an encoder has read.
             per_sample = list(names) if module in encoder else repeated
             if isinstance(module, FSRLLayer):
-                module.batch_adapter_names = per_sample
-                layers.append(module)
+                stack.enter_context(Scoped(per_sample).attached_to(module.batch_adapter_names))
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 # `modules_to_save` are chosen per sample too, by PEFT, which wants the names here.
                 hook = partial(_pass_adapter_names, adapter_names=per_sample)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        with stack:
             yield
-        finally:
-            for layer in layers:
-                layer.batch_adapter_names = None
-            for handle in handles:
-                handle.remove()
 
     def _check_adapter_names(self, names: Sequence[str]) -> None:
         if self.training:
@@ -203,6 +203,18 @@ class FSRLModel(BaseTuner):
                 "Trying to infer with non-existing adapter(s): "
                 f"{', '.join(sorted(set(names) - known))}. Expected names among {sorted(known)}."
             )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """PEFT's own, whose result is compared with the adapter before any of it is loaded."""
+        remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        says = f"activation={config.activation!r}, rank={config.rank}, layer={config.layer}"
+        check_state(model, adapter_name, remapped, says)
+        return remapped
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(merge_refusal())
@@ -223,16 +235,28 @@ def _load_bound_saes(config: FSRLConfig) -> dict[str, FrozenSAE]:
 def _load_bound_sae(config: FSRLConfig, key: str, reference: Any) -> FrozenSAE:
     sae = take_sae(reference)
     known = config.sae_info or {}
-    expected = (known.get(key, {}) if key else known).get("fingerprint")
+    expected = known.get(key, {}).get("fingerprint")
     if expected is not None and expected != sae.info.fingerprint:
         raise ValueError(
             "The SAE has changed since this adapter was saved: expected fingerprint "
-            f"{expected[:16]}... ({known[key] if key else known}), found "
+            f"{expected[:16]}... ({known[key]}), found "
             f"{sae.info.fingerprint[:16]}... in {reference} ({sae.info}). The adapter's features "
-            "would mean something else. Point `sae` at the SAE that it was trained with."
+            "would mean something else. Point `sae` at the SAE that it was trained with, or set "
+            "`sae_info=None` to start a new adapter on this one."
         )
     config.bind_sae(sae, sae.info.to_dict(), key)
     return sae
+
+
+def _refuse_second(adapter_name: str, model: nn.Module) -> None:
+    """As a notebook cell that is run again does: both adapters would act, and one be saved."""
+    for module in model.modules():
+        if isinstance(module, FSRLLayer) and adapter_name in module.fsrl_adapter:
+            raise ValueError(
+                f"This model already has an FSRL adapter '{adapter_name}', at "
+                f"'{module.layer_name}'. Call `unload()` on the PEFT model that was made of it "
+                "first, load the base model again, or give the new adapter another name."
+            )
 
 
 def _refuse_nesting(targets: set[str], model: nn.Module) -> None:
@@ -295,18 +319,25 @@ def _guard_cache(sae: FrozenSAE, model: nn.Module) -> None:
 
 
 def _refuse_cached_context(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    if cache is None or cache.get_seq_length() == 0:
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    continues = cache is not None and cache.get_seq_length() > 0
+    padded_left = isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask[:, 0].all()
+    if not continues and not padded_left:
         return
     steering = [m for m in model.modules() if isinstance(m, FSRLLayer) and not m.disable_adapters]
     active = {
         layer.fsrl_sae[name].info.architecture
         for layer in steering
-        for name in layer.batch_adapter_names or layer.active_adapters
+        for name in layer.acting_adapters()
         if name in layer.fsrl_sae and layer.fsrl_sae[name].contextual
     }
     if active:
+        found = (
+            "continues from a key-value cache. Generate with `use_cache=False`"
+            if continues
+            else "is padded on the left, and it would read the padding. Pad on the right"
+        )
         raise ValueError(
             f"An SAE of architecture {min(active)} reads the whole sequence, but this forward "
-            "continues from a key-value cache. Generate with `use_cache=False`."
+            f"{found}."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..sae.frozen import FrozenSAE
-from ..sae.loading import HookPoint, parse_hook
+from ..sae.loading import parse_hook
 from .config import FSRLConfig
 
 # Names under which transformers models keep their stack of decoder layers.
@@ -21,6 +22,8 @@ _WRITERS = {
     "mlp_out": ("post_feedforward_layernorm", "mlp", "feed_forward"),
     "attn_out": ("self_attn", "attn", "attention", "self_attention"),
 }
+# Names of the attention's output projection, which reads all heads side by side.
+_HEAD_READERS = ("o_proj", "c_proj", "out_proj", "dense")
 _NORM_AFTER_ATTENTION = "post_attention_layernorm"
 
 
@@ -39,31 +42,44 @@ def resolve_targets(
             another width, or no way to tell where the SAE belongs.
     """
     if not config.layers:
-        return {_default_target(config, saes[""], model): saes[""]}
+        hook = parse_hook(saes[""].info.hook_name)
+        if hook is None:
+            raise ValueError(
+                "FSRLConfig needs `layer` (or `target_modules`): the SAE's hook name "
+                f"{saes[''].info.hook_name!r} does not say at which module it was trained."
+            )
+        config.layer = hook.layer
     paths = {}
     for layer in config.layers:
         sae = saes[str(layer) if str(layer) in saes else ""]
-        paths[_layer_path(model, layer)] = sae
-        check_hidden_size(sae, model)
-        _warn_of_other_hook(sae, parse_hook(sae.info.hook_name), layer)
+        path = _layer_path(model, layer)
+        hook = parse_hook(sae.info.hook_name)
+        if hook is None and sae.info.hook_name is not None:
+            raise ValueError(
+                f"The SAE was trained at hook {sae.info.hook_name!r}, which is not a place that "
+                f"`layer` can name: the output of a decoder layer, of its attention or its MLP, or "
+                "the heads that the attention's output projection reads. Use another SAE, or name "
+                "the module whose output it reads with `target_modules`."
+            )
+        if hook is not None and hook.layer != layer:
+            warnings.warn(
+                f"The SAE was trained at layer {hook.layer} (hook {sae.info.hook_name!r}), but "
+                f"layer={layer} will be steered. Its features may mean nothing there. Use "
+                f"layer={hook.layer}, or an SAE for layer {layer}.",
+                stacklevel=2,
+            )
+        if hook is not None and hook.place != "resid_post":
+            path = writer_path(model, path, hook.place)
+        paths[path] = sae
+        if not reads_heads(sae):
+            check_hidden_size(sae, model)
     return paths
 
 
-def _default_target(config: FSRLConfig, sae: FrozenSAE, model: nn.Module) -> str:
-    """Path of the module at which the SAE says that it was trained."""
+def reads_heads(sae: FrozenSAE) -> bool:
+    """Whether an SAE was trained on what the attention's output projection reads."""
     hook = parse_hook(sae.info.hook_name)
-    if hook is None:
-        raise ValueError(
-            "FSRLConfig needs `layer` (or `target_modules`): the SAE's hook name "
-            f"{sae.info.hook_name!r} does not say at which module's output it was trained."
-        )
-    path = _layer_path(model, hook.layer)
-    check_hidden_size(sae, model)
-    if hook.place == "resid_post":
-        config.layer = hook.layer
-        return path
-    config.target_modules = [writer_path(model, path, hook.place)]
-    return config.target_modules[0]
+    return hook is not None and hook.place == "z"
 
 
 def _layer_path(model: nn.Module, layer: int) -> str:
@@ -137,45 +153,34 @@ def _text_config(model: nn.Module) -> Mapping[str, Any]:
 
 
 def writer_path(model: nn.Module, layer_path: str, place: str) -> str:
-    """Path of the module inside a decoder layer whose output a hook point is.
+    """Path of the module inside a decoder layer that stands at a hook point.
 
     Args:
         model: the base model.
         layer_path: path of the decoder layer.
-        place: ``"attn_out"`` or ``"mlp_out"``.
+        place: ``"attn_out"``, ``"mlp_out"`` or ``"z"``; see ``HookPoint``.
 
     Raises:
         ValueError: if no module there has a name that transformers uses for it.
     """
     layer = model.get_submodule(layer_path)
+    if place == "z":
+        attention = _child_path(layer, layer_path, _WRITERS["attn_out"])
+        return _child_path(model.get_submodule(attention), attention, _HEAD_READERS)
     names = _WRITERS[place]
     if place == "attn_out" and hasattr(layer, "post_feedforward_layernorm"):
         names = (_NORM_AFTER_ATTENTION, *names)
+    return _child_path(layer, layer_path, names)
+
+
+def _child_path(module: nn.Module, path: str, names: tuple[str, ...]) -> str:
     for name in names:
-        if isinstance(getattr(layer, name, None), nn.Module):
-            return f"{layer_path}.{name}"
+        if isinstance(getattr(module, name, None), nn.Module):
+            return f"{path}.{name}"
     raise ValueError(
-        f"Cannot find the module behind hook {place!r} in {layer_path}: expected one named "
-        f"{' or '.join(names)}, found {[name for name, _ in layer.named_children()]}. Name it with "
-        "`target_modules`."
+        f"Cannot find the module to steer in {path}: expected one named {' or '.join(names)}, "
+        f"found {[name for name, _ in module.named_children()]}. Name it with `target_modules`."
     )
-
-
-def _warn_of_other_hook(sae: FrozenSAE, hook: HookPoint | None, layer: int) -> None:
-    if hook is not None and hook.place == "resid_post" and hook.layer != layer:
-        warnings.warn(
-            f"The SAE was trained on the output of layer {hook.layer} (hook "
-            f"{sae.info.hook_name!r}), but layer={layer} will be steered. Its features may mean "
-            f"nothing there. Use layer={hook.layer}, or an SAE for layer {layer}.",
-            stacklevel=2,
-        )
-    elif sae.info.hook_name is not None and (hook is None or hook.place != "resid_post"):
-        warnings.warn(
-            f"The SAE was trained at hook {sae.info.hook_name!r}, which is not the output of a "
-            f"decoder layer, but the output of layer {layer} will be steered. Leave out `layer` "
-            "to steer where the SAE was trained, or name the module with `target_modules`.",
-            stacklevel=2,
-        )
 
 
 def check_hidden_size(sae: FrozenSAE, model: nn.Module) -> None:
@@ -196,7 +201,8 @@ def check_hidden_size(sae: FrozenSAE, model: nn.Module) -> None:
 def warn_of_other_model(sae: FrozenSAE, model: nn.Module) -> None:
     """Warn where an SAE seems to belong to another model than the base model."""
     trained_on, name = sae.info.model_name, getattr(model, "name_or_path", None)
-    if not trained_on or not name:
+    # The name of a local folder says nothing about the model in it.
+    if not trained_on or not name or os.path.isdir(name):
         return
     left, right = (
         re.split(r"[\\/]", part.rstrip("/\\"))[-1].lower() for part in (trained_on, name)

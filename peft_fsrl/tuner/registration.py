@@ -14,8 +14,6 @@ from peft.mapping import (
 )
 from peft.utils import PeftType, register_peft_method
 
-from ._saving import guard_checkpoints
-
 NAME = "FSRL"
 
 
@@ -56,7 +54,6 @@ def add_peft_type() -> PeftType:
 def register() -> None:
     """Register ``FSRLConfig`` and ``FSRLModel`` with PEFT; a second call rebinds them."""
     member = add_peft_type()
-    guard_checkpoints()
     from .config import FSRLConfig
     from .model import FSRLModel
 
