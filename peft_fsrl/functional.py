@@ -78,8 +78,7 @@ def soft_threshold(
         Shrunk values, shape of ``u``; exactly zero where ``|u| <= threshold``.
     """
     threshold = threshold + torch.relu(-threshold).detach()
-    # What a clamp takes away is what shrinkage leaves: two passes, and no sign to multiply with.
-    return u - u.clamp(-threshold, threshold)
+    return torch.sign(u) * torch.relu(u.abs() - threshold)
 
 
 class _StraightThroughStep(torch.autograd.Function):

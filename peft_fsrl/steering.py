@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def observe(model: nn.Module, observer: Observer) -> Iterator[None]:
             ``(batch, seq, d_sae)``: reduce it at once rather than keeping it.
     """
     places = [layer.observers for layer in fsrl_layers(model).values()]
-    with Scoped(observer).attached_to(*places):
+    with Scoped(observer, *places):
         yield
 
 
@@ -125,7 +125,7 @@ def edit_steering(model: nn.Module, edit: Edit, layer_name: str | None = None) -
     if layer_name is not None and layer_name not in layers:
         raise ValueError(f"No FSRL adapter wraps {layer_name!r}; found {sorted(layers)}.")
     places = [layer.edits for name, layer in layers.items() if layer_name in (None, name)]
-    with Scoped(edit).attached_to(*places):
+    with Scoped(edit, *places):
         yield
 
 
@@ -251,14 +251,13 @@ class SteeringMonitor:
             inner.register_forward_hook(self._after),
         ]
         places = [layer.statistics_observers for layer in fsrl_layers(model).values()]
-        self._attached = ExitStack()
-        self._attached.enter_context(Scoped(self._observe).attached_to(*places))
+        self._attached = Scoped(self._observe, *places).__enter__()
 
     def close(self) -> None:
         """Stop collecting and remove every hook; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
-        self._attached.close()
+        self._attached.__exit__()
 
     def __enter__(self) -> SteeringMonitor:
         return self

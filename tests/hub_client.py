@@ -28,7 +28,7 @@ from helpers import (
     tiny_sae,
     token_ids,
 )
-from peft_fsrl import load_sae
+from peft_fsrl import FSRLConfig, load_sae
 
 FOLDER = Path(sys.argv[1])
 IDS = token_ids()
@@ -56,9 +56,8 @@ def live_sae() -> None:
     same(
         "AutoPeftModelForCausalLM", AutoPeftModelForCausalLM.from_pretrained("team/adapter"), first
     )
-    same("AutoModelForCausalLM", AutoModelForCausalLM.from_pretrained("team/adapter"), first)
     plain = base()
-    plain.load_adapter("team/adapter")
+    plain.load_adapter("team/adapter", peft_config=FSRLConfig.from_pretrained("team/adapter"))
     same("load_adapter", plain, first)
     two = PeftModel.from_pretrained(base(), "team/adapter", adapter_name="one")
     two.load_adapter("team/adapter", adapter_name="two")
@@ -71,9 +70,10 @@ def live_sae() -> None:
     same("main", PeftModel.from_pretrained(base(), "team/adapter"), first)
     same("revision", PeftModel.from_pretrained(base(), "team/adapter", revision="v2"), second)
     plain = base()
-    plain.load_adapter("team/adapter", adapter_kwargs={"revision": "v2"})
+    config = FSRLConfig.from_pretrained("team/adapter", revision="v2")
+    plain.load_adapter("team/adapter", download_kwargs={"revision": "v2"}, peft_config=config)
     same("load_adapter revision", plain, second)
-    offline = PeftConfig.from_pretrained("team/adapter", revision="v2", local_files_only=True)
+    offline = FSRLConfig.from_pretrained("team/adapter", revision="v2", local_files_only=True)
     RESULTS["config from the cache"] = Path(offline.resolve_saes()[""]["path"]).is_dir()
 
     model.save_pretrained(str(FOLDER / "saved"))
@@ -81,7 +81,8 @@ def live_sae() -> None:
     nested = PeftModel.from_pretrained(base(), "team/adapter", subfolder="deep/er")
     same("subfolder", nested, second)
     plain = base()
-    plain.load_adapter("team/adapter", adapter_kwargs={"subfolder": "deep/er"})
+    config = FSRLConfig.from_pretrained("team/adapter", subfolder="deep/er")
+    plain.load_adapter("team/adapter", download_kwargs={"subfolder": "deep/er"}, peft_config=config)
     same("load_adapter subfolder", plain, second)
 
 
@@ -94,7 +95,9 @@ def several_layers() -> None:
 
 def transformers_push() -> None:
     plain = base()
-    plain.load_adapter(str(FOLDER / "saved"))
+    plain.load_adapter(
+        str(FOLDER / "saved"), peft_config=FSRLConfig.from_pretrained(FOLDER / "saved")
+    )
     plain.push_to_hub("team/plain")
     same("pushed by transformers", PeftModel.from_pretrained(base(), "team/plain"), logits(plain))
 
@@ -106,6 +109,7 @@ def hub_sae() -> None:
     model = fsrl_model(base(), sae="team/saes/layer_1")
     model.push_to_hub("team/named")
     same("SAE by its name", PeftModel.from_pretrained(base(), "team/named"), logits(model))
+    same("AutoModelForCausalLM", AutoModelForCausalLM.from_pretrained("team/named"), logits(model))
     RESULTS["reference"] = PeftConfig.from_pretrained("team/named").sae
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -166,20 +167,27 @@ def test_decode_update_by_loops() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
-def steer(x: Tensor, weight: Tensor, bias: Tensor, theta: Tensor, **changes: object) -> Tensor:
-    """``functional.steer`` with a linear-ReLU SAE of fixed matrices."""
-    generator = torch.Generator().manual_seed(7)
-    W_enc = torch.randn(x.shape[-1], len(bias), generator=generator, dtype=torch.float64)
-    W_dec = torch.randn(len(bias), x.shape[-1], generator=generator, dtype=torch.float64)
-    arguments = {
-        "activation": "soft_threshold",
-        "bandwidth": 0.1,
-        "encode": lambda v: torch.relu(x @ W_enc),
-        "decode_update": lambda update: update @ W_dec,
-        **changes,
-    }
-    u = functional.steering_pre(x, weight, bias)
-    return functional.steer(x, u, theta, **arguments).output
+class LinearSAE:
+    """A linear-ReLU dictionary of fixed matrices."""
+
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.W_enc = torch.randn(d_in, d_sae, generator=generator, dtype=torch.float64)
+        self.W_dec = torch.randn(d_sae, d_in, generator=generator, dtype=torch.float64)
+
+    def process_in(self, x: Tensor) -> Tensor:
+        return x
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.relu(x @ self.W_enc)
+
+    def decode_update(self, update: Tensor, x: Tensor) -> Tensor:
+        return update @ self.W_dec
+
+
+def steer(x: Tensor, weight: Tensor, bias: Tensor, theta: Tensor, **changes: Any) -> Tensor:
+    settings = {"activation": "soft_threshold", "bandwidth": 0.1, "sae": LinearSAE(4, 6), **changes}
+    return functional.steer(x, weight, bias, None, theta, **settings).output
 
 
 @pytest.mark.parametrize("activation", ["soft_threshold", "relu"])
@@ -198,21 +206,45 @@ def test_steer_clamps_what_an_edit_makes_negative() -> None:
     x, weight, bias, theta = random(3, 4), random(6, 4), random(6), torch.zeros(6)
     edited = steer(x, weight, bias, theta, activation="relu", edit=lambda v: -10 * v)
     negative = -10 * torch.relu(x @ weight.T + bias)
-    generator = torch.Generator().manual_seed(7)
-    W_enc = torch.randn(4, 6, generator=generator, dtype=torch.float64)
-    W_dec = torch.randn(6, 4, generator=generator, dtype=torch.float64)
-    f = torch.relu(x @ W_enc)
-    expected = x + torch.relu(f + negative) @ W_dec - f @ W_dec
+    sae = LinearSAE(4, 6)
+    f = sae.encode(x)
+    expected = x + torch.relu(f + negative) @ sae.W_dec - f @ sae.W_dec
     torch.testing.assert_close(edited, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])
 def test_promotion_needs_no_encoder(activation: str) -> None:
-    def encode(v: Tensor) -> Tensor:
-        raise AssertionError("the encoder was called")
+    class Blind(LinearSAE):
+        def encode(self, x: Tensor) -> Tensor:
+            raise AssertionError("the encoder was called")
 
     x, weight, bias, theta = random(3, 4), random(6, 4), random(6), random(6)
-    steer(x, weight, bias, theta, activation=activation, encode=encode)
+    steer(x, weight, bias, theta, activation=activation, sae=Blind(4, 6))
+    with pytest.raises(AssertionError, match="was called"):
+        steer(x, weight, bias, theta, sae=Blind(4, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_norms_by_loops(dtype: torch.dtype) -> None:
+    v = random(2, 3, 5).to(dtype)
+    v[random(2, 3, 5) < 0] = 0
+    gate = (v > 0).to(dtype).requires_grad_()
+    v.requires_grad_()
+    norms = functional.compute_norms(v, gate)
+    for token in range(6):
+        row, column = divmod(token, 3)
+        values = v[row, column].tolist()
+        assert norms.l0[row, column].item() == sum(value != 0 for value in values)
+        assert norms.l1[row, column].item() == pytest.approx(sum(map(abs, values)), rel=1e-6)
+        norm = math.sqrt(sum(value * value for value in values))
+        assert norms.l2[row, column].item() == pytest.approx(norm, rel=1e-6)
+        assert norms.open_gates[row, column].item() == sum(value > 0 for value in values)
+    assert norms.l1.dtype == torch.promote_types(dtype, torch.float32)
+    (norms.l1.sum() + 2 * norms.open_gates.sum()).backward()
+    assert torch.equal(v.grad, v.sign())
+    assert torch.equal(gate.grad, torch.full_like(gate, 2))
+    assert not norms.l0.requires_grad
+    assert not norms.l2.requires_grad
 
 
 def naive_masked_mean(values: list[list[float]], mask: list[list[int]], reduction: str) -> float:

@@ -280,7 +280,7 @@ def test_state_dicts_go_round(
     torch.save(layer.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    names = {"weight", "bias"} | ({"down"} if rank else set())
+    names = {"weight", "bias", "identity"} | ({"down"} if rank else set())
     names |= {"soft_threshold": {"threshold"}, "jumprelu": {"log_threshold"}, "relu": set()}[
         activation
     ]

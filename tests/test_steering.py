@@ -24,7 +24,7 @@ from helpers import (
     token_ids,
 )
 from peft_fsrl import FSRLConfig
-from peft_fsrl.functional import ACTIVATIONS, token_l1
+from peft_fsrl.functional import ACTIVATIONS
 from peft_fsrl.steering import (
     ForwardRecord,
     SteeringEvent,
@@ -189,7 +189,7 @@ def test_token_statistics_by_loops(dtype: torch.dtype) -> None:
     gate = (v > 0).float()
     layer = only_layer(fsrl_model())
     x, sae = torch.zeros(2, 3, D_IN), layer.fsrl_sae["default"]
-    event = SteeringEvent("l", "a", x, v, gate, sae, token_l1(v), gate.sum(dim=-1))
+    event = SteeringEvent("l", "a", x, v, gate, sae)
     statistics = token_statistics(event)
     for b in range(2):
         for t in range(3):

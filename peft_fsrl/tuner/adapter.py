@@ -82,7 +82,8 @@ class SteeringAdapter(nn.Module):
     def identify(self, fingerprint: str, features: tuple[int, ...] | None) -> None:
         """Note whose features the rows steer: the SAE's fingerprint, and which of its features."""
         identity = compute_identity(fingerprint, features, self.activation, self.non_negative)
-        self.identity = identity.to(self.weight.device)
+        device = self.weight.device
+        self.identity = identity if device.type == "meta" else identity.to(device)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all features but those at some positions, in their order; parameters are new."""

@@ -21,6 +21,10 @@ _MOST_PROGRAMS = 64
 _failed = False
 
 
+class CannotCompileError(Exception):
+    """Torch has no compiler for this Python or platform."""
+
+
 def compiles(wanted: bool | None, x: Tensor) -> bool:
     """Whether to compile: as the config says, else the environment, else on CUDA.
 
@@ -57,9 +61,8 @@ def run_compiled(steer: partial[Steered], x: Tensor, *parameters: Tensor | None)
     rows = x.reshape(-1, x.shape[-1])
     try:
         steered = _compiled(steer.func)(rows, *parameters, **steer.keywords)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
+    except (CannotCompileError, torch._dynamo.exc.TorchDynamoException) as error:
+        # Nothing wider: a checkpoint ends its recomputation with an exception of its own.
         _failed = True
         _log.warning(
             "The steering function could not be compiled and runs as it is, more slowly. Set "
@@ -80,4 +83,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     options: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = _MOST_PROGRAMS
-    return torch.compile(function, dynamic=True, **options)
+    try:
+        return torch.compile(function, dynamic=True, **options)
+    except RuntimeError as error:
+        raise CannotCompileError(str(error)) from error

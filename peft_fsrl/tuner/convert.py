@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..sae.loading import load_sae, parse_hook_layer
+from ..sae.loading import parse_hook_layer, take_sae
 from .config import FSRLConfig
+from .folder import compute_identity
 from .placement import decoder_layers
 
 WEIGHTS = "adapter_weights.safetensors"
@@ -31,6 +32,7 @@ def convert_research_checkpoint(
     destination: str | Path,
     base_model: nn.Module,
     *,
+    non_negative: bool,
     sae: Any = None,
     layer: int | None = None,
 ) -> FSRLConfig:
@@ -40,7 +42,10 @@ def convert_research_checkpoint(
         source: folder with ``adapter_weights.safetensors`` and ``fsrl_adapter_config.json``.
         destination: folder to write ``adapter_config.json`` and ``adapter_model.safetensors`` to;
             it must not hold an adapter.
-        base_model: the model that was steered; only the names of its modules are used.
+        base_model: the model that was steered; only its name and those of its modules are used. The
+            research code names models as TransformerLens does, which no loader of ours knows.
+        non_negative: whether the code clamped ``f + v`` at zero. It does since November 2025 and
+            did not before, and the file does not say which.
         sae: the SAE, where the config does not name one that can be found.
         layer: the steered layer, where neither the config nor the SAE's hook name says it.
 
@@ -63,20 +68,22 @@ def convert_research_checkpoint(
     said = json.loads((source / CONFIG).read_text())
     activation, parameters = _convert_tensors(tensors)
     reference = sae if sae is not None else _find_sae(said)
-    frozen = load_sae(reference) if isinstance(reference, (str, Mapping)) else None
+    frozen = take_sae(reference)
+    _check_shape(parameters["weight"], (frozen.info.d_sae, frozen.info.d_in))
     if layer is None:
-        layer = _find_layer(said, None if frozen is None else frozen.info.hook_name)
+        layer = _find_layer(said, frozen.info.hook_name)
     config = FSRLConfig(
         layer=layer,
         sae=reference,
         activation=activation,
+        non_negative=non_negative,
         task_type="CAUSAL_LM",
         inference_mode=True,
-        base_model_name_or_path=said.get("base_model_name") or said.get("model_name"),
+        base_model_name_or_path=getattr(base_model, "name_or_path", None) or None,
     )
-    if frozen is not None:
-        _check_shape(parameters["weight"], (frozen.info.d_sae, frozen.info.d_in))
-        config.bind_sae(frozen, frozen.info.to_dict())
+    config.bind_sae(frozen, frozen.info.to_dict())
+    identity = compute_identity(frozen.info.fingerprint, None, activation, non_negative)
+    parameters["identity"] = identity
     path = decoder_layers(base_model)[layer]
     prefix = f"base_model.model.{path}.fsrl_adapter."
     destination.mkdir(parents=True, exist_ok=True)
@@ -123,15 +130,15 @@ def _check_shape(tensor: Tensor, expected: tuple[int, ...] | torch.Size) -> None
 
 
 def _find_sae(said: Mapping[str, Any]) -> Any:
-    for release, sae_id in (("sae_release", "sae_id"), ("release", "sae_id")):
+    for release, sae_id in (("base_sae_release", "base_sae_id"), ("sae_release", "sae_id")):
         if said.get(release) and said.get(sae_id):
             return {"release": said[release], "sae_id": said[sae_id]}
     for name in ("sae_path", "sae"):
         if said.get(name):
             return said[name]
     raise ValueError(
-        f"{CONFIG} names no SAE (looked for sae_release and sae_id, release and sae_id, sae_path, "
-        f"sae; found {sorted(said)}). Pass `sae`."
+        f"{CONFIG} names no SAE (looked for base_sae_release and base_sae_id, sae_release and "
+        f"sae_id, sae_path, sae; found {sorted(said)}). Pass `sae`."
     )
 
 

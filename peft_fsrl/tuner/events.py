@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,22 +74,26 @@ class Scoped:
     """A value that counts only in the thread or task that opened it, and in no copy of a model.
 
     A server may answer two requests on one model: an ablation for the one must not reach the other.
+
+    Args:
+        value: an observer, an edit, or the adapters of a batch.
+        places: lists of layers in which it stands for the length of a ``with`` block.
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, *places: list[Any]) -> None:
         self.value = value
+        self._places = places
 
-    @contextmanager
-    def attached_to(self, *places: list[Any]) -> Iterator[None]:
-        """Stand in some lists of layers for the length of a ``with`` block."""
-        for place in places:
+    def __enter__(self) -> Scoped:
+        for place in self._places:
             place.append(self)
         _OPEN.set((*_OPEN.get(), self))
-        try:
-            yield
-        finally:
-            _OPEN.set(tuple(other for other in _OPEN.get() if other is not self))
-            for place in places:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _OPEN.set(tuple(other for other in _OPEN.get() if other is not self))
+        for place in self._places:
+            if self in place:
                 place.remove(self)
 
     @property

@@ -182,7 +182,7 @@ class FSRLModel(BaseTuner):
             # `generate` repeats what the decoder sees, not what an encoder has read.
             per_sample = list(names) if module in encoder else repeated
             if isinstance(module, FSRLLayer):
-                stack.enter_context(Scoped(per_sample).attached_to(module.batch_adapter_names))
+                stack.enter_context(Scoped(per_sample, module.batch_adapter_names))
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 # `modules_to_save` are chosen per sample too, by PEFT, which wants the names here.
                 hook = partial(_pass_adapter_names, adapter_names=per_sample)

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS / "tuner")]
 
 from test_golden import Stack  # noqa: E402
 

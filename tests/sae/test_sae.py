@@ -26,8 +26,7 @@ from helpers import (
     tiny_transcoder,
 )
 from peft_fsrl import freeze_sae, load_sae
-from peft_fsrl.sae.frozen import FrozenSAE
-from peft_fsrl.sae.identity import compute_fingerprint
+from peft_fsrl.sae.frozen import FrozenSAE, compute_fingerprint
 from peft_fsrl.sae.loading import parse_hook_layer, parse_reference
 
 CPU = torch.device("cpu")

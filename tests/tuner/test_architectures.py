@@ -81,7 +81,7 @@ def test_some_features_of_low_rank(family: str, tmp_path: Path) -> None:
 def test_mixed_batches_and_a_shared_sae(family: str) -> None:
     model = fsrl_model(tiny_model(family))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The SAE was trained on the output of layer 1")
+        warnings.filterwarnings("ignore", "The SAE was trained at layer 1")
         for name, index in (("same", 1), ("other", 2)):
             config = FSRLConfig(layer=index, sae=tiny_sae(), task_type="CAUSAL_LM")
             model.add_adapter(name, config)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftConfig, get_peft_model
 
-from helpers import fsrl_model, tiny_model, tiny_sae
+from helpers import fsrl_model, only_layer, tiny_model, tiny_sae
 from peft_fsrl import FSRLConfig
-from peft_fsrl.tuner.config import LIVE_SAE
 
 RELEASED = "gemma-scope-2b-pt-res/layer_12/width_65k/average_l0_72"
 
@@ -103,10 +104,58 @@ def test_a_folder_is_stored_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_live_sae_stays_out_of_the_fields() -> None:
     sae = tiny_sae()
     config = FSRLConfig(layer=1, sae=sae)
-    assert config.sae == LIVE_SAE
+    assert config.sae == "<live>"
     assert config.resolve_saes()[""] is sae
-    assert "_live_sae" not in json.loads(json.dumps(config.to_dict()))
-    assert copy.copy(config).resolve_saes()[""] is sae
+    assert json.loads(json.dumps(config.to_dict()))["sae"] == "<live>"
+    for other in (copy.copy(config), copy.deepcopy(config), replace(config, rank=2)):
+        assert other.resolve_saes()[""] is sae
+
+
+def test_what_is_set_later_is_brought_into_plain_form_by_the_model(tmp_path: Path) -> None:
+    config = FSRLConfig(layer=1, sae="nowhere")
+    config.sae, config.features = tiny_sae(), torch.tensor([3, 1])
+    config.rank = np.int64(2)
+    model = get_peft_model(tiny_model(), config)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["sae"], saved["features"], saved["rank"]) == (
+        {"beside_adapter": "sae"},
+        [1, 3],
+        2,
+    )
+    tiny_sae().save_model(tmp_path / "folder")
+    config.sae = tmp_path / "folder"
+    config.save_pretrained(str(tmp_path / "second"))
+    saved = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    assert saved["sae"] == str(tmp_path / "folder")
+    config.activation = "tanh"
+    with pytest.raises(ValueError, match="`activation` must be one of"):
+        get_peft_model(tiny_model(), config)
+
+
+def test_a_mask_is_no_list_of_features() -> None:
+    for mask in (torch.tensor([True, False]), np.array([True, False]), [True, False]):
+        with pytest.raises(TypeError, match="got a mask of truth values"):
+            FSRLConfig(layer=1, features=mask)
+
+
+def test_one_config_serves_several_models(tmp_path: Path) -> None:
+    config = FSRLConfig(sae=tiny_sae())
+    before = config.to_dict()
+    first = get_peft_model(tiny_model(), config)
+    found = first.peft_config["default"]
+    assert found is not config
+    assert found.layer == 1
+    config.sae = tiny_sae(seed=1)
+    second = get_peft_model(tiny_model("gpt2"), config)
+    assert only_layer(first).layer_name == "model.layers.1"
+    assert only_layer(second).layer_name == "transformer.h.1"
+    infos = [model.peft_config["default"].sae_info[""] for model in (first, second)]
+    assert infos[0]["fingerprint"] != infos[1]["fingerprint"]
+    config.sae = before["sae"]
+    changed = {k for k, v in config.to_dict().items() if v != before[k]}
+    # PEFT itself notes there which task and model a config was used for.
+    assert changed <= {"base_model_name_or_path", "task_type", "auto_mapping", "peft_version"}
 
 
 def test_no_sae() -> None:
@@ -160,9 +209,9 @@ def test_sets_become_sorted_lists(field: str) -> None:
 def test_saved_beside_the_adapter(tmp_path: Path) -> None:
     model = fsrl_model()
     model.save_pretrained(tmp_path / "adapter")
-    assert model.peft_config["default"].sae == LIVE_SAE
+    assert model.peft_config["default"].sae == "<live>"
     config = FSRLConfig.from_pretrained(str(tmp_path / "adapter"))
-    assert config.sae == {"beside_adapter": "sae"}
+    assert config.sae == "<live>"
     assert config.resolve_saes()[""] == {"path": str(tmp_path / "adapter" / "sae")}
     nested = FSRLConfig.from_pretrained(str(tmp_path), subfolder="adapter")
     assert nested.resolve_saes()[""] == config.resolve_saes()[""]

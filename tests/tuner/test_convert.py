@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import helpers
+from peft_fsrl import freeze_sae
 from peft_fsrl.tuner.convert import convert_research_checkpoint
 
 THRESHOLDS = {"soft_threshold": "soft_threshold", "log_threshold": "jumprelu", "": "relu"}
@@ -50,8 +51,9 @@ def sae_folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("magnitude", [None, 1.7, -0.6, "vector"])
+@pytest.mark.parametrize("clamped", [True, False])
 def test_outputs_are_those_of_the_research_code(
-    tmp_path: Path, sae_folder: Path, threshold: str, magnitude: float | str | None
+    tmp_path: Path, sae_folder: Path, threshold: str, magnitude: float | str | None, clamped: bool
 ) -> None:
     if isinstance(magnitude, float) and magnitude < 0 and threshold != "soft_threshold":
         pytest.skip("refused, as another test shows")
@@ -59,8 +61,10 @@ def test_outputs_are_those_of_the_research_code(
     factor = torch.tensor(magnitude) if factor is ... else factor
     tensors = random_tensors(threshold, factor)
     source = write_checkpoint(tmp_path / "old", tensors, {"sae_path": str(sae_folder), "layer": 1})
-    config = convert_research_checkpoint(source, tmp_path / "new", helpers.tiny_model())
-    assert config.activation == THRESHOLDS[threshold]
+    config = convert_research_checkpoint(
+        source, tmp_path / "new", helpers.tiny_model(), non_negative=clamped
+    )
+    assert (config.activation, config.non_negative) == (THRESHOLDS[threshold], clamped)
     model = PeftModel.from_pretrained(helpers.tiny_model(), tmp_path / "new").eval()
 
     # The research code: v = magnitude * act(linear(x~)), x' = x + decode(relu(f + v)) - decode(f).
@@ -74,7 +78,7 @@ def test_outputs_are_those_of_the_research_code(
         v, _ = helpers.naive_vector(u, tensors.get(threshold), config.activation, 1e-2)
         v = v if factor is None else factor * v
         f = sae.encode(x)
-        return x + sae.decode(torch.relu(f + v)) - sae.decode(f)
+        return x + sae.decode(torch.relu(f + v) if clamped else f + v) - sae.decode(f)
 
     plain.model.layers[1].register_forward_hook(steer)
     with torch.no_grad():
@@ -88,7 +92,7 @@ def test_layer_comes_from_the_sae_and_the_sae_may_be_given(
 ) -> None:
     source = write_checkpoint(tmp_path / "old", random_tensors())
     config = convert_research_checkpoint(
-        source, tmp_path / "new", helpers.tiny_model(), sae=str(sae_folder)
+        source, tmp_path / "new", helpers.tiny_model(), sae=str(sae_folder), non_negative=True
     )
     assert config.layer == 1
     assert "base_model.model.model.layers.1.fsrl_adapter.weight" in load_file(
@@ -96,10 +100,38 @@ def test_layer_comes_from_the_sae_and_the_sae_may_be_given(
     )
 
 
+def test_a_checkpoint_as_the_research_code_names_things(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {
+        "base_model_name": "gemma-2-2b",
+        "base_sae_release": "gemma-scope-2b-pt-res",
+        "base_sae_id": "layer_1/width_65k/average_l0_72",
+    }
+    asked = []
+
+    def load(reference: Any) -> Any:
+        asked.append(reference)
+        return freeze_sae(helpers.tiny_sae())
+
+    monkeypatch.setattr("peft_fsrl.sae.loading.load_sae", load)
+    source = write_checkpoint(tmp_path / "old", random_tensors("soft_threshold"), said)
+    base = helpers.tiny_model()
+    base.config._name_or_path = base.name_or_path = "google/gemma-2-2b-it"
+    config = convert_research_checkpoint(source, tmp_path / "new", base, non_negative=False)
+    expected = {"release": "gemma-scope-2b-pt-res", "sae_id": "layer_1/width_65k/average_l0_72"}
+    assert asked == [expected]
+    assert config.sae == expected
+    assert config.layer == 1
+    assert config.base_model_name_or_path == "google/gemma-2-2b-it"
+    with pytest.raises(TypeError, match="non_negative"):
+        convert_research_checkpoint(source, tmp_path / "again", base)
+
+
 def test_what_cannot_be_converted_is_refused(tmp_path: Path, sae_folder: Path) -> None:
     model, said = helpers.tiny_model(), {"sae_path": str(sae_folder)}
     with pytest.raises(FileNotFoundError, match=r"adapter_weights.safetensors missing"):
-        convert_research_checkpoint(tmp_path, tmp_path / "new", model)
+        convert_research_checkpoint(tmp_path, tmp_path / "new", model, non_negative=True)
     broken = {
         "unknown": ({**random_tensors(), "other": torch.ones(1)}, said, "other"),
         "both": (
@@ -118,9 +150,9 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path, sae_folder: Path) -
     for name, (tensors, config, message) in broken.items():
         source = write_checkpoint(tmp_path / name, tensors, config)
         with pytest.raises(ValueError, match=message):
-            convert_research_checkpoint(source, tmp_path / "new", model)
+            convert_research_checkpoint(source, tmp_path / "new", model, non_negative=True)
         assert not (tmp_path / "new").exists()
     source = write_checkpoint(tmp_path / "good", random_tensors(), said)
-    convert_research_checkpoint(source, tmp_path / "new", model)
+    convert_research_checkpoint(source, tmp_path / "new", model, non_negative=True)
     with pytest.raises(FileExistsError, match="already holds an adapter"):
-        convert_research_checkpoint(source, tmp_path / "new", model)
+        convert_research_checkpoint(source, tmp_path / "new", model, non_negative=True)

@@ -78,7 +78,7 @@ def test_no_way_was_left_out(session: Any) -> None:
 def test_an_sae_with_an_address_is_not_uploaded(session: Any) -> None:
     results, hub = session
     assert results["reference"] == "team/saes/layer_1"
-    named = {"adapter_config.json", "adapter_model.safetensors", "README.md", "SHA256SUMS"}
+    named = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert set(results["files"]["team/named"]) == named
     [weights] = {
         files["adapter_model.safetensors"]

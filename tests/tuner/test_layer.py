@@ -243,8 +243,9 @@ def test_later_hooks_see_the_steered_output() -> None:
 def test_the_sae_is_no_parameter_and_no_buffer() -> None:
     layer = bare_layer(tiny_sae("gated", "layer_norm"))
     names = {f"fsrl_adapter.default.{name}" for name in ("weight", "bias", "threshold")}
-    assert set(dict(layer.named_parameters())) == names == set(layer.state_dict())
-    assert dict(layer.named_buffers()) == {}
+    identity = "fsrl_adapter.default.identity"
+    assert set(dict(layer.named_parameters())) == names == set(layer.state_dict()) - {identity}
+    assert set(dict(layer.named_buffers())) == {identity}
     assert not any("sae" in name for name, _ in layer.named_modules())
 
 

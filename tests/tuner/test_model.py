@@ -176,12 +176,13 @@ def test_checkpoint_holds_the_adapter_and_nothing_else(tmp_path: Path) -> None:
         key + "weight": (D_SAE, D_IN),
         key + "bias": (D_SAE,),
         key + "threshold": (D_SAE,),
+        key + "identity": (32,),
     }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "FSRL"
     assert config["sae"] == {"beside_adapter": "sae"}
     info = only_layer(model).fsrl_sae["default"].info
-    assert config["sae_info"] == info.to_dict()
+    assert config["sae_info"] == {"": info.to_dict()}
     assert {path.name for path in (tmp_path / "sae").iterdir()} == {
         "cfg.json",
         "sae_weights.safetensors",
@@ -254,7 +255,7 @@ def test_loading_under_another_name(tmp_path: Path) -> None:
 
 def test_saving_from_another_dtype_keeps_the_sae(tmp_path: Path) -> None:
     model = fsrl_model()
-    fingerprint = model.peft_config["default"].sae_info["fingerprint"]
+    fingerprint = model.peft_config["default"].sae_info[""]["fingerprint"]
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     assert only_layer(loaded).fsrl_sae["default"].info.fingerprint == fingerprint
@@ -264,7 +265,7 @@ def test_a_changed_sae_is_refused(tmp_path: Path) -> None:
     tiny_sae().save_model(tmp_path / "sae_folder")
     model = fsrl_model(sae=str(tmp_path / "sae_folder"))
     model.save_pretrained(tmp_path / "adapter")
-    before = model.peft_config["default"].sae_info["fingerprint"]
+    before = model.peft_config["default"].sae_info[""]["fingerprint"]
     changed = tiny_sae()
     with torch.no_grad():
         changed.b_enc[0] += 1e-3
@@ -343,7 +344,7 @@ def test_the_hook_name_gives_the_layer() -> None:
         assert model.peft_config["default"].layer == index
 
 
-@pytest.mark.parametrize("hook", [None, "blocks.1.attn.hook_z", "blocks.0.hook_resid_pre"])
+@pytest.mark.parametrize("hook", [None, "blocks.1.attn.hook_q", "blocks.0.hook_resid_pre"])
 def test_no_layer_given_and_none_in_the_hook_name(hook: str | None) -> None:
     sae = tiny_sae(metadata={} if hook is None else {"hook_name": hook})
     with pytest.raises(ValueError, match=r"needs `layer` .*hook name"):
@@ -351,11 +352,51 @@ def test_no_layer_given_and_none_in_the_hook_name(hook: str | None) -> None:
 
 
 def test_sae_of_another_layer_warns() -> None:
-    with pytest.warns(UserWarning, match=r"trained on the output of layer 1.*layer=2 will be"):
+    with pytest.warns(UserWarning, match=r"trained at layer 1 \(hook.*layer=2 will be"):
         get_peft_model(tiny_model(), FSRLConfig(layer=2, sae=tiny_sae()))
-    sae = tiny_sae(metadata={"hook_name": "blocks.1.hook_mlp_out"})
-    with pytest.warns(UserWarning, match=r"hook_mlp_out', which is not the output of a decoder"):
+
+
+@pytest.mark.parametrize(
+    ("hook", "path"),
+    [
+        ("blocks.1.hook_resid_post", "model.layers.1"),
+        ("blocks.1.hook_mlp_out", "model.layers.1.mlp"),
+        ("blocks.1.hook_attn_out", "model.layers.1.self_attn"),
+    ],
+)
+def test_the_place_inside_a_layer_is_the_saes(hook: str, path: str) -> None:
+    model = get_peft_model(
+        tiny_model(), FSRLConfig(layer=1, sae=tiny_sae(metadata={"hook_name": hook}))
+    )
+    assert only_layer(model).layer_name == path
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_mid", "blocks.1.hook_mlp_in"])
+def test_places_that_cannot_be_steered_are_refused(hook: str) -> None:
+    sae = tiny_sae(metadata={"hook_name": hook})
+    with pytest.raises(ValueError, match=rf"trained at hook '{hook}', which is not a place"):
         get_peft_model(tiny_model(), FSRLConfig(layer=1, sae=sae))
+    model = get_peft_model(tiny_model(), FSRLConfig(target_modules=["layers.1"], sae=sae))
+    assert only_layer(model).layer_name == "model.layers.1"
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", "o_proj"), ("gpt2", "c_proj")])
+def test_heads_are_steered_before_they_are_projected(family: str, name: str) -> None:
+    sae, ids = tiny_sae(metadata={"hook_name": "blocks.1.attn.hook_z"}), token_ids()
+    base = tiny_model(family)
+    model = fsrl_model(copy.deepcopy(base), sae=sae, layer=1)
+    layer = only_layer(model)
+    assert layer.layer_name.rpartition(".")[2] == name
+    projection = base.get_submodule(layer.layer_name)
+
+    def steer(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return naive_steer(sae, args[0], *layer.fsrl_adapter["default"].parameters())[0], *args[1:]
+
+    hook = projection.register_forward_pre_hook(steer)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-5)
+        hook.remove()
+        assert not torch.allclose(model(ids).logits, base(ids).logits, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -413,7 +454,7 @@ def test_bfloat16_base_with_a_float32_adapter() -> None:
 def test_sae_dtype() -> None:
     model = fsrl_model(sae_dtype="bfloat16")
     assert only_layer(model).fsrl_sae["default"].dtype == torch.bfloat16
-    assert model.peft_config["default"].sae_info["dtype"] == "float32"
+    assert model.peft_config["default"].sae_info[""]["dtype"] == "float32"
     with pytest.raises(ValueError, match=r"`sae_dtype` must name a floating-point dtype.*'int8'"):
         get_peft_model(tiny_model(), FSRLConfig(layer=1, sae=tiny_sae(), sae_dtype="int8"))
 

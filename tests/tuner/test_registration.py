@@ -51,7 +51,7 @@ def test_peft_knows_the_method() -> None:
 def test_registering_again_changes_nothing() -> None:
     before = list(PeftType)
     peft_fsrl.tuner.registration.register()
-    importlib.reload(_registration).register()
+    importlib.reload(registration).register()
     assert list(PeftType) == before
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType["FSRL"]] is FSRLConfig
 

@@ -97,7 +97,7 @@ def test_checkpoint_and_parameters_are_in_proportion(tmp_path: Path) -> None:
     assert model.get_nb_trainable_parameters()[0] == len(SOME) * (helpers.D_IN + 2)
     model.save_pretrained(tmp_path)
     shapes = {tuple(t.shape) for t in load_file(tmp_path / "adapter_model.safetensors").values()}
-    assert shapes == {(len(SOME), helpers.D_IN), (len(SOME),)}
+    assert shapes == {(len(SOME), helpers.D_IN), (len(SOME),), (32,)}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["features"] == SOME
     # The SAE beside it is the whole one.
     assert load_file(tmp_path / "sae" / "sae_weights.safetensors")["W_dec"].shape[0] == 24
@@ -146,7 +146,7 @@ def test_low_rank_is_a_product(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(low), logits(whole), rtol=1e-5, atol=1e-6)
     low.save_pretrained(tmp_path)
     names = {key.rsplit(".", 1)[-1] for key in load_file(tmp_path / "adapter_model.safetensors")}
-    assert names == {"weight", "down", "bias", "threshold"}
+    assert names == {"weight", "down", "bias", "threshold", "identity"}
     again = PeftModel.from_pretrained(helpers.tiny_model(), tmp_path).eval()
     assert torch.equal(logits(again), logits(low))
 
@@ -297,7 +297,7 @@ def test_each_sample_of_a_mixed_batch_is_steered_by_its_own_adapter() -> None:
             model.set_adapter(name)
             expected = logits(model, ids[row : row + 1])
         torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-5, atol=1e-6)
-    assert all(layer.batch_adapter_names is None for layer in layers_of(model))
+    assert not any(layer.batch_adapter_names for layer in layers_of(model))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2}])
