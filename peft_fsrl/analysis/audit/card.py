@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft.utils import CONFIG_NAME
+
 from ...files import write_text_atomically
-from ...training.card import put_section, weights_digest
-from ...tuner.folder import CARD, CONFIG, finish_save
+from ...training.card import CARD, put_section, weights_digest
 from ..records import Audit
 from ..rendering import render_card_section
 
@@ -25,13 +26,11 @@ def add_audit(folder: str | Path, audit: Audit) -> None:
         ValueError: if the folder holds no adapter.
     """
     folder = Path(folder)
-    if folder.is_dir():
-        finish_save(folder)
     weights = weights_digest(folder)
-    if weights is None or not (folder / CONFIG).is_file():
+    if weights is None or not (folder / CONFIG_NAME).is_file():
         raise ValueError(
-            f"Expected an adapter's folder ({CONFIG} and its weights), found none in {folder}. "
-            "Save the adapter first."
+            f"Expected an adapter's folder ({CONFIG_NAME} and its weights), found none in "
+            f"{folder}. Save the adapter first."
         )
     path = folder / CARD
     card = path.read_text("utf-8") if path.is_file() else f"# {folder.resolve().name}\n"
