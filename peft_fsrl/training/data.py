@@ -6,14 +6,13 @@ row that it cannot learn from is found before the first step, and named.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, Value
 from trl.data_utils import is_conversational, maybe_apply_chat_template, maybe_extract_prompt
@@ -122,7 +121,7 @@ def prepare_preferences(
     Args:
         dataset: rows in any of TRL's preference formats: text or messages, with the prompt in a
             column of its own or as the common start of both answers. A stream is checked row by row
-            while it is read, and can be given to ``CPOTrainer``, which takes no stream otherwise.
+            while it is read.
         tokenizer: the model's tokenizer, with its chat template.
         max_length: the trainer's; None for a trainer that cuts nothing.
         unusable: ``"error"`` raises at the first such row, ``"drop"`` leaves them out and counts.
@@ -192,22 +191,9 @@ def check_columns(columns: Iterable[str]) -> None:
         )
 
 
-class _Stream(IterableDataset):
-    """A stream for trainers that pass ``num_proc`` to ``map`` (CPO and ORPO in trl 1.16)."""
-
-    def map(self, *args: Any, num_proc: int | None = None, **kwargs: Any) -> _Stream:
-        return _as_stream(super().map(*args, **kwargs))
-
-
-def _as_stream(dataset: IterableDataset) -> _Stream:
-    stream = copy.copy(dataset)
-    stream.__class__ = _Stream
-    return cast(_Stream, stream)
-
-
 def _prepare_stream(
     dataset: IterableDataset, settings: _Settings, unusable: str, report: PreferenceReport
-) -> _Stream:
+) -> IterableDataset:
     def check(row: dict[str, Any], index: int) -> dict[str, Any]:
         if index == 0:
             # A stream is read again for each evaluation, and once more for each look inside.
@@ -222,7 +208,7 @@ def _prepare_stream(
         return {"_problem": note["_problem"]}
 
     examined = dataset.map(check, with_indices=True).filter(lambda row: not row["_problem"])
-    return _as_stream(examined.remove_columns("_problem"))
+    return examined.remove_columns("_problem")
 
 
 def _count(report: PreferenceReport, note: Mapping[str, Any]) -> None:

@@ -1,18 +1,21 @@
 """SimPO (Meng et al., arXiv 2405.14734), whatever becomes of TRL's experimental trainers.
 
-``SimPOConfig`` and ``SimPOTrainer`` are TRL's ``CPOConfig`` and ``CPOTrainer`` with the settings of
-SimPO, where TRL has them, and otherwise ``StableSimPOConfig`` and ``StableSimPOTrainer``, which
-need nothing of TRL but its ``DPOTrainer``. On the same tokens both train alike.
+``SimPOConfig`` and ``SimPOTrainer`` are TRL's ``CPOConfig`` with the settings of SimPO and its
+``CPOTrainer``, where TRL has them, and otherwise ``StableSimPOConfig`` and ``StableSimPOTrainer``,
+which need nothing of TRL but its ``DPOTrainer``. On the same tokens both train alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import data
 from trl import DPOConfig, DPOTrainer
 
 from .objectives import simpo_loss
@@ -124,13 +127,29 @@ class StableSimPOTrainer(DPOTrainer):
             metrics[name].append(self.accelerator.gather_for_metrics(value).mean().item())
 
 
-SimPOConfig: Any = StableSimPOConfig
-SimPOTrainer: Any = StableSimPOTrainer
+class _Stream(data.IterableDataset[Any]):
+    """A stream for ``CPOTrainer``, which tells ``map`` a number of processes as for a table."""
 
-if CPOTrainer is not None:
+    def __init__(self, rows: IterableDataset) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._rows)
+
+    def map(self, *args: Any, num_proc: int | None = None, **kwargs: Any) -> _Stream:
+        return _Stream(self._rows.map(*args, **kwargs))
+
+    def set_epoch(self, epoch: int) -> None:
+        self._rows.set_epoch(epoch)
+
+
+if CPOTrainer is None:
+    SimPOConfig: Any = StableSimPOConfig
+    SimPOTrainer: Any = StableSimPOTrainer
+else:
 
     @dataclass
-    class _CPOSimPOConfig(CPOConfig):
+    class SimPOConfig(CPOConfig):  # type: ignore[no-redef]
         """``CPOConfig`` whose defaults are SimPO's, with the paper's scale and margin."""
 
         loss_type: str = field(default="simpo", metadata={"help": "Type of loss to use."})
@@ -140,4 +159,11 @@ if CPOTrainer is not None:
             default=0.0, metadata={"help": "Weight of the chosen answers' likelihood."}
         )
 
-    SimPOConfig, SimPOTrainer = _CPOSimPOConfig, CPOTrainer
+    class SimPOTrainer(CPOTrainer):  # type: ignore[no-redef]
+        """``CPOTrainer``, which takes streams too."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            for name in ("train_dataset", "eval_dataset"):
+                if isinstance(kwargs.get(name), IterableDataset):
+                    kwargs[name] = _Stream(kwargs[name])
+            super().__init__(*args, **kwargs)

@@ -13,11 +13,15 @@ import pytest
 from datasets import Dataset, IterableDataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from helpers import fsrl_model, tiny_preferences, tiny_tokenizer
 from peft_fsrl import with_fsrl
-from peft_fsrl.training import StableSimPOConfig, StableSimPOTrainer
+from peft_fsrl.training import (
+    SimPOConfig,
+    SimPOTrainer,
+    StableSimPOConfig,
+    StableSimPOTrainer,
+)
 from peft_fsrl.training.data import (
     PreferenceReport,
     check_columns,
@@ -53,13 +57,9 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def trainer_on(
-    dataset: Any, tokenizer: Any, folder: Path, max_length: int, **settings: Any
-) -> CPOTrainer:
-    args = CPOConfig(
+def trainer_on(dataset: Any, tokenizer: Any, folder: Path, max_length: int, **settings: Any) -> Any:
+    args = SimPOConfig(
         str(folder),
-        loss_type="simpo",
-        cpo_alpha=0.0,
         max_length=max_length,
         per_device_train_batch_size=2,
         max_steps=2,
@@ -72,12 +72,12 @@ def trainer_on(
         remove_unused_columns=False,
         **settings,
     )
-    return with_fsrl(CPOTrainer)(
+    return with_fsrl(SimPOTrainer)(
         model=fsrl_model(), args=args, train_dataset=dataset, processing_class=tokenizer
     )
 
 
-def tokenized(trainer: CPOTrainer, side: str) -> list[Tokenized]:
+def tokenized(trainer: Any, side: str) -> list[Tokenized]:
     return [
         Tokenized(row[f"{side}_input_ids"], sum(label == -100 for label in row[f"{side}_labels"]))
         for row in trainer.train_dataset
