@@ -125,9 +125,11 @@ class Holder(nn.Module):
 
 
 def make_layer(sae: JumpReLUSAE, sae_dtype: str | None, device: str) -> FSRLLayer:
-    """A steering layer that trains, around the identity."""
+    """A steering layer that trains, around the identity, and steers a feature in a hundred."""
+    # Pre-activations of variance one.
+    scale = (3 / sae.cfg.d_in) ** 0.5
     config = FSRLConfig(
-        target_modules=["place"], sae=sae, sae_dtype=sae_dtype, init_scale=0.1, init_threshold=0.5
+        target_modules=["place"], sae=sae, sae_dtype=sae_dtype, init_scale=scale, init_threshold=2.6
     )
     model = get_peft_model(Holder(), config).to(device).train()
     return next(module for module in model.modules() if isinstance(module, FSRLLayer))
@@ -376,7 +378,10 @@ def measure_compilations(options: argparse.Namespace) -> Iterator[dict[str, Any]
             x = torch.randn(shape, device=options.device)
             layer_step(layer, x, torch.ones_like(x))
     found = float(counters["stats"]["unique_graphs"])
-    yield row("compilations", f"{count} random shapes", "compiled", found, "graphs")
+    # Without a compiler the layer runs as it is.
+    name = "compiled" if found else "not compiled"
+    share = found if found else None
+    yield row("compilations", f"{count} random shapes", name, found, "graphs", "", share, "<= 4")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
