@@ -37,6 +37,8 @@ def run(name: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore:It is strongly recommended to train Gemma2")
+# Of torch, when it first imports its compiler.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # What is compiled takes seconds to be so; that it is right is for other tests.
