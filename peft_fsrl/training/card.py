@@ -57,7 +57,6 @@ def render_model_card(
     Returns:
         A card whose ``content`` is Markdown with a YAML header.
     """
-    infos = _by_layer(config.sae_info or {})
     is_hub_id = base_model is not None and not Path(base_model).exists()
     card_data = ModelCardData(
         library_name="peft",
@@ -76,7 +75,7 @@ def render_model_card(
         "l0_coeff": config.l0_coeff,
         "penalty_reduction": config.penalty_reduction,
     }
-    for name, info in infos.items():
+    for name, info in (config.sae_info or {}).items():
         reference = config.sae[name] if name else config.sae
         label = f"layer {name}: SAE" if name else "SAE"
         steering |= {
@@ -130,10 +129,6 @@ def keep_section(card: str, old_card: str | Path, folder: str | Path) -> str:
 
 def _append(card: str, section: str) -> str:
     return f"{card.rstrip()}\n\n{section}\n" if card.strip() else f"{section}\n"
-
-
-def _by_layer(sae_info: Mapping[str, Any]) -> dict[str, Any]:
-    return {"": sae_info} if "fingerprint" in sae_info else dict(sae_info)
 
 
 def _describe_choice(config: FSRLConfig) -> str | None:

@@ -6,7 +6,6 @@ one; a checkpoint has left a mark that it is complete, or is passed over.
 
 from __future__ import annotations
 
-import filecmp
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +29,8 @@ COMPLETE = "COMPLETE"
 def replacing_adapter(folder: str | Path) -> Iterator[Path]:
     """A folder to save an adapter in, whose files then take the place of those in ``folder``.
 
-    One after the other, and weights last. Where the config changes, so that the old weights would
-    mean something else under the new one, they are removed before.
+    One after the other, and weights last. They hold the identity of what they steer: between the
+    two moves, old weights under a new config that means something else are refused at loading.
 
     Args:
         folder: the adapter's folder, made where it does not exist.
@@ -46,10 +45,6 @@ def replacing_adapter(folder: str | Path) -> Iterator[Path]:
         yield staging
         _require_finite(staging, folder)
         files = [path for path in staging.rglob("*") if path.is_file()]
-        for config in (path for path in files if path.name == CONFIG_NAME):
-            old = folder / config.relative_to(staging)
-            if old.is_file() and not filecmp.cmp(old, config, shallow=False):
-                old.with_name(SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
         for path in sorted(files, key=lambda path: (path.name == SAFETENSORS_WEIGHTS_NAME, path)):
             move_file(path, folder / path.relative_to(staging))
 

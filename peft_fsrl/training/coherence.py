@@ -62,38 +62,25 @@ def compute_coherence(
     prompts: Sequence[str],
     tokenizer: Any,
     *,
-    max_new_tokens: int = 48,
-    seed: int = 0,
     batch_size: int = 16,
     steered: bool = True,
+    **sampling: Any,
 ) -> Coherence:
     """Sample an answer to each prompt and measure it, as ``Coherence`` says.
-
-    The state of every random generator is as before when this returns, and so is the model's mode.
-    Sampling follows the model's ``generation_config``, always with ``do_sample=True``.
 
     Args:
         model: a generating model with an FSRL adapter.
         prompts: texts; a chat template has been applied where there is one.
-        tokenizer: the model's tokenizer; its padding side does not matter.
-        max_new_tokens: length limit of an answer.
-        seed: seed of the sampling.
+        tokenizer: the model's tokenizer.
         batch_size: prompts per forward pass.
-        steered: sample from the steered model; False samples from the base model, which gives the
-            figures to compare with.
+        steered: False samples from the base model, which gives the figures to compare with.
+        sampling: further settings of ``sample_answers``, as ``max_new_tokens`` and ``seed``.
 
     Raises:
         ValueError: for no prompt.
     """
     with nullcontext() if steered else scale_steering(model, 0.0):
-        answers = sample_answers(
-            model,
-            prompts,
-            tokenizer,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            batch_size=batch_size,
-        )
+        answers = sample_answers(model, prompts, tokenizer, batch_size=batch_size, **sampling)
     with scale_steering(model, 0.0):
         return measure_answers(model, answers, batch_size=batch_size)
 
@@ -104,20 +91,16 @@ def compare_coherence(
     tokenizer: Any,
     *,
     without: Mapping[str, Sequence[int]] | None = None,
-    max_new_tokens: int = 48,
-    seed: int = 0,
-    batch_size: int = 16,
+    **settings: Any,
 ) -> tuple[VariantCoherence, ...]:
     """Coherence of the base model, the trained one, and it without the steering of a category.
 
     Args:
         model: a generating model with FSRL adapters.
-        prompts: see ``compute_coherence``.
+        prompts: texts; a chat template has been applied where there is one.
         tokenizer: the model's tokenizer.
         without: features whose steering is zeroed, by category; one variant each.
-        max_new_tokens: length limit of an answer.
-        seed: seed of the sampling, the same for every variant.
-        batch_size: prompts per forward pass.
+        settings: of ``compute_coherence``, the same for every variant.
 
     Raises:
         ValueError: for no prompt.
@@ -126,14 +109,7 @@ def compare_coherence(
     found = []
     for name, enter in model_variants(model, without or {}).items():
         with enter():
-            figures = compute_coherence(
-                model,
-                prompts,
-                tokenizer,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                batch_size=batch_size,
-            )
+            figures = compute_coherence(model, prompts, tokenizer, **settings)
         found.append(VariantCoherence(name, figures))
     return tuple(found)
 

@@ -50,8 +50,6 @@ def require_same_adapter(expected_config: Any, found_config: Any, where: str) ->
 def _describe(config: Any) -> dict[str, Any]:
     """Plain values by field; without those that a config leaves to the SAE or the model."""
     infos = config.sae_info or {}
-    if "fingerprint" in infos:
-        infos = {"": infos}
     places = {name: _plain(getattr(config, name)) for name in _PLACES}
     if config.layer is None and config.target_modules is None:
         # Elsewhere in a layer, the path of the steered module is known to the model alone.

@@ -34,6 +34,7 @@ from peft_fsrl.analysis.records import (
     VariantCoherence,
 )
 from peft_fsrl.analysis.rendering import render_audit_html, render_card_section
+from peft_fsrl.files import compute_sha256
 from peft_fsrl.steering import scale_steering
 
 ROWS = list(helpers.tiny_preferences(6))

@@ -45,7 +45,6 @@ def test_what_decides_the_meaning_is_compared(options: dict[str, Any], named: st
         {"sae": "elsewhere", "sae_dtype": "bfloat16"},
         {"layer": [1]},
         {"layer": None},
-        {"sae_info": info()[""]},
         {"sae": {"1": "release/id"}, "sae_info": {"1": info()[""]}},
     ],
 )

@@ -487,13 +487,6 @@ MUTANTS = (
     ),
     # A run
     Mutant(
-        "old weights stay under a new config",
-        "training/checkpoints.py",
-        "                old.with_name(SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)\n",
-        "                pass\n",
-        ("training/test_checkpoints.py::test_a_killed_save_leaves_the_old_adapter_or_the_new_one",),
-    ),
-    Mutant(
         "weights come before the rest",
         "training/checkpoints.py",
         "(path.name == SAFETENSORS_WEIGHTS_NAME, path)",
