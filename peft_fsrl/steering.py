@@ -266,6 +266,8 @@ class SteeringMonitor:
         self.close()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._attached.is_open:
+            return
         mask = self._signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = None
@@ -278,6 +280,8 @@ class SteeringMonitor:
             self.missed = statistics.layer_name
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._attached.is_open:
+            return
         record, self._record = self._record, None
         if record is None or not record.tokens:
             return

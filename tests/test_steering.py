@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import copy
 import math
+import pickle
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -301,3 +305,85 @@ def test_features_are_those_of_the_active_adapter(control: Any) -> None:
     model.set_adapter("small")
     with pytest.raises(IndexError, match="features 0 to 7"), control(model, [20]):
         pass
+
+
+def test_attached_things_stay_in_their_thread() -> None:
+    """As on a server that answers two requests with one model."""
+    model, ids = fsrl_model(), token_ids()
+    plain = unsteered(model, input_ids=ids)
+    with torch.no_grad():
+        trained = model(ids).logits
+        with scale_steering(model, 0.0):
+            base = model(ids).logits
+    inside, other = threading.Event(), threading.Event()
+    found: dict[str, Tensor] = {}
+    events: list[SteeringEvent] = []
+
+    def first() -> None:
+        with torch.no_grad(), scale_steering(model, 0.0), observe(model, events.append):
+            inside.set()
+            assert other.wait(60)
+            found["first"] = model(ids).logits
+
+    def second() -> None:
+        assert inside.wait(60)
+        with torch.no_grad():
+            found["second"] = model(ids).logits
+        other.set()
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found["first"], base)
+    assert torch.equal(found["second"], trained)
+    assert not torch.equal(base, trained)
+    assert len(events) == 1
+    assert torch.equal(events[0].hidden_states, plain)
+    assert only_layer(model).edits == only_layer(model).observers == []
+
+
+def test_attached_things_stay_in_their_task() -> None:
+    model, ids = fsrl_model(), token_ids()
+
+    async def run(scale: float) -> Tensor:
+        with scale_steering(model, scale):
+            await asyncio.sleep(0.01)
+            return model(ids).logits.detach()
+
+    async def both() -> list[Tensor]:
+        return await asyncio.gather(run(0.0), run(1.0), run(0.0))
+
+    first, second, third = asyncio.run(both())
+    assert torch.equal(first, third)
+    assert not torch.equal(first, second)
+
+
+def test_a_copy_of_the_context_carries_what_is_attached() -> None:
+    model, ids = fsrl_model(), token_ids()
+    found: list[Tensor] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            found.append(model(ids).logits)
+
+    with scale_steering(model, 0.0):
+        run()
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(run,))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_made_inside_a_block_is_outside_of_it(clone: Any) -> None:
+    model = fsrl_model()
+    layer = only_layer(model)
+    x = torch.randn(2, 3, D_IN)
+    expected = layer._steer("default", x)
+    with scale_steering(model, 0.0):
+        other = clone(layer)
+        assert torch.equal(layer._steer("default", x), x)
+        torch.testing.assert_close(other._steer("default", x), expected)
+    assert layer.edits == other.edits == []

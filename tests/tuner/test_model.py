@@ -477,9 +477,6 @@ def penalised_gradients(model: PeftModel) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if "fsrl" in n}
 
 
-@pytest.mark.skipif(
-    CHECKPOINTS_HOOKS, reason="this transformers recomputes hooks inside a gradient checkpoint"
-)
 # transformers 5.23 renamed the method.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -615,3 +612,43 @@ def test_moved_models_release_the_old_sae() -> None:
     gc.collect()
     kept = [layers[0].fsrl_sae["default"], old()]
     assert len({id(sae) for sae in kept}) == 2
+
+
+def test_an_sae_of_whole_sequences_never_reads_padding() -> None:
+    model = fsrl_model(sae=tiny_sae("temporal"))
+    ids = token_ids(batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"padded on the left.*Pad on the right"):
+            model(ids, attention_mask=mask)
+        # To the right padding changes nothing, whatever its id.
+        mask = mask.flip(1)
+        other = torch.where(mask > 0, ids, 7)
+        found = [model(i, attention_mask=mask).logits[mask > 0] for i in (ids, other)]
+        torch.testing.assert_close(*found)
+        with model.disable_adapter():
+            model(ids, attention_mask=mask.flip(1))
+    whole = fsrl_model()
+    whole(ids, attention_mask=mask.flip(1))
+
+
+def test_an_adapter_on_a_base_of_eight_bits_is_in_float32() -> None:
+    base = tiny_model()
+    for parameter in base.model.layers[1].parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    for autocast in (True, False):
+        config = FSRLConfig(layer=1, sae=tiny_sae())
+        model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=autocast)
+        adapter = only_layer(model).fsrl_adapter["default"]
+        assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
+        assert adapter.weight.abs().max() > 0
+
+
+def test_a_local_folder_is_no_other_model(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    sae = tiny_sae(
+        metadata={"hook_name": "blocks.1.hook_resid_post", "model_name": "SmolLM2-135M-Instruct"}
+    )
+    get_peft_model(base, FSRLConfig(sae=sae))
