@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from organism_study import SETTINGS, run_folder
 from peft import PeftModel
 
@@ -27,18 +26,18 @@ from peft_fsrl.analysis import (
     Composition,
     FeatureAblations,
     Interval,
-    PreferenceScores,
     Record,
     Robustness,
+    Session,
     StaticDynamic,
-    ablate_categories,
-    ablate_single_features,
     compare_static_dynamic,
     composition_of,
     compute_compositions,
     compute_gain,
     compute_usage,
     count_features,
+    measure_categories,
+    measure_features,
     score_preferences,
 )
 from peft_fsrl.analysis.labels import (
@@ -48,7 +47,7 @@ from peft_fsrl.analysis.labels import (
     propagate_composition,
 )
 from peft_fsrl.files import write_text_atomically
-from peft_fsrl.steering import ablate_features, scale_steering
+from peft_fsrl.steering import ablate_features
 
 CATEGORIES = ("style", "honesty")
 # Of the paper's LLM judge against human labels.
@@ -93,24 +92,21 @@ def study(setting: str, seed: int, folder: Path, n_pairs: int, n_truth: int) -> 
     categories = {name: creature.features(name) for name in CATEGORIES}
     label = f"{setting}, seed {seed}:"
 
-    def score(rows: Dataset, text: str) -> PreferenceScores:
-        return score_preferences(model, rows, tokenizer, description=f"{label} {text}")
-
-    with scale_steering(model, 0.0):
-        base, base_truth = score(few, "base"), score(many, "base, truth")
-    trained, trained_truth = score(few, "trained"), score(many, "trained, truth")
-    usage = compute_usage(model, few, tokenizer)
-    ablations = ablate_categories(
-        model, few, tokenizer, categories, usage, trained=trained, description=f"{label} without"
-    )
-    compositions = compute_compositions(model, few, tokenizer, categories)
+    session = Session(model, tokenizer, few, progress=True)
+    truth = replace(session, dataset=many)
+    with session.base():
+        base, base_truth = score_preferences(session), score_preferences(truth)
+    trained, trained_truth = score_preferences(session), score_preferences(truth)
+    usage = compute_usage(session)
+    ablations = measure_categories(session, categories, usage, trained=trained)
+    compositions = compute_compositions(session, categories)
     checks = [
         Check("gain", compute_gain(base, trained), base_truth.loss - trained_truth.loss),
-        *composition_checks(compositions, count_features(model, many, tokenizer), categories),
+        *composition_checks(compositions, count_features(truth), categories),
     ]
     for ablation in ablations:
         with ablate_features(model, ablation.features):
-            without = score(many, f"without {ablation.name}, truth")
+            without = score_preferences(truth)
         rises = {
             "loss": (ablation.rise, without.loss - trained_truth.loss),
             "accuracy": (ablation.accuracy_rise, without.accuracy - trained_truth.accuracy),
@@ -122,16 +118,14 @@ def study(setting: str, seed: int, folder: Path, n_pairs: int, n_truth: int) -> 
     return Study(
         compositions,
         ablations,
-        ablate_single_features(model, few, tokenizer, usage, trained=trained, n_features=10),
-        compare_static_dynamic(model, few, tokenizer, usage, base=base, trained=trained),
-        robustness(model, few, tokenizer, f"{label} relabelled"),
+        measure_features(session, usage, trained=trained, n_features=10),
+        compare_static_dynamic(session, usage, base=base, trained=trained),
+        robustness(session, f"{label} relabelled"),
         tuple(checks),
     )
 
 
-def robustness(
-    model: PeftModel, rows: Dataset, tokenizer: Any, text: str
-) -> tuple[Robustness, ...]:
+def robustness(session: Session, text: str) -> tuple[Robustness, ...]:
     """The true labels, treated as if they were no better than the paper's judge."""
     labels = organism_labels(organism.load())
     labels = replace(labels, categories=CATEGORIES)
@@ -142,13 +136,13 @@ def robustness(
         )
         for name in CATEGORIES
     ]
-    counts = count_features(model, rows, tokenizer, segments=["prompt_chosen"])
-    some = rows.select(range(min(100, len(rows))))
-    whole = score_preferences(model, some, tokenizer)
+    counts = count_features(session, segments=["prompt_chosen"])
+    some = replace(session, dataset=session.rows[:100], progress=False)
+    whole = score_preferences(some)
 
     def rise(features: Sequence[int]) -> float:
-        with ablate_features(model, features):
-            return score_preferences(model, some, tokenizer).loss - whole.loss
+        with ablate_features(session.model, features):
+            return score_preferences(some).loss - whole.loss
 
     composition = propagate_composition(labels, rates, counts.values())
     return composition + propagate_ablation(labels, rates, rise, n_draws=40, progress=True)

@@ -40,11 +40,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from peft_fsrl import FSRLConfig, load_sae, organism, with_fsrl
-from peft_fsrl.analysis import compute_usage
-from peft_fsrl.analysis.divergence import compute_divergence
+from peft_fsrl.analysis import Session, compute_divergence, compute_usage
 from peft_fsrl.analysis.preferences import tokenize_pairs
-from peft_fsrl.analysis.records import Record
 from peft_fsrl.files import write_text_atomically
+from peft_fsrl.records import Record
 from peft_fsrl.steering import edit_steering, observe
 from peft_fsrl.training.coherence import measure_answers
 from peft_fsrl.training.data import pair_texts, prepare_preferences
@@ -181,7 +180,7 @@ class Bench:
             loss=self.losses(margins, objective).mean().item(),
             accuracy=((margins > 0).float() + (margins == 0).float() / 2).mean().item(),
             margin=margins.mean().item(),
-            kl=compute_divergence(model, self.base, self.test, self.tokenizer),
+            kl=compute_divergence(Session(model, self.tokenizer, self.test), self.base),
             perplexity=coherence.perplexity,
             repetition=coherence.repetition,
             length=coherence.mean_length,
@@ -318,7 +317,7 @@ def trained_method(
     seconds = time.monotonic() - started
     l0 = None
     if isinstance(config, FSRLConfig):
-        l0 = compute_usage(model, bench.test, bench.tokenizer).l0
+        l0 = compute_usage(Session(model, bench.tokenizer, bench.test)).l0
     return bench.measure(
         model,
         objective,
@@ -395,7 +394,8 @@ def static_method(bench: Bench, name: str, objective: str) -> Row:
     scale = choose(tried)
     seconds = time.monotonic() - started
     with acting(scale):
-        l0 = compute_usage(steered, bench.test, bench.tokenizer).l0 if in_features else None
+        session = Session(steered, bench.tokenizer, bench.test)
+        l0 = compute_usage(session).l0 if in_features else None
         return bench.measure(
             model,
             objective,

@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 
 from peft_fsrl import organism
-from peft_fsrl.analysis import score_preferences
+from peft_fsrl.analysis import Session, score_preferences
 from peft_fsrl.equivalence import Correspondence, explain, measure_correspondence, to_lora
 from peft_fsrl.training.likelihood import batched, pad
 from peft_fsrl.training.tokens import tokenize
@@ -105,6 +105,7 @@ def main() -> None:
     tokenizer = creature.load_tokenizer()
     model = PeftModel.from_pretrained(creature.load_model(), args.adapter).eval()
     pairs = organism.preferences(args.pairs // 5, seed="equivalence-test")
+    session = Session(model, tokenizer, pairs)
     train = make_batches(organism.preferences(args.pairs, seed="equivalence-train"), tokenizer)
     test = make_batches(pairs, tokenizer)
     other_text = make_source_texts(creature, tokenizer, args.pairs // 5)
@@ -115,7 +116,7 @@ def main() -> None:
         sae,
         train,
         test,
-        lambda: score_preferences(model, pairs, tokenizer).loss,
+        lambda: score_preferences(session).loss,
         other_text=other_text,
         ranks=RANKS,
         n_features=N_FEATURES,

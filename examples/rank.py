@@ -14,7 +14,7 @@ from pathlib import Path
 from sweep import organism_sae
 
 from peft_fsrl import organism
-from peft_fsrl.analysis import load_sweep, rank_layers
+from peft_fsrl.analysis import Session, load_sweep, rank_layers
 
 
 def main() -> None:
@@ -27,12 +27,14 @@ def main() -> None:
     args = parser.parse_args()
     creature = organism.load()
     effects = rank_layers(
-        creature.load_model(),
-        creature.preferences(args.pairs, seed=f"train-{args.seed}"),
-        creature.load_tokenizer(),
+        Session(
+            creature.load_model(),
+            creature.load_tokenizer(),
+            creature.preferences(args.pairs, seed=f"train-{args.seed}"),
+            batch_size=16,
+            progress=True,
+        ),
         {layer: organism_sae(layer, args.out) for layer in args.layers},
-        batch_size=16,
-        description="pairs",
     )
     table = args.out / "sweep.csv"
     points = load_sweep(table) if table.exists() else ()

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from peft_fsrl import organism, with_fsrl
-from peft_fsrl.analysis import compute_summary, render_summary, statistics
+from peft_fsrl.analysis import Session, compute_summary, render_summary, statistics
 from peft_fsrl.training import (
     CoherenceCallback,
     FSRLArguments,
@@ -196,16 +196,17 @@ def main(
     elif has_test and job.summary_pairs and is_first:
         held_out = Dataset.from_list(list(islice(trainer.eval_dataset, job.summary_pairs)))
         summary = compute_summary(
-            trainer.accelerator.unwrap_model(trainer.model),
-            held_out,
-            tokenizer,
+            Session(
+                trainer.accelerator.unwrap_model(trainer.model),
+                tokenizer,
+                held_out,
+                beta=args.beta,
+                gamma=args.simpo_gamma,
+                batch_size=args.per_device_eval_batch_size,
+                seed=7,
+            ),
             labels=labels,
             categories=categories,
-            beta=args.beta,
-            gamma=args.simpo_gamma,
-            batch_size=args.per_device_eval_batch_size,
-            # At this one the organism's base model begins plainly: a change of style shows.
-            generation_seed=7,
         )
         text = render_summary(summary)
         Path(args.output_dir, "summary.json").write_text(summary.to_json())

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import random
 
-from peft_fsrl.analysis.records import (
+from peft_fsrl.analysis import (
     Ablation,
     AdapterInfo,
-    Agreement,
     Audit,
     CategoryShare,
     Coherence,
     Composition,
-    Context,
     Continuation,
     Curve,
     FeatureAblation,
     FeatureAblations,
     FeatureCard,
-    FeatureEvidence,
-    FeatureLabel,
     FeatureUse,
     Finding,
     Generation,
-    Interval,
     LengthBucket,
     PreferenceScores,
     RankFrequency,
-    Robustness,
     Setting,
     StaticDynamic,
     SteeredFeature,
@@ -38,6 +32,8 @@ from peft_fsrl.analysis.records import (
     Usage,
     VariantCoherence,
 )
+from peft_fsrl.analysis.labels import Agreement, Context, FeatureEvidence, FeatureLabel, Robustness
+from peft_fsrl.records import Interval
 
 HOSTILE = (
     "<script>window.pwned = 1</script><img src=x onerror='window.pwned=1'>\"'`</script>"

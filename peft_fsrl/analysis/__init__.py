@@ -1,79 +1,38 @@
 """Turn a trained adapter and a preference data set into evidence: records in, records out."""
 
+from ..records import Interval, Record
 from ..training.coherence import (
+    Coherence,
+    VariantCoherence,
     compare_coherence,
     compute_coherence,
 )
-from .ablation import (
-    ablate_categories,
-)
-from .buckets import (
-    compute_gain,
-    score_by_length,
-)
+from .ablation import Ablation, StratumEffect, measure_categories
+from .audit import AdapterInfo, Audit, AuditSettings, FeatureCard, Setting, compute_audit
+from .buckets import LengthBucket, compute_gain, score_by_length
 from .composition import (
+    CategoryShare,
+    Composition,
     FeatureCounts,
     composition_of,
     compute_compositions,
     count_features,
 )
-from .curves import (
-    load_training_curves,
-)
+from .curves import Curve, TrainingCurves, load_training_curves
+from .diff import AdapterDifference, FeatureDifference, compute_difference
+from .divergence import compute_divergence
+from .doctor import Checkup, SAEFit, compute_checkup
+from .findings import Finding
 from .generations import (
-    compare_generations,
-)
-from .preferences import (
-    score_preferences,
-)
-from .ranking import (
-    rank_layers,
-)
-from .records import (
-    Ablation,
-    AdapterDifference,
-    AdapterInfo,
-    Agreement,
-    Audit,
-    CategoryShare,
-    Checkup,
-    Coherence,
-    Composition,
-    Context,
     Continuation,
-    Curve,
-    FeatureAblation,
-    FeatureAblations,
-    FeatureCard,
-    FeatureDifference,
-    FeatureEffect,
-    FeatureEvidence,
-    FeatureLabel,
-    FeatureUse,
-    Finding,
     Generation,
-    Interval,
-    Labels,
-    LayerEffect,
-    LengthBucket,
-    PreferenceScores,
-    RankFrequency,
-    Record,
-    Robustness,
-    SAEFit,
-    Setting,
-    StaticDynamic,
     SteeredFeature,
     SteeredToken,
-    SteeringLevel,
-    StratumEffect,
-    Summary,
-    SweepPoint,
-    TrainingCurves,
-    Usage,
-    VariantCoherence,
-    WinRate,
+    compare_generations,
 )
+from .labels import Agreement, Context, FeatureEvidence, FeatureLabel, Labels, Robustness
+from .preferences import PreferenceScores, score_preferences
+from .ranking import FeatureEffect, LayerEffect, rank_layers
 from .report import (
     render_coherence,
     render_generations,
@@ -81,33 +40,20 @@ from .report import (
     render_summary,
     render_variants,
 )
-from .session import (
-    Session,
-)
-from .single import (
-    ablate_single_features,
-)
-from .static_dynamic import (
-    compare_static_dynamic,
-)
-from .summary import (
-    compute_summary,
-)
-from .sweeps import (
-    by_penalty,
-    load_sweep,
-    save_sweep,
-)
+from .session import Session
+from .single import FeatureAblation, FeatureAblations, measure_features
+from .static_dynamic import StaticDynamic, SteeringLevel, compare_static_dynamic
+from .summary import Summary, compute_summary
+from .sweeps import SweepPoint, by_penalty, load_sweep, save_sweep
 from .usage import (
+    FeatureUse,
+    RankFrequency,
+    Usage,
     compute_rank_frequency,
     compute_usage,
     compute_usages,
 )
-from .winrate import (
-    AnswerPair,
-    compute_win_rate,
-    sample_pairs,
-)
+from .winrate import AnswerPair, WinRate, compute_win_rate, sample_pairs
 
 __all__ = [
     "Ablation",
@@ -116,6 +62,7 @@ __all__ = [
     "Agreement",
     "AnswerPair",
     "Audit",
+    "AuditSettings",
     "CategoryShare",
     "Checkup",
     "Coherence",
@@ -156,15 +103,17 @@ __all__ = [
     "Usage",
     "VariantCoherence",
     "WinRate",
-    "ablate_categories",
-    "ablate_single_features",
     "by_penalty",
     "compare_coherence",
     "compare_generations",
     "compare_static_dynamic",
     "composition_of",
+    "compute_audit",
+    "compute_checkup",
     "compute_coherence",
     "compute_compositions",
+    "compute_difference",
+    "compute_divergence",
     "compute_gain",
     "compute_rank_frequency",
     "compute_summary",
@@ -174,6 +123,8 @@ __all__ = [
     "count_features",
     "load_sweep",
     "load_training_curves",
+    "measure_categories",
+    "measure_features",
     "rank_layers",
     "render_coherence",
     "render_generations",

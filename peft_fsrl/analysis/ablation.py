@@ -4,40 +4,91 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-from torch import nn
-
+from ..records import Interval, Record
 from ..steering import ablate_features
 from . import statistics
 from .buckets import length_groups, mean_lengths
-from .preferences import score_preferences
-from .records import Ablation, Interval, PreferenceScores, StratumEffect, Usage
-from .usage import require_chosen
+from .preferences import PreferenceScores, score_preferences
+from .session import Session
+from .usage import Usage, require_chosen
 
 _log = logging.getLogger(__name__)
 # Random orders tried for one draw of equal mass; the nearest sum is taken.
 _TRIES = 8
 
 
-def ablate_categories(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
+@dataclass(frozen=True)
+class StratumEffect(Record):
+    """The rise of the loss among pairs of similar answer length; see ``LengthBucket``."""
+
+    shortest: float
+    longest: float
+    n: int
+    rise: Interval
+
+
+@dataclass(frozen=True)
+class Ablation(Record):
+    """The preference scores left when the steering of a category of features is zeroed.
+
+    Intervals come from a paired bootstrap over preference pairs, that of the accuracy from the
+    numbers of pairs that were gained and lost.
+
+    Attributes:
+        name: the category.
+        features: its features.
+        mass: share of ``||v||_1`` on the chosen answers that they carry.
+        scores: with their steering zeroed.
+        same_count: with as many random steered features zeroed, once per draw.
+        same_mass: with random steered features of about the same steering mass zeroed.
+        random_masses: the mass that each draw of ``same_mass`` reached.
+        rise: of the mean SimPO loss over that of the trained model.
+        accuracy_rise: of the accuracy, negative where it falls.
+        margin_rise: of the mean margin.
+        excess_count: ``rise`` less the mean rise of ``same_count``; None without draws.
+        excess_mass: ``rise`` less the mean rise of ``same_mass``; None without draws.
+        strata: by answer length.
+    """
+
+    name: str
+    features: tuple[int, ...]
+    mass: float
+    scores: PreferenceScores
+    same_count: tuple[PreferenceScores, ...]
+    same_mass: tuple[PreferenceScores, ...]
+    random_masses: tuple[float, ...]
+    rise: Interval
+    accuracy_rise: Interval
+    margin_rise: Interval
+    excess_count: Interval | None
+    excess_mass: Interval | None
+    strata: tuple[StratumEffect, ...]
+
+    @property
+    def control_loss(self) -> float:
+        """Mean SimPO loss over the draws of as many random features.
+
+        Raises:
+            ValueError: if there is no draw.
+        """
+        if not self.same_count:
+            raise ValueError(f"The ablation of {self.name!r} has no control.")
+        return sum(score.loss for score in self.same_count) / len(self.same_count)
+
+
+def measure_categories(
+    session: Session,
     categories: Mapping[str, Sequence[int]],
     usage: Usage,
     *,
     trained: PreferenceScores | None = None,
     n_features: int | None = None,
     n_random: int = 5,
-    seed: int = 0,
-    beta: float = 10.0,
-    gamma: float = 5.0,
-    batch_size: int = 16,
     n_strata: int = 3,
-    description: str | None = None,
 ) -> tuple[Ablation, ...]:
     """Zero the steering of each category in turn, and of random features for comparison.
 
@@ -47,20 +98,13 @@ def ablate_categories(
     that has to weigh as much then falls short: ``random_masses`` says by how much.
 
     Args:
-        model: a model with an FSRL adapter.
-        dataset: rows with the texts ``prompt``, ``chosen`` and ``rejected``; read once per draw.
-        tokenizer: the model's tokenizer.
+        session: its model has an FSRL adapter.
         categories: feature indices by category, best first.
         usage: the adapter's use of features on the chosen answers, from ``compute_usage``.
         trained: scores of the model as it is, if they are known.
-        n_features: take only the first so many of every category; None takes all.
+        n_features: take only the first N of every category; None takes all.
         n_random: draws of each control.
-        seed: seed of the draws and of the intervals.
-        beta: see ``score_preferences``.
-        gamma: see ``score_preferences``.
-        batch_size: pairs per forward pass.
-        n_strata: at most so many strata of answer length.
-        description: shown beside the progress bars; None shows none.
+        n_strata: number of strata of answer length, at most.
 
     Raises:
         ValueError: for no category, one with fewer features than asked for, or none, use on other
@@ -77,23 +121,15 @@ def ablate_categories(
     require_chosen(usage)
 
     def score_without(features: Sequence[int], name: str) -> PreferenceScores:
-        with ablate_features(model, features):
-            return score_preferences(
-                model,
-                dataset,
-                tokenizer,
-                beta=beta,
-                gamma=gamma,
-                batch_size=batch_size,
-                description=None if description is None else f"{description} {name}",
-            )
+        with ablate_features(session.model, features):
+            return score_preferences(session, f"without {name}")
 
     if trained is None:
         trained = score_without((), "nothing")
     held = {feature for features in categories.values() for feature in features}
     masses = {use.feature: use.mean_abs_steering for use in usage.features}
     pool = {feature: mass for feature, mass in sorted(masses.items()) if feature not in held}
-    by_count, by_mass = random.Random(seed), random.Random(seed)
+    by_count, by_mass = random.Random(session.seed), random.Random(session.seed)
     ablations = []
     for name, features in categories.items():
         chosen = tuple(features[:n_features])
@@ -120,7 +156,7 @@ def ablate_categories(
                 mass=_share(target, usage.l1),
                 random_masses=[_share(mass, usage.l1) for mass in reached],
                 n_strata=n_strata,
-                seed=seed,
+                seed=session.seed,
             )
         )
     return tuple(ablations)

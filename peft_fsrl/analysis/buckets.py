@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from ..records import Interval, Record
 from . import statistics
-from .records import Interval, LengthBucket, PreferenceScores
+from .preferences import PreferenceScores
+
+
+@dataclass(frozen=True)
+class LengthBucket(Record):
+    """Preference pairs of similar answer length, under the base model and the trained one.
+
+    Attributes:
+        shortest: tokens of the shortest mean answer in it, chosen and rejected averaged.
+        longest: tokens of the longest.
+        n: number of pairs.
+        base_accuracy: of the base model.
+        accuracy: of the trained model.
+        base_margin: mean reward margin of the base model.
+        margin: of the trained model.
+    """
+
+    shortest: float
+    longest: float
+    n: int
+    base_accuracy: Interval
+    accuracy: Interval
+    base_margin: Interval
+    margin: Interval
 
 
 def score_by_length(
@@ -18,7 +43,8 @@ def score_by_length(
     Args:
         base: scores of the base model, on the same pairs as ``trained``.
         trained: scores of the trained one.
-        n_buckets: at most so many, of about as many pairs each; pairs of one length stay together.
+        n_buckets: their number at most, of about as many pairs each; pairs of one length stay
+            together.
 
     Raises:
         ValueError: for scores of unlike pairs, fewer than two pairs, or no bucket.

@@ -2,23 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..records import Interval, Record
 from ..sae.frozen import FrozenSAE
 from . import statistics
-from .records import CategoryShare, Composition, Interval
 from .segments import TokenChunk, active_sae, stream_tokens
+from .session import Session
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 OTHER = "other"
 _SEGMENTS = ("prompt", "prompt_chosen", "prompt_rejected")
+
+
+@dataclass(frozen=True)
+class CategoryShare(Record):
+    """A category's share among the steered features against its share among the active ones.
+
+    Both count (token, feature) pairs: a feature counts wherever it is steered, or active.
+
+    Attributes:
+        category: its name; ``"other"`` for features in no category.
+        n_features: features of the SAE in it.
+        steered: pairs of the category that are steered.
+        n_steered: all steered pairs.
+        active: pairs of the category that are active in the SAE.
+        n_active: all active pairs.
+        steered_share: ``steered / n_steered``.
+        active_share: ``active / n_active``.
+        enrichment: the first over the second.
+    """
+
+    category: str
+    n_features: int
+    steered: int
+    n_steered: int
+    active: int
+    n_active: int
+    steered_share: Interval
+    active_share: Interval
+    enrichment: Interval
+
+
+@dataclass(frozen=True)
+class Composition(Record):
+    """What kinds of features an adapter steers; intervals are bootstrapped over examples.
+
+    Attributes:
+        segment: the tokens that count; see ``Usage``.
+        n_tokens: real tokens.
+        n_examples: texts that they come from.
+        shares: one entry per category, ``"other"`` last.
+    """
+
+    segment: str
+    n_tokens: int
+    n_examples: int
+    shares: tuple[CategoryShare, ...]
+
+
+def compute_compositions(
+    session: Session,
+    categories: Mapping[str, Sequence[int]],
+    *,
+    segments: Sequence[str] = _SEGMENTS,
+) -> tuple[Composition, ...]:
+    """Shares of categories among steered and active features, bootstrapped over examples.
+
+    Pairs of token and feature count. A feature may be in two categories and then counts in both, so
+    shares need not sum to one; ``"other"`` has the features in none. Where nothing is steered on a
+    segment, its shares are 0 in an interval from 0 to 1. Kept are a few counts per example. Of an
+    adapter that stores only some features, only these count as active.
+
+    Args:
+        session: its model has one FSRL layer.
+        categories: feature indices by category.
+        segments: see ``Usage``.
+
+    Returns:
+        One record per segment, in their order.
+
+    Raises:
+        ValueError: for a category named ``"other"``, fewer than two examples, a segment
+            without a token that counts, and as ``stream_tokens`` does.
+        IndexError: for a feature that the SAE does not have.
+        ImportError: without the ``audit`` extra.
+    """
+    statistics.require()
+    _refuse_other(categories)
+    sae = active_sae(session.model)
+    counter = _ExampleCounter(_membership(sae, categories))
+    stream_tokens(session, segments, counter.add, "composition")
+    counter.extend(len(session.rows))
+    sizes = _sizes(categories, sae.info.d_sae)
+    return tuple(
+        counter.to_composition(number, segment, sizes, session.seed)
+        for number, segment in enumerate(segments)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,102 +127,15 @@ class FeatureCounts:
     active: Int[Tensor, "d_sae"]
 
 
-class Share(NamedTuple):
-    """A category's share among the steered and among the active pairs of token and feature.
-
-    ``enrichment`` is the first over the second. A share of nothing is 0, and where no pair of the
-    category is active, half a pair is taken for none.
-    """
-
-    steered_share: float
-    active_share: float
-    enrichment: float
-
-
-def compute_compositions(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    categories: Mapping[str, Sequence[int]],
-    *,
-    segments: Sequence[str] = _SEGMENTS,
-    batch_size: int = 16,
-    seed: int = 0,
-    description: str | None = None,
-) -> tuple[Composition, ...]:
-    """Shares of categories among steered and active features, bootstrapped over examples.
-
-    Pairs of token and feature count. A feature may be in two categories and then counts in both, so
-    shares need not sum to one; ``"other"`` has the features in none. Where nothing is steered on a
-    segment, its shares are 0 in an interval from 0 to 1. Kept are a few counts per example. Of an
-    adapter that stores only some features, only these count as active.
-
-    Args:
-        model: a model with one FSRL layer.
-        dataset: rows with the text ``prompt`` and the answers that the segments name.
-        tokenizer: the model's tokenizer.
-        categories: feature indices by category.
-        segments: see ``Usage``.
-        batch_size: rows per forward pass.
-        seed: of the bootstrap.
-        description: shown beside the progress bar; None shows no bar.
-
-    Returns:
-        One record per segment, in their order.
-
-    Raises:
-        ValueError: for a category named ``"other"``, fewer than two examples, a segment
-            without a token that counts, and as ``stream_tokens`` does.
-        IndexError: for a feature that the SAE does not have.
-        ImportError: without the ``audit`` extra.
-    """
-    statistics.require()
-    _refuse_other(categories)
-    sae = active_sae(model)
-    counter = _ExampleCounter(_membership(sae, categories))
-    n_examples = stream_tokens(
-        model,
-        dataset,
-        tokenizer,
-        segments,
-        counter.add,
-        batch_size=batch_size,
-        description=description,
-    )
-    counter.extend(n_examples)
-    sizes = _sizes(categories, sae.info.d_sae)
-    return tuple(
-        counter.to_composition(number, segment, sizes, seed)
-        for number, segment in enumerate(segments)
-    )
-
-
 def count_features(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    *,
-    segments: Sequence[str] = _SEGMENTS,
-    batch_size: int = 16,
-    description: str | None = None,
+    session: Session, *, segments: Sequence[str] = _SEGMENTS
 ) -> dict[str, FeatureCounts]:
-    """Counts per feature, from which ``composition_of`` makes shares for any labels.
-
-    Args:
-        model: a model with one FSRL layer.
-        dataset: rows with the text ``prompt`` and the answers that the segments name.
-        tokenizer: the model's tokenizer.
-        segments: see ``Usage``.
-        batch_size: rows per forward pass.
-        description: shown beside the progress bar; None shows no bar.
-
-    Returns:
-        By segment.
+    """Counts per feature by segment, from which ``composition_of`` makes shares for any labels.
 
     Raises:
         ValueError: as ``stream_tokens`` does.
     """
-    sae = active_sae(model)
+    sae = active_sae(session.model)
     shape = (len(segments), sae.n_features)
     totals = {name: torch.zeros(shape, dtype=torch.float64) for name in ("steered", "active")}
     n_tokens = torch.zeros(len(segments), dtype=torch.long)
@@ -146,9 +146,7 @@ def count_features(
         totals["active"] += (members @ chunk.active().double()).cpu()
         n_tokens.add_(chunk.members.sum(dim=1).cpu())
 
-    n_examples = stream_tokens(
-        model, dataset, tokenizer, segments, add, batch_size=batch_size, description=description
-    )
+    stream_tokens(session, segments, add, "feature counts")
 
     def whole(counts: Tensor) -> Tensor:
         return torch.zeros(sae.info.d_sae, dtype=torch.long).index_add(
@@ -159,12 +157,24 @@ def count_features(
         segment: FeatureCounts(
             segment,
             int(n_tokens[number]),
-            n_examples,
+            len(session.rows),
             whole(totals["steered"][number]),
             whole(totals["active"][number]),
         )
         for number, segment in enumerate(segments)
     }
+
+
+class Share(NamedTuple):
+    """A category's share among the steered and among the active pairs of token and feature.
+
+    ``enrichment`` is the first over the second. A share of nothing is 0, and where no pair of the
+    category is active, half a pair is taken for none.
+    """
+
+    steered_share: float
+    active_share: float
+    enrichment: float
 
 
 def composition_of(

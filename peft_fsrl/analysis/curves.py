@@ -5,13 +5,38 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .records import Curve, TrainingCurves
+from ..records import Record
 
 STATE_FILE = "trainer_state.json"
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Curve(Record):
+    """One logged quantity over a training run, at the steps where it was logged."""
+
+    name: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TrainingCurves(Record):
+    """What a trainer logged (figure 3): preference losses, l0, margins and what else there is."""
+
+    curves: tuple[Curve, ...]
+
+    def curve(self, name: str) -> Curve:
+        """One curve.
+
+        Raises:
+            KeyError: if it was not logged.
+        """
+        return {curve.name: curve for curve in self.curves}[name]
 
 
 def load_training_curves(path: str | Path) -> TrainingCurves:

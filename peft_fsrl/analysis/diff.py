@@ -4,68 +4,102 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..records import Record
 from ..tuner.layer import FSRLLayer
 from . import statistics
-from .records import AdapterDifference, FeatureDifference, FeatureUse
 from .segments import only_layer
-from .usage import compute_usage
+from .session import Session
+from .usage import FeatureUse, compute_usage
+
+
+@dataclass(frozen=True)
+class FeatureDifference(Record):
+    """One feature as two adapters use it.
+
+    Attributes:
+        feature: index in the SAE.
+        first: the first adapter's use, or None where it never steers it.
+        second: the second's.
+        cosine: between the two adapters' rows of weights and bias; None where one has no row.
+        label: what it detects, if known.
+    """
+
+    feature: int
+    first: FeatureUse | None
+    second: FeatureUse | None
+    cosine: float | None
+    label: str | None
+
+
+@dataclass(frozen=True)
+class AdapterDifference(Record):
+    """Two adapters on the same SAE, feature by feature, largest difference of mean ``v`` first.
+
+    Attributes:
+        first: name of the first.
+        second: name of the second.
+        dataset: whose chosen answers were read.
+        n_tokens: tokens counted.
+        first_l0: features steered per token.
+        second_l0: of the second.
+        overlap: share of the features steered by either that both steer.
+        correlation: Spearman's, of the mean ``v`` over those features; None below three.
+        features: one entry per feature, cut at some number.
+    """
+
+    first: str
+    second: str
+    dataset: str
+    n_tokens: int
+    first_l0: float
+    second_l0: float
+    overlap: float
+    correlation: float | None
+    features: tuple[FeatureDifference, ...]
 
 
 def compute_difference(
-    model: Any,
-    dataset: Sequence[Mapping[str, Any]],
-    tokenizer: Any,
-    *,
+    session: Session,
     first: str,
     second: str,
+    *,
     names: tuple[str, str] | None = None,
     labels: Mapping[int, str] | None = None,
     n_features: int | None = 100,
     dataset_name: str = "data",
-    batch_size: int = 16,
-    description: str | None = None,
 ) -> AdapterDifference:
     """How two adapters use each feature on the same chosen answers, and how alike they compute it.
 
     Args:
-        model: a model with both adapters on one layer; which one is active is restored.
-        dataset: rows with the texts ``prompt`` and ``chosen``; read twice.
-        tokenizer: the model's tokenizer.
+        session: its model has both adapters on one layer; which one is active is restored. Rows
+            need no ``rejected``.
         first: name of one adapter in the model.
         second: name of the other.
         names: how the record calls them; None for their names in the model.
         labels: what features detect, where known.
         n_features: keep the features with the largest difference of mean ``v``; None keeps all.
         dataset_name: shown in the record.
-        batch_size: texts per forward pass.
-        description: shown beside the progress bars; None shows none.
 
     Raises:
         ValueError: for adapters at different places or on different SAEs: their features have
             nothing to do with each other.
         ImportError: without the ``audit`` extra.
     """
+    statistics.require()
+    model = session.model
     layer = only_layer(model)
     _require_same_sae(layer, first, second)
     usages = []
     with _restoring_active(model, layer):
         for adapter in (first, second):
             _activate(model, adapter)
-            usages.append(
-                compute_usage(
-                    model,
-                    dataset,
-                    tokenizer,
-                    labels=labels,
-                    batch_size=batch_size,
-                    description=None if description is None else f"{description} {adapter}",
-                )
-            )
+            usages.append(compute_usage(session, labels=labels))
     uses = [{use.feature: use for use in usage.features} for usage in usages]
     features = sorted(
         set().union(*uses), key=lambda feature: (-abs(_shift(uses, feature)), feature)

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ..records import Record
 from ..sae.frozen import FrozenSAE
 from ..sae.loading import HookPoint, parse_hook, take_sae
-from ..training.likelihood import batched, pad
-from ..training.running import evaluating
-from ..training.tokens import tokenize
-from ..tuner.outputs import hidden_states_of
+from ..training.likelihood import pad
+from ..training.running import evaluating, on_output
 from ..tuner.placement import check_hidden_size, decoder_layers, writer_path
-from .checkup import judge_fits
-from .records import Checkup, SAEFit
-from .segments import special_ids
+from .findings import Finding
+from .session import CHOSEN, Session
 
 # Modules whose input is the residual stream between attention and MLP, where attention comes first.
 _BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
+# Fraction of variance unexplained up to which an SAE fits, and above which it does not: there it
+# misses more of what tells tokens apart than it has.
+GOOD_FVU = 0.35
+BAD_FVU = 0.5
+# A neighbour is a better place if its unexplained share is lower by this factor.
+CLEARLY_LOWER = 0.9
+# Against another model, a fit is as good up to the first factor, and worse above the second.
+AS_GOOD, CLEARLY_WORSE = 1.25, 2.0
+# Share of features that were never active above which an SAE is for other text. Few tokens reach
+# few features, so only where each token could have had so many of its own.
+MOSTLY_DEAD = 0.9
 
 
 class Place(NamedTuple):
@@ -39,11 +49,49 @@ class Place(NamedTuple):
     takes_input: bool = False
 
 
+@dataclass(frozen=True)
+class SAEFit(Record):
+    """How well an SAE fits a model's activations at one place.
+
+    Attributes:
+        hook: the place.
+        model: whose activations.
+        intended: whether it is where the SAE would be used.
+        n_tokens: real tokens measured, special ones left out.
+        fvu: fraction of variance unexplained.
+        l0: active features per token.
+        dead: share of features that were never active.
+    """
+
+    hook: str
+    model: str
+    intended: bool
+    n_tokens: int
+    fvu: float
+    l0: float
+    dead: float
+
+
+@dataclass(frozen=True)
+class Checkup(Record):
+    """Whether an SAE fits a model and its data, before training.
+
+    Attributes:
+        sae: reference of the SAE.
+        dataset: whose texts.
+        fits: one entry per place.
+        findings: what they say.
+    """
+
+    sae: str
+    dataset: str
+    fits: tuple[SAEFit, ...]
+    findings: tuple[Finding, ...]
+
+
 def compute_checkup(
-    model: nn.Module,
+    session: Session,
     sae: Any,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
     *,
     layer: int | None = None,
     compare_model: nn.Module | None = None,
@@ -51,9 +99,6 @@ def compute_checkup(
     compare_name: str = "compared model",
     sae_name: str | None = None,
     dataset_name: str = "data",
-    batch_size: int = 8,
-    max_length: int | None = None,
-    description: str | None = None,
 ) -> Checkup:
     """``FVU = sum ||x - x^||^2 / sum ||x - mean(x)||^2``, l0 and dead features where it matters.
 
@@ -64,10 +109,8 @@ def compute_checkup(
     kept: memory does not grow with the data.
 
     Args:
-        model: a base model, without an adapter; its mode is restored.
+        session: its model is a base model, without an adapter; rows need no ``rejected``.
         sae: whatever ``FSRLConfig`` takes as its SAE.
-        dataset: rows with the texts ``prompt`` and ``chosen``; read once, and may be a stream.
-        tokenizer: of both models.
         layer: the decoder layer whose output would be steered; None for where the SAE was trained.
         compare_model: another model with the same architecture and tokenizer, such as the base
             model of an instruct model.
@@ -75,15 +118,12 @@ def compute_checkup(
         compare_name: shown in the record.
         sae_name: shown in the record; None for what the SAE says of itself.
         dataset_name: shown in the record.
-        batch_size: texts per forward pass.
-        max_length: cuts the end of longer answers.
-        description: shown beside the progress bar; None shows no bar.
 
     Raises:
         ValueError: for an SAE of another width, a layer that does not exist, no way to tell where
             the SAE belongs, two models of one name, or data without an ordinary token.
     """
-    frozen = take_sae(sae)
+    model, frozen = session.model, take_sae(sae)
     place, others = _places(model, frozen, layer)
     models = {model_name: model}
     check_hidden_size(frozen, model)
@@ -92,26 +132,17 @@ def compute_checkup(
         if compare_name == model_name:
             raise ValueError(f"Expected two models to compare, got {model_name!r} twice.")
         models[compare_name] = compare_model
-    totals = {
-        (name, spot): _Totals()
-        for name in models
-        for spot in ([place, *others] if name == model_name else [place])
-    }
-    special = torch.tensor(special_ids(tokenizer))
-    progress = tqdm(desc=description, unit="text", disable=description is None, leave=False)
-    with evaluating(*models.values()), progress:
-        for rows in batched(dataset, batch_size):
-            texts = [tokenize(row["prompt"], row["chosen"], tokenizer, max_length) for row in rows]
+    spots = {name: [place, *others] if name == model_name else [place] for name in models}
+    totals = {(name, spot): _Totals() for name in models for spot in spots[name]}
+    with evaluating(*models.values()):
+        for texts in session.batches("reading", (CHOSEN,)):
             for name, each in models.items():
-                spots = [spot for owner, spot in totals if owner == name]
                 batch = pad(texts, next(each.parameters()).device)
-                with _capturing(each, spots) as found:
+                with _capturing(each, spots[name]) as found:
                     each(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-                special = special.to(batch.input_ids.device)
-                kept = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, special)
-                for spot in spots:
+                kept = session.counted(batch)
+                for spot in spots[name]:
                     _add(totals[name, spot], found[spot], batch.attention_mask, kept, frozen)
-            progress.update(len(rows))
     fits = tuple(
         _fit(spot, name, spot == place and name == model_name, total)
         for (name, spot), total in totals.items()
@@ -164,22 +195,17 @@ def _path_before_mlp(model: nn.Module, layer_path: str) -> str | None:
 
 
 @contextmanager
-def _capturing(model: nn.Module, places: list[Place]) -> Iterator[dict[Place, Tensor]]:
+def _capturing(model: nn.Module, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
     """The activations at some places, once the model has run in the block."""
     found: dict[Place, Tensor] = {}
 
-    def keep(place: Place) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given: Any = args[0] if args else next(iter(kwargs.values()), None)
-            found[place] = given if place.takes_input else hidden_states_of(output)
-
-        return hook
+    def keep(place: Place, given: Tensor, output: Tensor) -> None:
+        found[place] = given if place.takes_input else output
 
     with ExitStack() as stack:
         for place in places:
             module = model.get_submodule(place.path)
-            handle = module.register_forward_hook(keep(place), with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.enter_context(on_output(module, partial(keep, place)))
         yield found
 
 
@@ -238,3 +264,77 @@ def _fit(place: Place, model_name: str, intended: bool, total: _Totals) -> SAEFi
         l0=total.n_active / total.n,
         dead=float((~total.alive).double().mean()),
     )
+
+
+def judge_fits(fits: Sequence[SAEFit]) -> tuple[Finding, ...]:
+    """Whether an SAE fits where it would be used, better than nearby, and with live features.
+
+    Args:
+        fits: one of them intended; those of the same model are neighbours, another model's is for
+            comparison.
+    """
+    [here] = [fit for fit in fits if fit.intended]
+    neighbours = [fit for fit in fits if fit.model == here.model and not fit.intended]
+    others = [fit for fit in fits if fit.model != here.model]
+    findings = [_judge_fit(here)]
+    if neighbours:
+        findings.append(_judge_place(here, min(neighbours, key=lambda fit: fit.fvu)))
+    findings.append(_judge_life(here))
+    return (*findings, *(_judge_model(here, other) for other in others))
+
+
+def _judge_fit(here: SAEFit) -> Finding:
+    text = (
+        f"It leaves {here.fvu:.1%} of the variance unexplained at {here.hook}, over "
+        f"{here.n_tokens:,} tokens"
+    )
+    question = "Does the SAE fit here?"
+    if here.fvu <= GOOD_FVU:
+        return Finding(question, "yes", f"{text} (it fits up to {GOOD_FVU:.0%}).")
+    if here.fvu <= BAD_FVU:
+        return Finding(
+            question,
+            "unsure",
+            f"{text}: more than {GOOD_FVU:.0%}. Steering keeps what it misses, but its features "
+            "describe these activations only in part.",
+        )
+    return Finding(
+        question,
+        "no",
+        f"{text}: more than {BAD_FVU:.0%}. The SAE does not fit. Check the layer, the model and "
+        "the kind of text, or take another SAE.",
+    )
+
+
+def _judge_place(here: SAEFit, best: SAEFit) -> Finding:
+    question = "Is this the right place?"
+    figures = f"{best.fvu:.1%} unexplained at {best.hook} against {here.fvu:.1%} at {here.hook}"
+    if best.fvu < CLEARLY_LOWER * here.fvu:
+        return Finding(question, "no", f"It fits better nearby: {figures}. Use it there.")
+    if best.fvu < here.fvu:
+        return Finding(question, "unsure", f"A neighbour fits about as well: {figures}.")
+    return Finding(question, "yes", f"No neighbour fits better; the closest has {figures}.")
+
+
+def _judge_life(here: SAEFit) -> Finding:
+    question = "Are its features alive on this text?"
+    text = (
+        f"{here.l0:.3g} features are active per token, and {here.dead:.1%} were never active in "
+        f"{here.n_tokens:,} tokens"
+    )
+    if here.l0 < 1:
+        return Finding(question, "no", f"{text}: fewer than one per token.")
+    if here.dead > MOSTLY_DEAD:
+        return Finding(
+            question, "unsure", f"{text}: more than {MOSTLY_DEAD:.0%}. Give more text to tell."
+        )
+    return Finding(question, "yes", f"{text}.")
+
+
+def _judge_model(here: SAEFit, other: SAEFit) -> Finding:
+    question = f"Does it fit {here.model} as well as {other.model}?"
+    figures = f"{here.fvu:.1%} unexplained against {other.fvu:.1%}"
+    if here.fvu <= AS_GOOD * other.fvu:
+        return Finding(question, "yes", f"{figures}.")
+    verdict = "no" if here.fvu > CLEARLY_WORSE * other.fvu else "unsure"
+    return Finding(question, verdict, f"{figures}: what it learned there does not all hold here.")

@@ -3,23 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ..records import Record
 from ..steering import SteeringEvent, fsrl_layers, observe
 from ..training.sampling import Answer, model_variants, sample_answers
-from .records import Continuation, Generation, SteeredFeature, SteeredToken
+from .session import Session
+
+
+@dataclass(frozen=True)
+class SteeredFeature(Record):
+    """One feature steered at one token, by ``value`` units of feature activation."""
+
+    feature: int
+    value: float
+
+
+@dataclass(frozen=True)
+class SteeredToken(Record):
+    """A generated token.
+
+    Attributes:
+        text: of the token.
+        steered: the features steered where it was predicted, largest ``|v|`` first; cut at some
+            number.
+        n_steered: how many there were.
+    """
+
+    text: str
+    steered: tuple[SteeredFeature, ...]
+    n_steered: int
+
+
+@dataclass(frozen=True)
+class Continuation(Record):
+    """One answer to a prompt.
+
+    Attributes:
+        name: who answered: ``"base"``, ``"trained"``, or ``"without <category>"``.
+        text: the answer, special tokens left out.
+        tokens: its tokens and what steered them; empty where nobody looked.
+        n_tokens: its length.
+    """
+
+    name: str
+    text: str
+    tokens: tuple[SteeredToken, ...]
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Generation(Record):
+    """One prompt continued by several variants of a model, under the same seed."""
+
+    prompt: str
+    continuations: tuple[Continuation, ...]
+
+    def text(self, name: str) -> str:
+        """The answer of one variant.
+
+        Raises:
+            KeyError: if there is none of that name.
+        """
+        return {answer.name: answer.text for answer in self.continuations}[name]
 
 
 def compare_generations(
-    model: nn.Module,
+    session: Session,
     prompts: Sequence[str],
-    tokenizer: Any,
     *,
     without: Mapping[str, Sequence[int]] | None = None,
     max_new_tokens: int = 48,
-    seed: int = 0,
     n_features: int = 8,
     do_sample: bool = True,
     layer_name: str | None = None,
@@ -27,17 +84,16 @@ def compare_generations(
     """Continue each prompt as the base model, as trained, and without some features' steering.
 
     A token comes with the features steered at the position that predicted it: for the first token
-    of an answer, the last of the prompt.
+    of an answer, the last of the prompt. The first prompt is sampled with the session's seed, the
+    same for every variant, and each next prompt with the next seed.
 
     Args:
-        model: a generating model with an FSRL adapter.
-        prompts: texts; a chat template has been applied where there is one.
-        tokenizer: the model's tokenizer.
+        session: its model generates and has an FSRL adapter; its data are not read.
+        prompts: texts, such as ``session.prompts[:4]``; a chat template has been applied where
+            there is one.
         without: features whose steering is zeroed, by category; one continuation
             ``"without <category>"`` each.
         max_new_tokens: length limit of a continuation.
-        seed: seed of the first prompt's sampling, the same for every variant; the next prompt has
-            the next seed.
         n_features: how many features to keep per token, largest ``|v|`` first.
         do_sample: sample; False takes the likeliest token each time.
         layer_name: the wrapped module whose features are recorded and zeroed; None for the only
@@ -50,6 +106,7 @@ def compare_generations(
         ValueError: for several FSRL layers without ``layer_name``, or a prompt without tokens.
         IndexError: for a feature that the SAE does not have.
     """
+    model, tokenizer = session.model, session.tokenizer
     layer_name = _one_layer(model, layer_name)
     variants = model_variants(model, without or {}, layer_name)
     results = []
@@ -63,7 +120,7 @@ def compare_generations(
                     [prompt],
                     tokenizer,
                     max_new_tokens=max_new_tokens,
-                    seed=seed + number,
+                    seed=session.seed + number,
                     do_sample=do_sample,
                     num_beams=1,
                 )

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on any model, and its own program with FSRL adapters.
+"""lm-evaluation-harness on any model.
 
 The only file that imports ``lm_eval``; needs the ``eval`` extra. Source:
 https://github.com/EleutherAI/lm-evaluation-harness.
@@ -8,13 +8,35 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .records import TaskFigure
+from ..records import Record
+from .content import digest_json
+
+
+@dataclass(frozen=True)
+class TaskFigure(Record):
+    """One metric of one task, as lm-evaluation-harness gives it.
+
+    Attributes:
+        task: name of the task, or of the group that it belongs to.
+        metric: its name, with the harness's filter behind a comma where there is one.
+        value: the figure.
+        stderr: its standard error, where the harness knows one.
+        n: number of documents, where the harness says it.
+        higher_is_better: as the task says, if it does.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: int | None
+    higher_is_better: bool | None
 
 
 class Harness:
@@ -56,6 +78,14 @@ class Harness:
                 )
         self.tasks = tuple(tasks)
 
+    def digest(self, task: str) -> str:
+        """SHA-256 of what a task asks: its settings and all documents, few-shot examples too."""
+        # The former name, before lm-evaluation-harness 0.4.10.
+        load = getattr(self._manager, "load", None) or self._manager.load_task_or_group
+        found = load([task])
+        tasks = _leaves(found.get("tasks", found))
+        return digest_json({name: _describe(each) for name, each in tasks})
+
     def run(
         self,
         model: nn.Module,
@@ -74,7 +104,7 @@ class Harness:
             tokenizer: its tokenizer.
             task: one of ``tasks``.
             batch_size: requests per forward pass.
-            limit: only the first so many documents of each task; None takes all.
+            limit: only the first N documents of each task; None takes all.
             num_fewshot: examples shown before each; None takes the task's own number.
             apply_chat_template: put prompts into the tokenizer's chat template.
 
@@ -125,33 +155,30 @@ def read_figures(results: Mapping[str, Any]) -> tuple[TaskFigure, ...]:
     return tuple(figures)
 
 
+def _leaves(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for name, each in tasks.items():
+        if isinstance(each, Mapping):
+            yield from _leaves(each)
+        else:
+            yield str(name), each
+
+
+def _describe(task: Any) -> list[Any]:
+    documents = [list(task.eval_docs)]
+    for has, read in (
+        (task.has_training_docs, task.training_docs),
+        (task.has_validation_docs, task.validation_docs),
+    ):
+        if has() and task.config.num_fewshot != 0:
+            documents.append(list(read()))
+    return [task.dump_config(), documents]
+
+
 def harness_version() -> str:
     """Version of the harness that is installed."""
     from importlib.metadata import version
 
     return version("lm_eval")
-
-
-def run_program(arguments: Sequence[str]) -> None:
-    """The harness's own program, in a process in which PEFT knows FSRL.
-
-    PEFT looks for no plugins: ``lm_eval --model hf --model_args pretrained=...,peft=...`` finds an
-    adapter's method only where somebody has imported it, as importing this package does.
-
-    Args:
-        arguments: for ``lm_eval``.
-
-    Raises:
-        ImportError: without the ``eval`` extra.
-    """
-    _require_lm_eval()
-    from lm_eval.__main__ import cli_evaluate
-
-    before, sys.argv = sys.argv, ["lm_eval", *arguments]
-    try:
-        cli_evaluate()
-    finally:
-        sys.argv = before
 
 
 def _require_lm_eval() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..steering import (
@@ -21,6 +20,7 @@ from ..steering import (
     fsrl_layers,
     observe,
 )
+from ..training.likelihood import compute_kl
 from ..training.running import evaluating, to_device
 from ..tuner.config import is_layer_mapping
 from ..tuner.layer import FSRLLayer
@@ -218,7 +218,7 @@ def _cost(
         chosen = (slice(None), slice(None)) if mask is None else mask.to(whole.device)
         wide = torch.promote_types(whole.dtype, torch.float32)
         p, q = (logits[chosen].to(wide).log_softmax(-1) for logits in (whole, pruned))
-        divergence = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).clamp(min=0)
+        divergence = compute_kl(p, q).clamp(min=0)
         total += float(divergence.sum(dtype=torch.float64))
         largest = max(largest, float(divergence.max()))
     return total / use.tokens, largest

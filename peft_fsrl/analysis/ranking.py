@@ -4,37 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ..records import Record
 from ..sae.frozen import FrozenSAE
 from ..sae.loading import take_sae
-from ..training.likelihood import batched
 from ..training.objectives import simpo_loss
+from ..training.running import on_output
 from ..tuner.config import FSRLConfig
-from ..tuner.outputs import hidden_states_of
 from ..tuner.placement import resolve_targets
 from .preferences import preference_margins
-from .records import FeatureEffect, LayerEffect
+from .session import Session
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+@dataclass(frozen=True)
+class FeatureEffect(Record):
+    """What a little constant steering of one feature does to the loss.
+
+    Attributes:
+        feature: index in the SAE.
+        slope: derivative of the loss with respect to ``v`` of this feature at every token, at zero:
+            negative where promoting it lowers the loss.
+        error: standard error of the slope, over pairs.
+    """
+
+    feature: int
+    slope: float
+    error: float
+
+
+@dataclass(frozen=True)
+class LayerEffect(Record):
+    """First-order effect of steering at one layer on the preference loss, before any training.
+
+    Both figures say how fast the loss falls per unit of ``||v||_1`` at every token, so both can be
+    compared with ``l1_coeff``: one that is larger leaves nothing to be gained to first order. An
+    adapter can do more than the first, which steers every token alike, and less than the second,
+    which steers each token of each answer as suits it best.
+
+    Attributes:
+        layer: the steered layer.
+        constant: with the best single feature, the same at every token.
+        per_token: with the best feature at each token.
+        n_pairs: preference pairs measured.
+        features: the features with the largest slopes, largest first.
+    """
+
+    layer: int
+    constant: float
+    per_token: float
+    n_pairs: int
+    features: tuple[FeatureEffect, ...]
+
+
 def rank_layers(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    saes: Mapping[int, Any],
-    *,
-    beta: float = 10.0,
-    gamma: float = 5.0,
-    batch_size: int = 8,
-    n_features: int = 10,
-    description: str | None = None,
+    session: Session, saes: Mapping[int, Any], *, n_features: int = 10
 ) -> tuple[LayerEffect, ...]:
     """``dL/dv`` at ``v = 0`` for every feature of every layer, in one pass over some pairs.
 
@@ -44,16 +76,9 @@ def rank_layers(
     positive slope, which asks for suppression, can be used only where the feature is active.
 
     Args:
-        model: the base model, without an adapter; its mode and parameters are left as they were.
-        dataset: rows with the texts ``prompt``, ``chosen`` and ``rejected``; some hundred suffice.
-            It is read once and may be a stream.
-        tokenizer: the model's tokenizer.
+        session: its model is the base model, without an adapter; some hundred pairs suffice.
         saes: for each layer, whatever ``FSRLConfig`` takes as its SAE. All are held in memory.
-        beta: SimPO's reward scale.
-        gamma: SimPO's target margin.
-        batch_size: pairs per pass.
         n_features: how many features to name per layer.
-        description: shown beside the progress bar; None shows no bar.
 
     Returns:
         One record per layer, largest ``per_token`` first: adapters react to each token.
@@ -61,26 +86,21 @@ def rank_layers(
     Raises:
         ValueError: for no pair, no layer, a layer that does not exist, or an SAE of another width.
     """
+    model = session.model
     config = FSRLConfig(layer=sorted(saes), sae=dict(saes))
     frozen = {key: take_sae(sae) for key, sae in config.resolve_saes().items()}
     targets = resolve_targets(config, frozen, model)
     effects = {path: _Effect(sae) for path, sae in targets.items()}
-    n_pairs = 0
-    progress = tqdm(desc=description, unit="pair", disable=description is None, leave=False)
-    with _differentiable(model), progress:
-        for rows in batched(dataset, batch_size):
+    with _differentiable(model):
+        for texts in session.batches("gradients"):
             with _outputs(model, effects) as outputs:
-                margins = preference_margins(model, rows, tokenizer, beta)
-            loss = simpo_loss(margins, gamma).sum()
+                margins = preference_margins(model, texts, session.beta)
+            loss = simpo_loss(margins, session.gamma).sum()
             gradients = torch.autograd.grad(loss, [outputs[path] for path in effects])
             for (path, effect), gradient in zip(effects.items(), gradients, strict=True):
                 effect.add(outputs[path].detach(), gradient)
-            n_pairs += len(rows)
-            progress.update(len(rows))
-    if not n_pairs:
-        raise ValueError("Expected at least one preference pair, found none.")
     ranked = [
-        effect.to_record(layer, n_pairs, n_features)
+        effect.to_record(layer, len(session.rows), n_features)
         for layer, effect in zip(config.layers, effects.values(), strict=True)
     ]
     return tuple(sorted(ranked, key=lambda effect: -effect.per_token))
@@ -164,13 +184,8 @@ def _differentiable(model: Any) -> Iterator[None]:
 def _outputs(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """What the named modules put out in a forward pass: ``(batch, seq, d_in)`` each."""
     outputs: dict[str, Tensor] = {}
-
-    def keep(path: str, output: Any) -> None:
-        outputs[path] = hidden_states_of(output)
-
     with ExitStack() as stack:
         for path in paths:
-            module = model.get_submodule(path)
-            hook = module.register_forward_hook(lambda m, i, output, path=path: keep(path, output))
-            stack.callback(hook.remove)
+            keep = partial(lambda path, given, output: outputs.update({path: output}), path)
+            stack.enter_context(on_output(model.get_submodule(path), keep))
         yield outputs

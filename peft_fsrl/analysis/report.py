@@ -1,28 +1,26 @@
-"""Records as plain text. Reads records and nothing else."""
+"""Records as plain text for a terminal. Reads records and nothing else."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
-from .layout import paragraph as _paragraph
-from .layout import table as _table
-from .layout import title as _title
-from .records import (
-    Ablation,
-    Continuation,
-    Generation,
-    Interval,
-    LengthBucket,
-    PreferenceScores,
-    Summary,
-    SweepPoint,
-    TaskFigure,
-    TaskScores,
-    Usage,
-    VariantCoherence,
-    WinRate,
-)
+from ..records import Interval
+from ..training.coherence import VariantCoherence
+from .ablation import Ablation
+from .audit.audit import Audit
+from .buckets import LengthBucket
+from .diff import AdapterDifference, FeatureDifference
+from .doctor import Checkup
+from .evaluation import Evaluation, TaskScores
+from .findings import Finding
+from .generations import Continuation, Generation
+from .harness import TaskFigure
+from .layout import clean_text, paragraph, shorten, table, title
+from .preferences import PreferenceScores
+from .summary import Summary
+from .sweeps import SweepPoint
+from .usage import FeatureUse, Usage
+from .winrate import WinRate
 
 
 def render_summary(summary: Summary, n_features: int = 10) -> str:
@@ -33,18 +31,18 @@ def render_summary(summary: Summary, n_features: int = 10) -> str:
         n_features: how many of the most used features to list.
     """
     sections = [
-        _title(f"Held-out preference pairs ({summary.trained.n})"),
+        title(f"Held-out preference pairs ({summary.trained.n})"),
         render_scores(summary.base, summary.trained, summary.usage),
-        _title("Most steered features (answer tokens)"),
+        title("Most steered features (answer tokens)"),
         render_usage(summary.usage, n_features),
     ]
     if summary.ablations:
         sections += [
-            _title("With the steering of some features zeroed"),
+            title("With the steering of some features zeroed"),
             render_ablations(summary.base, summary.trained, summary.ablations),
         ]
     if summary.generations:
-        sections += [_title("Samples, same seed"), render_generations(summary.generations)]
+        sections += [title("Samples, same seed"), render_generations(summary.generations)]
     return "\n".join(sections) + "\n"
 
 
@@ -60,7 +58,7 @@ def render_scores(base: PreferenceScores, trained: PreferenceScores, usage: Usag
             f"{usage.l0:.1f}",
         ],
     ]
-    return _table(["", "SimPO loss", "accuracy", "margin", "steered features per token"], rows)
+    return table(["", "SimPO loss", "accuracy", "margin", "steered features per token"], rows)
 
 
 def render_usage(usage: Usage, n_features: int) -> str:
@@ -68,7 +66,7 @@ def render_usage(usage: Usage, n_features: int) -> str:
     rows = [
         [
             str(use.feature),
-            use.label or "-",
+            shorten(use.label or "-", 40),
             "promoted" if use.mean_steering > 0 else "suppressed",
             f"{use.frequency:.1%}",
             f"{use.mean_abs_steering:.4f}",
@@ -77,7 +75,7 @@ def render_usage(usage: Usage, n_features: int) -> str:
         for use in usage.features[:n_features]
     ]
     headers = ["feature", "detects", "mostly", "tokens", "mean |v|", "share of ||v||_1"]
-    return _table(headers, rows)
+    return table(headers, rows)
 
 
 def render_ablations(
@@ -95,7 +93,7 @@ def render_ablations(
         rise = ablation.rise
         rows.append(
             [
-                textwrap.shorten(ablation.name, 24, placeholder=" ..."),
+                shorten(ablation.name, 24),
                 str(len(ablation.features)),
                 f"{ablation.scores.loss:.3f}",
                 f"{ablation.scores.accuracy:.1%}",
@@ -107,7 +105,7 @@ def render_ablations(
             ]
         )
     headers = ["features zeroed", "n", "loss", "accuracy", "rise", "95 %", "of gain"]
-    return _table([*headers, "n random", "same mass"], rows)
+    return table([*headers, "n random", "same mass"], rows)
 
 
 def render_variants(
@@ -130,7 +128,7 @@ def render_variants(
             ]
             cells.append("{:.3f} (l0 {:.2f})".format(*min(found)) if found else "-")
         rows.append([f"{limit:g}", *cells])
-    return _table(["l0 at most", *variants], rows)
+    return table(["l0 at most", *variants], rows)
 
 
 def _mean_rise(draws: Sequence[PreferenceScores], trained: PreferenceScores) -> str:
@@ -151,9 +149,9 @@ def render_generations(generations: Sequence[Generation]) -> str:
     width = max(map(len, ["prompt", *names]))
     blocks = []
     for generation in generations:
-        lines = [_paragraph(f"{'prompt':{width}}       ", generation.prompt)]
+        lines = [paragraph(f"{'prompt':{width}}       ", generation.prompt)]
         for answer in generation.continuations:
-            lines.append(_paragraph(f"{answer.name:{width}} {answer.n_tokens:4d}  ", answer.text))
+            lines.append(paragraph(f"{answer.name:{width}} {answer.n_tokens:4d}  ", answer.text))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -198,7 +196,29 @@ def render_coherence(variants: Sequence[VariantCoherence]) -> str:
         for each in variants
     ]
     headers = ["", "answers", "perplexity", "repetition", "distinct-1", "distinct-2"]
-    return _table([*headers, "tokens", "ended"], rows)
+    return table([*headers, "tokens", "ended"], rows)
+
+
+def render_evaluation(found: Evaluation) -> str:
+    """An adapter beside its base model: tasks, preference pairs, win rate."""
+    lines = [paragraph("", f"{found.adapter}, on {found.base_model}")]
+    if found.tasks:
+        lines += ["", "lm-evaluation-harness (± standard error)", render_tasks(found.tasks)]
+    if found.preferences is not None:
+        both = found.preferences
+        lines += [
+            "",
+            paragraph("", f"{both.base.n} held-out pairs of {both.dataset} [95 % interval]"),
+        ]
+        for name, scores in (("base", both.base), ("trained", both.trained)):
+            lines.append(
+                f"{name:8} SimPO loss {scores.loss:.3f}, accuracy {scores.accuracy:.1%}, "
+                f"margin {scores.margin:+.2f}"
+            )
+        lines += ["", render_buckets(both.buckets)]
+    if found.win_rate is not None:
+        lines += ["", render_win_rate(found.win_rate)]
+    return "\n".join(lines) + "\n"
 
 
 def render_tasks(tasks: Sequence[TaskScores]) -> str:
@@ -216,7 +236,7 @@ def render_tasks(tasks: Sequence[TaskScores]) -> str:
         change = f"{known[1].value - known[0].value:+.4f}" if len(known) == 2 else "-"
         columns = [_with_error(figure) for figure in figures]
         rows.append([f"{task}: {metric}{arrow}", "/".join(sorted(counts)), *columns, change])
-    return _table(["task: metric", "n", "base", "trained", "change"], rows)
+    return table(["task: metric", "n", "base", "trained", "change"], rows)
 
 
 def render_buckets(buckets: Sequence[LengthBucket]) -> str:
@@ -233,12 +253,12 @@ def render_buckets(buckets: Sequence[LengthBucket]) -> str:
         for each in buckets
     ]
     headers = ["tokens", "pairs", "base accuracy", "accuracy", "base margin", "margin"]
-    return _table(headers, rows)
+    return table(headers, rows)
 
 
 def render_win_rate(found: WinRate) -> str:
     """A win rate and what it rests on, in one sentence."""
-    return (
+    return clean_text(
         f"{found.judge} prefers {found.model} to {found.opponent} in {_share(found.win_rate)} of "
         f"{found.n} prompts ({found.wins} wins, {found.ties} ties, {found.losses} losses; the same "
         f"verdict in both orders in {found.consistency:.0%}; {found.unreadable} answers unreadable)"
@@ -256,4 +276,113 @@ def _share(interval: Interval) -> str:
 
 
 def _in_brackets(text: str | None) -> str:
-    return f" ({text})" if text else ""
+    return f" ({shorten(text, 40)})" if text else ""
+
+
+def render_audit(audit: Audit, n_features: int = 8) -> str:
+    """The verdict of an audit and the figures behind it, for a terminal.
+
+    Args:
+        audit: the evidence; the page has all of it.
+        n_features: how many of the most steered features to list.
+    """
+    info = audit.info
+    place = f" at {info.hook_name}" if info.hook_name else ""
+    beside = next((each.value for each in info.settings if each.name == "modules_to_save"), None)
+    lines = [
+        paragraph(
+            "",
+            f"{info.adapter}: {info.n_parameters:,} trained parameters{place} of "
+            f"{info.base_model or 'its base model'}"
+            + (f", and {beside} trained whole" if beside else "")
+            + f", on {audit.n_pairs:,} held-out pairs of {audit.dataset}.",
+        ),
+        "",
+        render_findings(audit.findings),
+    ]
+    if audit.usages:
+        usage = audit.usages[0]
+        lines += [
+            title(f"Held-out preference pairs ({audit.n_pairs})"),
+            render_scores(audit.base, audit.trained, usage),
+            title("Most steered features (answer tokens)"),
+            render_usage(usage, n_features),
+        ]
+    if audit.ablations:
+        lines += [
+            title("With the steering of some features zeroed"),
+            render_ablations(audit.base, audit.trained, audit.ablations),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def render_checkup(checkup: Checkup) -> str:
+    """The figures of a checkup, the place that was asked about first, and what they say."""
+    rows = [
+        [
+            ("> " if fit.intended else "  ") + fit.hook,
+            fit.model,
+            f"{fit.fvu:.1%}",
+            f"{fit.l0:.1f}",
+            f"{fit.dead:.1%}",
+            f"{fit.n_tokens:,}",
+        ]
+        for fit in checkup.fits
+    ]
+    headers = ["  place", "model", "unexplained", "active per token", "never active", "tokens"]
+    heading = paragraph("", f"The SAE {checkup.sae} on {checkup.dataset}")
+    return f"{heading}\n\n{table(headers, rows)}\n\n{render_findings(checkup.findings)}\n"
+
+
+def render_difference(difference: AdapterDifference, n_features: int = 30) -> str:
+    """Two adapters beside each other, the features first on which they differ most.
+
+    Args:
+        difference: from ``compute_difference``.
+        n_features: how many features to list.
+    """
+    known = difference.correlation
+    lines = [
+        paragraph("A  ", f"{difference.first}: {difference.first_l0:.2f} features per token"),
+        paragraph("B  ", f"{difference.second}: {difference.second_l0:.2f} features per token"),
+        "",
+        paragraph(
+            "",
+            f"Over {difference.n_tokens:,} answer tokens of {difference.dataset}. Both steer "
+            f"{difference.overlap:.0%} of the features that either does; rank correlation of their "
+            "mean v " + ("unknown." if known is None else f"{known:+.2f}."),
+        ),
+        "",
+        table(
+            ["feature", "detects", "mean v, A", "B", "difference", "tokens, A", "B", "cosine"],
+            [_row(each) for each in difference.features[:n_features]],
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render_findings(findings: Sequence[Finding]) -> str:
+    """Verdict, question and answer, one under another."""
+    blocks = [
+        f"{finding.verdict:<8}{clean_text(finding.question)}\n{paragraph(' ' * 8, finding.answer)}"
+        for finding in findings
+    ]
+    return "\n\n".join(blocks)
+
+
+def _row(each: FeatureDifference) -> list[str]:
+    means = [use.mean_steering if use else 0.0 for use in (each.first, each.second)]
+    return [
+        str(each.feature),
+        shorten(each.label or "-", 24),
+        f"{means[0]:+.4f}",
+        f"{means[1]:+.4f}",
+        f"{means[1] - means[0]:+.4f}",
+        _frequency(each.first),
+        _frequency(each.second),
+        "-" if each.cosine is None else f"{each.cosine:+.2f}",
+    ]
+
+
+def _frequency(use: FeatureUse | None) -> str:
+    return f"{use.frequency:.1%}" if use else "-"

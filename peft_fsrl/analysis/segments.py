@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..sae.frozen import FrozenSAE
 from ..steering import SteeringEvent, fsrl_layers, observe
-from ..training.likelihood import Batch, batched, pad
+from ..training.likelihood import Batch
 from ..training.running import evaluating
-from ..training.tokens import special_ids, tokenize
 from ..tuner.layer import FSRLLayer
+from .session import CHOSEN, SIDES, Session
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -54,6 +53,21 @@ def only_layer(model: nn.Module) -> FSRLLayer:
     return layer
 
 
+def active_adapter(layer: FSRLLayer) -> str:
+    """The name of the one adapter that acts on a layer.
+
+    Raises:
+        ValueError: if none does.
+    """
+    found = [name for name in layer.active_adapters if name in layer.fsrl_sae]
+    if not found or layer.disable_adapters:
+        raise ValueError(
+            f"None of the adapters {sorted(layer.fsrl_sae)} is active on {layer.layer_name!r}. "
+            "Activate one with `set_adapter`, outside of `disable_adapter`."
+        )
+    return found[0]
+
+
 def active_sae(model: nn.Module) -> FrozenSAE:
     """The SAE that the active adapter of the one steering layer writes through.
 
@@ -61,82 +75,54 @@ def active_sae(model: nn.Module) -> FrozenSAE:
         ValueError: for several layers, or if no adapter of this layer is active.
     """
     layer = only_layer(model)
-    found = [layer.fsrl_sae[name] for name in layer.active_adapters if name in layer.fsrl_sae]
-    if not found:
-        raise ValueError(
-            f"None of the adapters {sorted(layer.fsrl_sae)} is active on {layer.layer_name!r}. "
-            "Activate one with `set_adapter`."
-        )
-    return found[0]
+    return layer.fsrl_sae[active_adapter(layer)]
 
 
 def stream_tokens(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
+    session: Session,
     segments: Sequence[str],
     consume: Callable[[TokenChunk], None],
-    *,
-    batch_size: int,
-    description: str | None,
-) -> int:
-    """Run a model over a data set once and hand on the tokens of some segments, piece by piece.
+    doing: str = "tokens",
+) -> None:
+    """Run the model over the data once and hand on the tokens of some segments, piece by piece.
 
     Special tokens and padding never count. The prompt's tokens, which stand before both answers,
     count once per row in ``"prompt"``.
 
     Args:
-        model: a model with one FSRL layer.
-        dataset: rows with the text ``prompt`` and the answers that the segments name.
-        tokenizer: the model's tokenizer.
+        session: its model has one FSRL layer.
         segments: names out of ``SEGMENTS``.
         consume: called with every piece; must not keep it.
-        batch_size: rows per forward pass.
-        description: shown beside the progress bar; None shows no bar.
-
-    Returns:
-        The number of rows.
+        doing: shown beside the progress bar.
 
     Raises:
-        ValueError: for no segment or an unknown one, more than one FSRL layer, an empty data set,
-            or if no adapter acts.
+        ValueError: for no segment or an unknown one, more than one FSRL layer, no active adapter,
+            or an empty data set.
     """
     unknown = set(segments) - set(SEGMENTS)
     if unknown or not segments or len(set(segments)) < len(segments):
         raise ValueError(f"Expected different segments among {SEGMENTS}, got {tuple(segments)}.")
-    only_layer(model)
-    sides = [side for side in ("chosen", "rejected") if any(side in name for name in segments)]
-    sides = sides or ["chosen"]
-    special = torch.tensor(special_ids(tokenizer))
-    device = next(model.parameters()).device
-    n_rows, acted = 0, 0
-    batch, members = pad([], device), torch.zeros(0)
+    active_sae(session.model)
+    sides = [side for side in SIDES if any(side in name for name in segments)] or [CHOSEN]
+    n_rows = 0
+    members = torch.zeros(0)
 
     def observer(event: SteeringEvent) -> None:
-        nonlocal acted
-        acted += 1
         for chunk in _chunks(event, members, n_rows, len(sides)):
             consume(chunk)
 
-    progress = tqdm(desc=description, unit="row", disable=description is None, leave=False)
-    with evaluating(model), observe(model, observer), progress:
-        for rows in batched(dataset, batch_size):
-            texts = [tokenize(r["prompt"], r[side], tokenizer) for side in sides for r in rows]
-            batch = pad(texts, device)
-            members = _members(batch, segments, sides, special.to(device))
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            n_rows += len(rows)
-            progress.update(len(rows))
-    if not acted:
-        raise ValueError("Expected at least one text on which an adapter acts, found none.")
-    return n_rows
+    with evaluating(session.model), observe(session.model, observer):
+        for texts in session.batches(doing, sides):
+            batch = session.pad(texts)
+            members = _members(batch, session.counted(batch), segments, sides)
+            session.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            n_rows += len(texts) // len(sides)
 
 
 def _members(
-    batch: Batch, segments: Sequence[str], sides: Sequence[str], special: Tensor
-) -> Tensor:
-    """Which tokens count for which segment: ``(segments, batch, seq)``."""
-    counts = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, special)
+    batch: Batch, counts: Tensor, segments: Sequence[str], sides: Sequence[str]
+) -> Bool[Tensor, "segments batch seq"]:
+    """Which tokens count for which segment."""
     answer = batch.answer_mask.bool()
     masks = []
     n = len(answer) // len(sides)

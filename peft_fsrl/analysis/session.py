@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ class Session:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"Expected a `batch_size` of at least 1, got {self.batch_size}.")
+        if not (math.isfinite(self.beta) and self.beta > 0 and math.isfinite(self.gamma)):
+            raise ValueError(
+                f"Expected a `beta` above 0 and a finite `gamma`, got {self.beta} and {self.gamma}."
+            )
 
     def base(self) -> AbstractContextManager[None]:
         """Within this block the model is the base model: no steering, no ``modules_to_save``."""
@@ -118,9 +123,8 @@ class Session:
 
     def counted(self, batch: Batch) -> Bool[Tensor, "batch seq"]:
         """The tokens that count: neither padding nor special; see ``special_ids``."""
-        return batch.attention_mask.bool() & ~torch.isin(
-            batch.input_ids, self._special.to(batch.input_ids.device)
-        )
+        special = self._special.to(batch.input_ids.device)
+        return batch.attention_mask.bool() & ~torch.isin(batch.input_ids, special)
 
     def bar(self, doing: str, total: int | None = None, unit: str = "row") -> Any:
         """A progress bar, shown if ``progress`` asks for it."""

@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from .. import functional
+from ..records import Interval, Record
 from ..steering import SteeringEvent, ablate_features, observe
-from ..training.likelihood import batched
 from ..training.objectives import simpo_loss
-from ..training.running import evaluating
+from ..training.running import evaluating, on_output
 from ..tuner.layer import FSRLLayer
-from ..tuner.outputs import hidden_states_of, replace_hidden_states
 from . import statistics
-from .preferences import preference_margins, score_preferences
+from .preferences import PreferenceScores, preference_margins, score_preferences
 from .ranking import steering_gradient
-from .records import FeatureAblation, FeatureAblations, Interval, PreferenceScores, Usage
 from .segments import active_sae, only_layer
+from .session import Session
+from .usage import Usage
 
 
-def ablate_single_features(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
+@dataclass(frozen=True)
+class FeatureAblation(Record):
+    """What zeroing the steering of one feature does to the SimPO loss.
+
+    Attributes:
+        feature: index in the SAE.
+        rise: of the mean loss, measured; None where only the estimate was made.
+        first_order: estimate of the rise, ``-sum(dloss/dv * v)``, mean over pairs.
+        label: what the feature detects, if known.
+    """
+
+    feature: int
+    rise: Interval | None
+    first_order: float
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class FeatureAblations(Record):
+    """Single features zeroed one at a time, largest first-order estimate first.
+
+    Attributes:
+        n_pairs: preference pairs.
+        features: one entry per feature.
+        rank_correlation: Spearman's, between estimate and measured rise; None below three.
+        slope: of the measured rises on the estimates, by least squares through zero; None if none.
+    """
+
+    n_pairs: int
+    features: tuple[FeatureAblation, ...]
+    rank_correlation: float | None
+    slope: float | None
+
+
+def measure_features(
+    session: Session,
     usage: Usage,
     *,
     trained: PreferenceScores | None = None,
     n_features: int = 30,
     n_listed: int = 200,
-    measure: bool = True,
-    seed: int = 0,
-    beta: float = 10.0,
-    gamma: float = 5.0,
-    batch_size: int = 16,
-    description: str | None = None,
 ) -> FeatureAblations:
     """Estimate for all features at once what zeroing each would cost, and measure the largest.
 
@@ -47,101 +73,70 @@ def ablate_single_features(
     backward pass serves all features. The measurement zeroes one feature at a time.
 
     Args:
-        model: a model with one FSRL layer.
-        dataset: rows with the texts ``prompt``, ``chosen`` and ``rejected``; read once, and once
-            more per measured feature.
-        tokenizer: the model's tokenizer.
+        session: its model has one FSRL layer.
         usage: the adapter's use of features, from ``compute_usage``: which to list, and labels.
         trained: scores of the model as it is, if they are known.
-        n_features: how many of the largest estimates to measure.
+        n_features: how many of the largest estimates to measure; 0 only estimates.
         n_listed: how many features to list at most.
-        measure: whether to measure at all.
-        seed: of the bootstrap.
-        beta: see ``score_preferences``.
-        gamma: see ``score_preferences``.
-        batch_size: pairs per pass.
-        description: shown beside the progress bars; None shows none.
 
     Raises:
         ValueError: for more than one FSRL layer, or an empty data set; for fewer than two pairs
             where effects are measured.
-        ImportError: without the ``audit`` extra.
+        ImportError: without the ``audit`` extra, where effects are measured.
     """
-    if measure:
+    if n_features:
         statistics.require()
-
-    def bar(text: str) -> str | None:
-        return None if description is None else f"{description} {text}"
-
-    settings: dict[str, Any] = {"beta": beta, "gamma": gamma, "batch_size": batch_size}
-    estimates, n_pairs = estimate_ablations(
-        model, dataset, tokenizer, description=bar("estimate"), **settings
-    )
+    estimates = estimate_features(session)
     labels = {use.feature: use.label for use in usage.features}
     order = sorted(labels, key=lambda feature: -float(estimates[feature]))
-    chosen = order[:n_features] if measure else []
+    chosen = order[:n_features]
     rises: dict[int, Interval] = {}
     if chosen and trained is None:
-        trained = score_preferences(model, dataset, tokenizer, description=bar("none"), **settings)
+        trained = score_preferences(session)
     for number, feature in enumerate(chosen, start=1):
         assert trained is not None
-        with ablate_features(model, [feature]):
-            scores = score_preferences(
-                model, dataset, tokenizer, description=bar(f"{number}/{len(chosen)}"), **settings
-            )
-        rises[feature] = statistics.difference_interval(scores.losses, trained.losses, seed=seed)
+        with ablate_features(session.model, [feature]):
+            scores = score_preferences(session, f"without feature {number}/{len(chosen)}")
+        rises[feature] = statistics.difference_interval(
+            scores.losses, trained.losses, seed=session.seed
+        )
     estimated = [float(estimates[feature]) for feature in chosen]
     measured = [rises[feature].value for feature in chosen]
-    listed = order[: max(n_listed, len(chosen))]
     return FeatureAblations(
-        n_pairs=n_pairs,
+        n_pairs=len(session.rows),
         features=tuple(
             FeatureAblation(feature, rises.get(feature), float(estimates[feature]), labels[feature])
-            for feature in listed
+            for feature in order[: max(n_listed, len(chosen))]
         ),
         rank_correlation=statistics.spearman(estimated, measured) if chosen else None,
         slope=statistics.slope_through_zero(estimated, measured),
     )
 
 
-def estimate_ablations(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    *,
-    beta: float = 10.0,
-    gamma: float = 5.0,
-    batch_size: int = 16,
-    description: str | None = None,
-) -> tuple[Tensor, int]:
-    """``-sum(dloss/dv * v)`` of every feature, mean over pairs; see ``ablate_single_features``.
+def estimate_features(session: Session) -> Tensor:
+    """``-sum(dloss/dv * v)`` of every feature, mean over pairs; see ``measure_features``.
 
     Returns:
-        Shape ``(d_sae,)`` in float64, zero for a feature that the adapter lacks; number of pairs.
+        Shape ``(d_sae,)`` in float64, zero for a feature that the adapter lacks.
 
     Raises:
-        ValueError: for more than one FSRL layer, or an empty data set.
+        ValueError: for more than one FSRL layer, no active adapter, or an empty data set.
     """
+    model = session.model
     layer, sae = only_layer(model), active_sae(model)
     totals = torch.zeros(sae.info.d_sae, dtype=torch.float64)
-    n_pairs = 0
     events: list[SteeringEvent] = []
-    progress = tqdm(desc=description, unit="pair", disable=description is None, leave=False)
-    with evaluating(model), torch.enable_grad(), observe(model, events.append), progress:
-        for rows in batched(dataset, batch_size):
+    with evaluating(model), torch.enable_grad(), observe(model, events.append):
+        for texts in session.batches("estimate"):
             with _leaf_output(layer) as outputs:
-                margins = preference_margins(model, rows, tokenizer, beta)
+                margins = preference_margins(model, texts, session.beta)
             [output], [event] = outputs, events
-            [gradient] = torch.autograd.grad(simpo_loss(margins, gamma).sum(), output)
+            [gradient] = torch.autograd.grad(simpo_loss(margins, session.gamma).sum(), output)
             events.clear()
             with torch.no_grad():
                 of_batch = _sum_effects(layer, event, gradient)
             totals[sae.feature_index] += of_batch.cpu()
-            n_pairs += len(rows)
-            progress.update(len(rows))
-    if not n_pairs:
-        raise ValueError("Expected at least one preference pair, found none.")
-    return -totals / n_pairs, n_pairs
+    return -totals / len(session.rows)
 
 
 def _sum_effects(layer: FSRLLayer, event: SteeringEvent, gradient: Tensor) -> Tensor:
@@ -161,14 +156,9 @@ def _leaf_output(layer: FSRLLayer) -> Iterator[list[Tensor]]:
     """Collects the steered output of a forward pass, cut off from what made it."""
     outputs: list[Tensor] = []
 
-    def cut(module: nn.Module, args: Any, output: Any) -> Any:
-        leaf = hidden_states_of(output).detach().requires_grad_()
-        outputs.append(leaf)
-        return replace_hidden_states(output, leaf)
+    def cut(given: Tensor, output: Tensor) -> Tensor:
+        outputs.append(output.detach().requires_grad_())
+        return outputs[-1]
 
-    # The layer's own hook comes first, so this one sees what it made.
-    hook = layer.base_layer.register_forward_hook(cut)
-    try:
+    with on_output(layer.base_layer, cut):
         yield outputs
-    finally:
-        hook.remove()

@@ -3,37 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..steering import only_features, scale_steering, top_k_steering
+from ..records import Interval, Record
+from ..steering import only_features, top_k_steering
 from . import statistics
-from .preferences import score_preferences
-from .records import PreferenceScores, StaticDynamic, SteeringLevel, Usage
+from .preferences import PreferenceScores, score_preferences
 from .segments import TokenChunk, active_sae, stream_tokens
-from .usage import require_chosen
+from .session import Session
+from .usage import Usage, require_chosen
 
 _SHARES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
 
 
+@dataclass(frozen=True)
+class SteeringLevel(Record):
+    """Preference scores with steering limited to some features.
+
+    Attributes:
+        share: of the SAE's features that may be steered, per token or as one fixed set.
+        n_features: that many.
+        l0: features steered per answer token then.
+        loss: mean SimPO loss.
+        accuracy: preference accuracy.
+        margin: mean reward margin.
+    """
+
+    share: float
+    n_features: int
+    l0: float
+    loss: Interval
+    accuracy: Interval
+    margin: Interval
+
+
+@dataclass(frozen=True)
+class StaticDynamic(Record):
+    """Few features chosen anew at each token, or once for all, against the policy (figure 4).
+
+    Attributes:
+        d_sae: features of the SAE.
+        base_loss: mean SimPO loss without steering.
+        learned: the adapter as it was trained, at its own l0.
+        dynamic: only the largest ``|v|`` of each token.
+        static: only a fixed set, those with the most steering mass.
+    """
+
+    d_sae: int
+    base_loss: float
+    learned: SteeringLevel
+    dynamic: tuple[SteeringLevel, ...]
+    static: tuple[SteeringLevel, ...]
+
+
 def compare_static_dynamic(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
+    session: Session,
     usage: Usage,
     *,
     shares: Sequence[float] = _SHARES,
     base: PreferenceScores | None = None,
     trained: PreferenceScores | None = None,
-    seed: int = 0,
-    beta: float = 10.0,
-    gamma: float = 5.0,
-    batch_size: int = 16,
-    description: str | None = None,
 ) -> StaticDynamic:
     """Preference scores with steering limited to some share of the SAE's features.
 
@@ -43,19 +77,11 @@ def compare_static_dynamic(
     token follow from one pass over the chosen answers, special tokens left out.
 
     Args:
-        model: a model with one FSRL layer.
-        dataset: rows with the texts ``prompt``, ``chosen`` and ``rejected``; read once for the
-            features per token, and twice per share.
-        tokenizer: the model's tokenizer.
+        session: its model has one FSRL layer. The data are scored twice per share.
         usage: the adapter's use of features on the chosen answers, from ``compute_usage``.
         shares: of the SAE's features, each rounded up to a whole number of features.
         base: scores without steering, if they are known.
         trained: scores of the model as it is, if they are known.
-        seed: of the bootstrap.
-        beta: see ``score_preferences``.
-        gamma: see ``score_preferences``.
-        batch_size: pairs per forward pass.
-        description: shown beside the progress bars; None shows none.
 
     Raises:
         ValueError: for a share out of range, use on other tokens than the chosen answers', more
@@ -66,30 +92,16 @@ def compare_static_dynamic(
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ValueError(f"Expected shares above 0 and up to 1, got {tuple(shares)}.")
     require_chosen(usage)
-
-    def bar(text: str) -> str | None:
-        return None if description is None else f"{description} {text}"
+    model, seed = session.model, session.seed
 
     def score(editing: AbstractContextManager[None], name: str) -> PreferenceScores:
         with editing:
-            return score_preferences(
-                model,
-                dataset,
-                tokenizer,
-                beta=beta,
-                gamma=gamma,
-                batch_size=batch_size,
-                description=bar(name),
-            )
+            return score_preferences(session, name)
 
     d_sae = active_sae(model).info.d_sae
-    if base is None:
-        base = score(scale_steering(model, 0.0), "base model")
-    if trained is None:
-        trained = score(nullcontext(), "trained model")
-    counts = count_steered(
-        model, dataset, tokenizer, batch_size=batch_size, description=bar("features per token")
-    )
+    base = base or score(session.base(), "base model")
+    trained = trained or score_preferences(session, "trained model")
+    counts = count_steered(session)
     by_mass = [use.feature for use in usage.features]
     frequencies = [use.frequency for use in usage.features]
     n_steered = len(by_mass)
@@ -108,15 +120,7 @@ def compare_static_dynamic(
     )
 
 
-def count_steered(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    *,
-    segment: str = "chosen",
-    batch_size: int = 16,
-    description: str | None = None,
-) -> Tensor:
+def count_steered(session: Session, segment: str = "chosen") -> Tensor:
     """How many tokens of a segment have 0, 1, 2, ... steered features.
 
     Returns:
@@ -125,15 +129,13 @@ def count_steered(
     Raises:
         ValueError: as ``stream_tokens`` does.
     """
-    counts = torch.zeros(active_sae(model).n_features + 1, dtype=torch.long)
+    counts = torch.zeros(active_sae(session.model).n_features + 1, dtype=torch.long)
 
     def add(chunk: TokenChunk) -> None:
         per_token = (chunk.v != 0).sum(dim=1).cpu()
         counts.add_(torch.bincount(per_token, minlength=len(counts)))
 
-    stream_tokens(
-        model, dataset, tokenizer, (segment,), add, batch_size=batch_size, description=description
-    )
+    stream_tokens(session, (segment,), add, "features per token")
     return counts
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .records import Interval
+from ..records import Interval
 
 LEVEL = 0.95
 RESAMPLES = 2000

@@ -7,12 +7,59 @@ import io
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..files import write_text_atomically
-from .records import SweepPoint
+from ..records import Record
+
+
+@dataclass(frozen=True)
+class SweepPoint(Record):
+    """One run of a sweep, a row of its table. Figures are None for a run that failed.
+
+    Attributes:
+        stage: the part of the sweep that it belongs to.
+        name: of the run, and of its folder.
+        layer: the steered layer.
+        seed: of data, order and start.
+        l1_coeff: weight of the L1 penalty.
+        l0_coeff: weight of the L0 penalty.
+        loss: held-out preference loss.
+        accuracy: held-out preference accuracy.
+        l0: steered features per held-out token.
+        l1: norm of the steering vector per held-out token.
+        perplexity: of sampled answers under the base model; see ``Coherence``.
+        perplexity_unsteered: of the base model's own answers.
+        repetition: see ``Coherence``.
+        distinct_2: see ``Coherence``.
+        seconds: wall time.
+        command: what was run.
+    """
+
+    stage: str
+    name: str
+    layer: int
+    seed: int
+    l1_coeff: float
+    l0_coeff: float
+    loss: float | None
+    accuracy: float | None
+    l0: float | None
+    l1: float | None
+    perplexity: float | None
+    perplexity_unsteered: float | None
+    repetition: float | None
+    distinct_2: float | None
+    seconds: float | None
+    command: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its figures."""
+        return self.loss is not None
+
 
 _COLUMNS = [field.name for field in fields(SweepPoint)]
 _KINDS = typing.get_type_hints(SweepPoint)

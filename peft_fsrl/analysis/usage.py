@@ -3,49 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..records import Record
 from . import statistics
-from .records import FeatureUse, RankFrequency, Usage
 from .segments import TokenChunk, active_sae, stream_tokens
+from .session import Session
+
+
+@dataclass(frozen=True)
+class FeatureUse(Record):
+    """How an adapter uses one feature, over real tokens.
+
+    Attributes:
+        feature: index in the SAE.
+        frequency: share of tokens on which it is steered.
+        mean_steering: mean of ``v`` over all tokens, in units of feature activation.
+        mean_abs_steering: mean of ``|v|`` over all tokens.
+        promoted: share of tokens on which ``v > 0``; the rest of ``frequency`` is suppression.
+        active: share of tokens on which the SAE itself finds the feature.
+        label: what the feature detects, if known.
+    """
+
+    feature: int
+    frequency: float
+    mean_steering: float
+    mean_abs_steering: float
+    promoted: float
+    active: float
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Usage(Record):
+    """An adapter's use of all features that it ever steers, most steering mass first.
+
+    Attributes:
+        segment: the tokens that count: ``"prompt"``, ``"chosen"`` or ``"rejected"`` (answers
+            alone), ``"prompt_chosen"`` or ``"prompt_rejected"``.
+        n_tokens: real tokens counted.
+        l0: mean number of steered features per token.
+        l1: mean ``||v||_1`` per token.
+        features: one entry per feature that was steered at least once.
+    """
+
+    segment: str
+    n_tokens: int
+    l0: float
+    l1: float
+    features: tuple[FeatureUse, ...]
 
 
 def compute_usage(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    *,
-    segment: str = "chosen",
-    labels: Mapping[int, str] | None = None,
-    batch_size: int = 16,
-    description: str | None = None,
+    session: Session, *, segment: str = "chosen", labels: Mapping[int, str] | None = None
 ) -> Usage:
     """Use of each feature over the tokens of one segment; see ``compute_usages``."""
-    [usage] = compute_usages(
-        model,
-        dataset,
-        tokenizer,
-        segments=(segment,),
-        labels=labels,
-        batch_size=batch_size,
-        description=description,
-    )
+    [usage] = compute_usages(session, segments=(segment,), labels=labels)
     return usage
 
 
 def compute_usages(
-    model: nn.Module,
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
+    session: Session,
     *,
     segments: Sequence[str] = ("prompt", "prompt_chosen", "prompt_rejected"),
     labels: Mapping[int, str] | None = None,
-    batch_size: int = 16,
-    description: str | None = None,
 ) -> tuple[Usage, ...]:
     """Use of each feature over several segments, in one pass over the data.
 
@@ -54,32 +79,19 @@ def compute_usages(
     feature are kept: memory does not grow with the data set.
 
     Args:
-        model: a model with one FSRL layer.
-        dataset: rows with the text ``prompt`` and the answers that the segments name.
-        tokenizer: the model's tokenizer.
+        session: its model has one FSRL layer.
         segments: see ``Usage``. Of each row, tokens of the prompt count once.
         labels: what features detect, where known.
-        batch_size: rows per forward pass, of both answers together where both are needed.
-        description: shown beside the progress bar; None shows no bar.
 
     Returns:
         One record per segment, in their order.
 
     Raises:
-        ValueError: for an unknown segment, more than one FSRL layer, an empty data set, or a
-            segment without a token that counts.
+        ValueError: as ``stream_tokens`` does, or for a segment without a token that counts.
     """
     totals = _Totals()
-    stream_tokens(
-        model,
-        dataset,
-        tokenizer,
-        segments,
-        totals.add,
-        batch_size=batch_size,
-        description=description,
-    )
-    index = active_sae(model).feature_index.tolist()
+    stream_tokens(session, segments, totals.add, "feature use")
+    index = active_sae(session.model).feature_index.tolist()
     return totals.to_usages(segments, index, labels or {})
 
 
@@ -94,6 +106,29 @@ def require_chosen(usage: Usage) -> None:
             f"Expected the use of features on the chosen answers, got {usage.segment!r}. Make it "
             'with compute_usage(..., segment="chosen").'
         )
+
+
+@dataclass(frozen=True)
+class RankFrequency(Record):
+    """How often features are steered against their rank, and an exponential through it (figure 5).
+
+    Attributes:
+        segment: the tokens that count; see ``Usage``.
+        ranks: ranks, 1 is the most frequent; all of them, or a selection on a logarithmic scale.
+        frequencies: share of tokens of the feature at each rank.
+        n_features: how many features were steered at all.
+        amplitude: of the fit ``amplitude * exp(-rate * rank)``, by least squares on the logarithm.
+        rate: of the fit, per rank.
+        r_squared: share of the variance of the logarithm that the fit explains.
+    """
+
+    segment: str
+    ranks: tuple[int, ...]
+    frequencies: tuple[float, ...]
+    n_features: int
+    amplitude: float
+    rate: float
+    r_squared: float
 
 
 def compute_rank_frequency(usage: Usage, *, n_ranks: int = 200) -> RankFrequency:

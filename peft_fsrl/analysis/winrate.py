@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from statistics import NormalDist
 from string import Template
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from torch import nn
-
+from ..records import Interval, Record
 from ..training.sampling import BASE, TRAINED, model_variants, sample_answers
 from .labels.judging import conclusion
-from .records import Interval, WinRate
+from .session import Session
 
 # A small "a" may be an article ("a tie", "to reach a verdict, a look at both"): it names an answer
 # only where the line ends.
@@ -48,44 +48,70 @@ class AnswerPair(NamedTuple):
 
 
 def sample_pairs(
-    model: nn.Module,
+    session: Session,
     prompts: Sequence[str],
-    tokenizer: Any,
     *,
     max_new_tokens: int = 256,
-    seed: int = 0,
-    batch_size: int = 16,
     do_sample: bool = True,
 ) -> list[AnswerPair]:
     """An answer of the trained model and one of its base to each prompt, under the same seed.
 
     Args:
-        model: a generating model with an FSRL adapter.
-        prompts: texts; a chat template has been applied where there is one.
-        tokenizer: the model's tokenizer.
+        session: its model generates and has an FSRL adapter; its data are not read.
+        prompts: texts, such as ``session.prompts[:100]``; a chat template has been applied where
+            there is one.
         max_new_tokens: length limit of an answer.
-        seed: seed of the sampling.
-        batch_size: prompts per forward pass.
         do_sample: sample; False takes the likeliest token each time.
 
     Raises:
         ValueError: for no prompt, or one without tokens.
     """
     said = {}
-    variants = model_variants(model, {})
+    variants = model_variants(session.model, {})
     for name in (TRAINED, BASE):
         with variants[name]():
             answers = sample_answers(
-                model,
+                session.model,
                 prompts,
-                tokenizer,
+                session.tokenizer,
                 max_new_tokens=max_new_tokens,
-                seed=seed,
-                batch_size=batch_size,
+                seed=session.seed,
+                batch_size=session.batch_size,
                 do_sample=do_sample,
             )
-        said[name] = [tokenizer.decode(each.said, skip_special_tokens=True) for each in answers]
+        said[name] = [
+            session.tokenizer.decode(each.said, skip_special_tokens=True) for each in answers
+        ]
     return [AnswerPair(*row) for row in zip(prompts, said[TRAINED], said[BASE], strict=True)]
+
+
+@dataclass(frozen=True)
+class WinRate(Record):
+    """How often a judge prefers one model's answers to another's, each pair seen in both orders.
+
+    Attributes:
+        model: whose wins are counted.
+        opponent: the other.
+        judge: who judged.
+        n: prompts judged.
+        wins: preferred in both orders.
+        ties: everything else, equal answers among them.
+        losses: the other preferred in both orders.
+        win_rate: ``(wins + ties / 2) / n``.
+        consistency: share of prompts with the same verdict in both orders.
+        unreadable: answers of the judge, of ``2 n`` at most, from which no verdict could be read.
+    """
+
+    model: str
+    opponent: str
+    judge: str
+    n: int
+    wins: int
+    ties: int
+    losses: int
+    win_rate: Interval
+    consistency: float
+    unreadable: int
 
 
 def compute_win_rate(

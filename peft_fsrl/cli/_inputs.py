@@ -6,14 +6,14 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..analysis.records import Labels
+    from ..analysis import Labels, Session
 
 ORGANISM = "organism"
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -31,9 +31,7 @@ def add_data_arguments(
         f".parquet file, or {ORGANISM!r} for the built-in model organism's",
     )
     group.add_argument("--split", default="test", help="of a data set that has splits")
-    group.add_argument(
-        "--n-pairs", type=int, default=n_pairs, help="only the first so many; 0 takes all"
-    )
+    group.add_argument("--n-pairs", type=int, default=n_pairs, help="only the first N; 0 takes all")
     group.add_argument("--max-length", type=int, help="leave out pairs whose prompt fills it")
     group.add_argument("--style", type=float, default=0.9, help="organism: see docs/organism.md")
     group.add_argument("--honesty", type=float, default=0.55, help="organism: likewise")
@@ -56,14 +54,18 @@ def load_model(name: str, args: argparse.Namespace) -> Any:
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if found is None else str(found)
-    return AutoModelForCausalLM.from_pretrained(_path(name), dtype=args.dtype).to(device).eval()
+    # Never code from a repository: without the flag, transformers asks on standard input.
+    model = AutoModelForCausalLM.from_pretrained(
+        _path(name), dtype=args.dtype, trust_remote_code=False
+    )
+    return model.to(device).eval()
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer that belongs to a model or an adapter."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_path(name))
+    return AutoTokenizer.from_pretrained(_path(name), trust_remote_code=False)
 
 
 def read_config(adapter: str) -> Any:
@@ -87,8 +89,16 @@ def read_config(adapter: str) -> Any:
     return config
 
 
-def load_adapter(adapter: str, args: argparse.Namespace) -> tuple[PeftModel, Any, str]:
-    """A steered model, its tokenizer and the name of its base model.
+class Adapter(NamedTuple):
+    """What ``load_adapter`` found: a steered model, its tokenizer and its base model's name."""
+
+    model: PeftModel
+    tokenizer: Any
+    base_name: str
+
+
+def load_adapter(adapter: str, args: argparse.Namespace) -> Adapter:
+    """A steered model on the device that was asked for.
 
     Raises:
         ValueError: for what is no FSRL adapter, is damaged, or names no base model.
@@ -116,7 +126,7 @@ def load_adapter(adapter: str, args: argparse.Namespace) -> tuple[PeftModel, Any
             raise
         raise ValueError(f"The weights in {adapter} do not fit its config: {error}") from error
     own = Path(adapter, "tokenizer_config.json").is_file()
-    return steered.eval(), load_tokenizer(adapter if own else base), base
+    return Adapter(steered.eval(), load_tokenizer(adapter if own else base), base)
 
 
 def load_rows(args: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, str]], str]:
@@ -166,13 +176,22 @@ def load_label_file(path: str | None) -> Labels | None:
     return load_labels(path)
 
 
-def text_of_features(labels: Labels | None) -> dict[int, str]:
-    """What labels say about features, in a few words."""
-    found = {}
-    for label in labels.features if labels else ():
-        if text := label.description or ", ".join(label.categories):
-            found[label.feature] = text
-    return found
+def open_session(
+    model: Any, tokenizer: Any, rows: list[dict[str, str]], args: argparse.Namespace
+) -> Session:
+    """What the analyses of a command work on."""
+    from ..analysis import Session
+
+    return Session(
+        model,
+        tokenizer,
+        rows,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        beta=getattr(args, "beta", 10.0),
+        gamma=getattr(args, "gamma", 5.0),
+        progress=True,
+    )
 
 
 def _load_dataset(args: argparse.Namespace) -> tuple[Any, str]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from ..analysis import statistics
 from ..analysis.audit import AuditSettings, compute_audit
-from ..analysis.audit.card import add_audit
-from ..analysis.audit_report import render_audit
 from ..analysis.plots import draw_audit, require_plots
-from ..analysis.rendering import render_audit_html
+from ..analysis.rendering import add_audit, render_audit_html
+from ..analysis.report import render_audit
 from ..files import write_text_atomically
 from ._inputs import (
     add_data_arguments,
@@ -19,7 +17,9 @@ from ._inputs import (
     load_adapter,
     load_label_file,
     load_rows,
+    open_session,
 )
+from .main import say
 
 _DEFAULTS = AuditSettings()
 
@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="correlation of the labels with the truth, known from elsewhere (the paper: 0.448)",
     )
-    group.add_argument("--beta", type=float, default=_DEFAULTS.beta, help="SimPO's reward scale")
-    group.add_argument("--gamma", type=float, default=_DEFAULTS.gamma, help="and target margin")
+    group.add_argument("--beta", type=float, default=10.0, help="SimPO's reward scale")
+    group.add_argument("--gamma", type=float, default=5.0, help="and target margin")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,16 +68,14 @@ def run(args: argparse.Namespace) -> int:
     if args.update_card and not folder.is_dir():
         raise ValueError(f"--update-card needs a local folder, got {args.adapter!r}.")
     labels, reference = map(load_label_file, (args.labels, args.reference_labels))
-    model, tokenizer, _ = load_adapter(args.adapter, args)
-    rows, dataset_name = load_rows(args, tokenizer)
+    adapter = load_adapter(args.adapter, args)
+    rows, dataset_name = load_rows(args, adapter.tokenizer)
     given = {name: getattr(args, name) for name in vars(_DEFAULTS) if name != "n_listed"}
     if args.categories is not None:
         given["categories"] = tuple(name.strip() for name in args.categories.split(","))
     settings = AuditSettings(**given)
     audit = compute_audit(
-        model,
-        rows,
-        tokenizer,
+        open_session(adapter.model, adapter.tokenizer, rows, args),
         labels=labels,
         reference_labels=reference,
         out=args.out,
@@ -91,6 +89,5 @@ def run(args: argparse.Namespace) -> int:
     write_text_atomically(args.out / "audit.html", page)
     if args.update_card:
         add_audit(folder, audit)
-    page_path = args.out / "audit.html"
-    sys.stdout.write(f"{render_audit(audit)}\nThe page is {page_path}\n")
+    say(f"{render_audit(audit)}\nThe page is {args.out / 'audit.html'}")
     return 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..analysis import statistics
-from ..analysis.audit_report import render_difference
+from ..analysis.audit.info import short_texts
 from ..analysis.diff import compute_difference
 from ..analysis.labels import require_fit
+from ..analysis.report import render_difference
 from ..analysis.segments import only_layer
 from ..files import write_text_atomically
 from ._inputs import (
@@ -18,9 +19,10 @@ from ._inputs import (
     load_adapter,
     load_label_file,
     load_rows,
+    open_session,
     read_config,
-    text_of_features,
 )
+from .main import say
 
 _SECOND = "second"
 
@@ -44,39 +46,46 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"Expected --n-features of 0 or more, got {args.n_features}.")
     statistics.require()
     labels = load_label_file(args.labels)
-    one, other = (read_config(name) for name in (args.first, args.second))
-    _require_same_sae(args, one.sae_info, other.sae_info)
-    model, tokenizer, _ = load_adapter(args.first, args)
+    _require_same_saes(args, *(read_config(name).sae_info for name in (args.first, args.second)))
+    adapter = load_adapter(args.first, args)
     if labels is not None:
-        info = only_layer(model).fsrl_sae["default"].info
+        info = only_layer(adapter.model).fsrl_sae["default"].info
         require_fit(labels, d_sae=info.d_sae, fingerprint=info.fingerprint)
-    model.load_adapter(args.second, adapter_name=_SECOND)
-    rows, dataset_name = load_rows(args, tokenizer)
+    adapter.model.load_adapter(args.second, adapter_name=_SECOND)
+    rows, dataset_name = load_rows(args, adapter.tokenizer)
     difference = compute_difference(
-        model,
-        rows,
-        tokenizer,
-        first="default",
-        second=_SECOND,
+        open_session(adapter.model, adapter.tokenizer, rows, args),
+        "default",
+        _SECOND,
         names=(args.first, args.second),
-        labels=text_of_features(labels),
+        labels=short_texts(labels),
         n_features=None,
         dataset_name=dataset_name,
-        batch_size=args.batch_size,
-        description="feature use,",
     )
     if args.json:
         write_text_atomically(args.json, difference.to_json())
-    sys.stdout.write(render_difference(difference, args.n_features))
+    say(render_difference(difference, args.n_features))
     return 0
 
 
-def _require_same_sae(args: argparse.Namespace, one: object, other: object) -> None:
+def _require_same_saes(args: argparse.Namespace, first: object, second: object) -> None:
     """Said before any model is loaded."""
-    prints = [info.get("fingerprint") if isinstance(info, dict) else None for info in (one, other)]
-    if None not in prints and prints[0] != prints[1]:
+    one, other = _fingerprints(first), _fingerprints(second)
+    if one and other and one != other:
+        described = [
+            ", ".join(f"{layer or 'every layer'}: {found[:16]}..." for layer, found in each.items())
+            for each in (one, other)
+        ]
         raise ValueError(
-            f"Expected two adapters on the same SAE, found fingerprint {str(prints[0])[:16]}... in "
-            f"{args.first} and {str(prints[1])[:16]}... in {args.second}: feature 5 of one has "
-            "nothing to do with feature 5 of the other. Compare adapters of one SAE."
+            f"Expected two adapters on the same SAE, found fingerprints {described[0]} in "
+            f"{args.first} and {described[1]} in {args.second}: feature 5 of one has nothing to do "
+            "with feature 5 of the other. Compare adapters of one SAE at one layer."
         )
+
+
+def _fingerprints(infos: object) -> dict[str, str]:
+    """By layer, what a config says of its SAEs."""
+    infos = infos if isinstance(infos, Mapping) else {}
+    infos = {"": infos} if "fingerprint" in infos else infos
+    found = {key: info.get("fingerprint") for key, info in infos.items() if info}
+    return {key: value for key, value in found.items() if value}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from dataclasses import replace
 from pathlib import Path
 
-from ..analysis.audit_report import render_checkup
 from ..analysis.doctor import compute_checkup
+from ..analysis.report import render_checkup
 from ..files import write_text_atomically
 from ._inputs import (
     ORGANISM,
@@ -16,7 +16,9 @@ from ._inputs import (
     load_model,
     load_texts,
     load_tokenizer,
+    open_session,
 )
+from .main import say
 
 DOES_NOT_FIT = 1
 
@@ -39,23 +41,21 @@ def run(args: argparse.Namespace) -> int:
     rows, dataset_name = load_texts(args, tokenizer)
     other = load_model(args.compare_model, args) if args.compare_model else None
     checkup = compute_checkup(
-        load_model(args.model, args),
+        replace(
+            open_session(load_model(args.model, args), tokenizer, rows, args),
+            max_length=args.max_length,
+        ),
         _sae(args.sae),
-        rows,
-        tokenizer,
         layer=args.layer,
         compare_model=other,
         model_name=args.model,
         compare_name=args.compare_model or "",
         sae_name=args.sae,
         dataset_name=dataset_name,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        description="reading",
     )
     if args.json:
         write_text_atomically(args.json, checkup.to_json())
-    sys.stdout.write(render_checkup(checkup))
+    say(render_checkup(checkup))
     return DOES_NOT_FIT if any(each.verdict == "no" for each in checkup.findings) else 0
 
 

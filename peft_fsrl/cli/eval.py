@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import logging
-import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from peft import PeftModel, get_peft_model_state_dict
-from torch import nn
-
-from ..analysis import (
-    compute_win_rate,
-    sample_pairs,
-    score_by_length,
-    score_preferences,
-    statistics,
-)
-from ..analysis.harness import Harness, harness_version
-from ..analysis.records import Evaluation, PreferenceComparison, TaskScores, WinRate
-from ..analysis.report import render_buckets, render_tasks, render_win_rate
+from ..analysis import compute_win_rate, sample_pairs, statistics
+from ..analysis.evaluation import Evaluation, TaskScores, compare_preferences, run_tasks
+from ..analysis.harness import Harness
+from ..analysis.report import render_evaluation
 from ..analysis.winrate import Asker
 from ..files import require_folder, write_text_atomically
-from ..steering import scale_steering
-from ._inputs import add_data_arguments, add_model_arguments, load_adapter, load_rows
-
-logger = logging.getLogger(__name__)
+from ._inputs import add_data_arguments, add_model_arguments, load_adapter, load_rows, open_session
+from .main import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,108 +54,40 @@ def run(args: argparse.Namespace) -> int:
     # Before anything takes hours.
     require_folder(args.out)
     rows, name = load_rows(args, tokenizer) if args.dataset else ([], "")
-    scores = [] if harness is None else run_tasks(harness, model, tokenizer, base_name, args)
-    preferences = compare_preferences(model, tokenizer, rows, name, args) if rows else None
-    prompts = [row["prompt"] for row in rows]
-    found = Evaluation(args.adapter, base_name, tuple(scores), preferences, None)
+    session = open_session(model, tokenizer, rows, args)
+    scores: tuple[TaskScores, ...] = ()
+    if harness is not None:
+        scores = run_tasks(
+            session,
+            harness,
+            args.out / "tasks",
+            overwrite=args.overwrite,
+            limit=args.limit,
+            num_fewshot=args.num_fewshot,
+            apply_chat_template=args.apply_chat_template,
+        )
+    preferences = None
+    if rows:
+        preferences = compare_preferences(session, n_buckets=args.length_buckets, dataset_name=name)
+    found = Evaluation(args.adapter, base_name, scores, preferences, None)
     # A judge may fail, and what is measured already is not its to lose.
     text = write_evaluation(found, args.out)
     if args.judge_url:
-        win_rate = ask_judge(model, tokenizer, prompts, args)
+        judge = make_judge(args.judge_url, args.judge_model, args.out / "judge.jsonl")
+        prompts = [row["prompt"] for row in session.rows[: args.judge_prompts]]
+        pairs = sample_pairs(session, prompts, max_new_tokens=args.max_new_tokens)
+        win_rate = compute_win_rate(pairs, judge, judge_name=args.judge_model)
         text = write_evaluation(replace(found, win_rate=win_rate), args.out)
-    sys.stdout.write(text)
+    say(text)
     return 0
 
 
 def write_evaluation(found: Evaluation, out: Path) -> str:
     """Write an evaluation as JSON and as text; returns the text."""
-    text = render(found)
+    text = render_evaluation(found)
     write_text_atomically(out / "evaluation.json", found.to_json())
     write_text_atomically(out / "evaluation.txt", text)
     return text
-
-
-def run_tasks(
-    harness: Harness, model: PeftModel, tokenizer: Any, base_name: str, args: argparse.Namespace
-) -> list[TaskScores]:
-    """Every task on the base model and on the trained one; each is written when it is finished."""
-    settings: dict[str, Any] = {
-        "limit": args.limit,
-        "num_fewshot": args.num_fewshot,
-        "apply_chat_template": args.apply_chat_template,
-    }
-    shared = {"base_model": base_name, "dtype": args.dtype, "harness": harness_version()} | settings
-    keys = {"base": shared, "trained": shared | {"adapter": hash_adapter(model)}}
-    places = {
-        (task, name): args.out / "tasks" / f"{task.replace('/', '_')}.{name}.json"
-        for task in harness.tasks
-        for name in keys
-    }
-    done = {
-        each: _finished(path, json.dumps(keys[each[1]], sort_keys=True), args.overwrite)
-        for each, path in places.items()
-    }
-    scores = []
-    for (task, name), path in places.items():
-        found = done[task, name]
-        if found is None:
-            logger.info("%s on the %s model", task, name)
-            with model.disable_adapter() if name == "base" else nullcontext():
-                figures = harness.run(
-                    model, tokenizer, task, batch_size=args.batch_size, **settings
-                )
-            found = TaskScores(task, name, json.dumps(keys[name], sort_keys=True), figures)
-            write_text_atomically(path, found.to_json())
-        scores.append(found)
-    return scores
-
-
-def hash_adapter(model: PeftModel) -> str:
-    """SHA-256 over what makes the active adapter what it is: weights and settings, not places."""
-    config = model.peft_config[model.active_adapter].to_dict()
-    for name in ("base_model_name_or_path", "inference_mode", "revision", "sae", "peft_version"):
-        config.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(get_peft_model_state_dict(model).items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def compare_preferences(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Sequence[dict[str, str]],
-    name: str,
-    args: argparse.Namespace,
-) -> PreferenceComparison:
-    """Accuracy and margin of base and trained model on the same pairs, by length."""
-    settings: dict[str, Any] = {
-        "beta": args.beta,
-        "gamma": args.gamma,
-        "batch_size": args.batch_size,
-    }
-    with scale_steering(model, 0.0):
-        base = score_preferences(model, rows, tokenizer, description="base model", **settings)
-    trained = score_preferences(model, rows, tokenizer, description="trained model", **settings)
-    buckets = score_by_length(base, trained, n_buckets=args.length_buckets)
-    return PreferenceComparison(name, base, trained, buckets)
-
-
-def ask_judge(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], args: argparse.Namespace
-) -> WinRate:
-    """Win rate of the trained model over its base; the judge's answers are kept in the output."""
-    judge = make_judge(args.judge_url, args.judge_model, args.out / "judge.jsonl")
-    pairs = sample_pairs(
-        model,
-        prompts[: args.judge_prompts],
-        tokenizer,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        batch_size=args.batch_size,
-    )
-    return compute_win_rate(pairs, judge, judge_name=args.judge_model)
 
 
 def make_judge(url: str, name: str, cache: Path) -> Asker:
@@ -182,25 +95,6 @@ def make_judge(url: str, name: str, cache: Path) -> Asker:
     from ..analysis.labels import Judge
 
     return Judge(url, name, cache=cache, progress=True)
-
-
-def render(found: Evaluation) -> str:
-    """An evaluation for a terminal."""
-    lines = [f"{found.adapter}, on {found.base_model}"]
-    if found.tasks:
-        lines += ["", "lm-evaluation-harness (± standard error)", render_tasks(found.tasks)]
-    if found.preferences is not None:
-        both = found.preferences
-        lines += ["", f"{both.base.n} held-out pairs of {both.dataset} [95 % interval]"]
-        for name, scores in (("base", both.base), ("trained", both.trained)):
-            lines.append(
-                f"{name:8} SimPO loss {scores.loss:.3f}, accuracy {scores.accuracy:.1%}, "
-                f"margin {scores.margin:+.2f}"
-            )
-        lines += ["", render_buckets(both.buckets)]
-    if found.win_rate is not None:
-        lines += ["", render_win_rate(found.win_rate)]
-    return "\n".join(lines) + "\n"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -212,20 +106,3 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("A judge needs prompts: give --dataset.")
     if args.dataset:
         statistics.require()
-
-
-def _finished(path: Path, key: str, overwrite: bool) -> TaskScores | None:
-    if not path.exists():
-        return None
-    try:
-        found = TaskScores.from_json(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no result of `peft-fsrl eval`: {error}") from error
-    if found.key == key:
-        return found
-    if overwrite:
-        return None
-    raise ValueError(
-        f"{path} holds a result of other settings: {found.key}, now {key}. Choose another "
-        "--out, or give --overwrite."
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,9 @@ from ._inputs import (
     add_model_arguments,
     load_adapter,
     load_rows,
+    open_session,
 )
+from .main import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,9 +69,7 @@ def run(args: argparse.Namespace) -> int:
     judge = Judge(args.judge_url, args.judge_model, cache=answers, progress=True)
     model, tokenizer, _ = load_adapter(args.adapter, args)
     rows, _ = load_rows(args, tokenizer)
-    usage = compute_usage(
-        model, rows, tokenizer, batch_size=args.batch_size, description="feature use"
-    )
+    usage = compute_usage(open_session(model, tokenizer, rows, args))
     features = [use.feature for use in usage.features][: args.n_features or None]
     session = Session(
         model, tokenizer, rows, batch_size=args.batch_size, seed=args.seed, progress=True
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         labels = with_quality(labels, detections)
     labels = for_model(labels, model)
     save_labels(labels, args.out)
-    sys.stdout.write(_render(labels, judge, len(features) - len(seen), args.out, answers))
+    say(_render(labels, judge, len(features) - len(seen), args.out, answers))
     return 0
 
 

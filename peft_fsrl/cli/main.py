@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from ..analysis.layout import clean_text
+
 OK, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
 # A command's module has `add_arguments(parser)` and `run(args) -> int`; only the one asked for is
 # imported.
@@ -19,10 +21,7 @@ COMMANDS = {
     "labels": "what the features that an adapter steers mean, by a judge",
     "diff": "two adapters on the same SAE, feature by feature",
     "eval": "an adapter beside its base model, on tests that other people wrote",
-    "lm-eval": "lm-evaluation-harness's own program, with peft= an adapter: lm-eval run ...",
 }
-# Its options are another program's.
-_FOREIGN = "lm-eval"
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, IndexError)
 
 
@@ -60,28 +59,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
+def say(text: str) -> None:
+    """Write to standard output what every encoding can hold and no terminal obeys."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = clean_text(text).encode(encoding, "replace").decode(encoding)
+    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(clean_text(str(error)).split()) or type(error).__name__
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-fsrl", description=__doc__)
-    parser.description = "Read what preference optimisation taught a model, feature by feature."
+    parser.description = "Read what preference optimization taught a model, feature by feature."
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     asked = next((word for word in given if not word.startswith("-")), None)
     for name, text in COMMANDS.items():
-        foreign: Any = {"prefix_chars": "\0", "add_help": False} if name == _FOREIGN else {}
-        command = commands.add_parser(
-            name, help=text, description=f"{text[:1].upper()}{text[1:]}.", **foreign
-        )
+        command = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
         if name == asked:
-            module: Any = import_module(f".{name.replace('-', '_')}", __package__)
+            module: Any = import_module(f".{name}", __package__)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-        if foreign:
-            command.set_defaults(debug=False, verbose=False)
-            continue
         command.add_argument("--debug", action="store_true", help="show where an error was raised")
         command.add_argument("--verbose", action="store_true", help="say more while it runs")
     return parser

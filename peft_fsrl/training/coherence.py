@@ -16,9 +16,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..records import Record
-from ..steering import scale_steering
 from .likelihood import batched, mean_log_probability, pad
-from .running import evaluating
+from .running import as_base, evaluating
 from .sampling import Answer, model_variants, sample_answers
 from .tokens import Tokenized
 
@@ -79,9 +78,9 @@ def compute_coherence(
     Raises:
         ValueError: for no prompt.
     """
-    with nullcontext() if steered else scale_steering(model, 0.0):
+    with nullcontext() if steered else as_base(model):
         answers = sample_answers(model, prompts, tokenizer, batch_size=batch_size, **sampling)
-    with scale_steering(model, 0.0):
+    with as_base(model):
         return measure_answers(model, answers, batch_size=batch_size)
 
 

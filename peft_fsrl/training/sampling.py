@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..steering import ablate_features, base_model, scale_steering
+from ..steering import ablate_features, base_model
 from .likelihood import batched
-from .running import evaluating
+from .running import as_base, evaluating
 from .tokens import prompt_ids
 
 BASE, TRAINED = "base", "trained"
@@ -46,7 +46,7 @@ def model_variants(
     Raises:
         IndexError: for a feature that the SAE does not have.
     """
-    variants: Variants = {BASE: partial(scale_steering, model, 0.0), TRAINED: nullcontext}
+    variants: Variants = {BASE: partial(as_base, model), TRAINED: nullcontext}
     for category, features in without.items():
         enter = partial(ablate_features, model, list(features), layer_name)
         with enter():

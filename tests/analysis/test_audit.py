@@ -15,26 +15,22 @@ from tokenizers import Tokenizer
 
 import helpers
 from audits import HOSTILE, make_audit
-from peft_fsrl.analysis import compute_usage, score_preferences
-from peft_fsrl.analysis.audit import AuditSettings, _stages, compute_audit, trust
-from peft_fsrl.analysis.audit.card import add_audit
-from peft_fsrl.analysis.audit.findings import (
-    judge_categories,
-    judge_coherence,
-    judge_gain,
-    judge_labels,
-)
-from peft_fsrl.analysis.audit_report import render_audit
-from peft_fsrl.analysis.records import (
+from peft_fsrl.analysis import (
     Audit,
     Coherence,
-    FeatureLabel,
-    Interval,
-    Labels,
+    PreferenceScores,
+    Session,
     VariantCoherence,
+    compute_usage,
+    score_preferences,
 )
-from peft_fsrl.analysis.rendering import render_audit_html, render_card_section
+from peft_fsrl.analysis.audit import AuditSettings, compute_audit, stages
+from peft_fsrl.analysis.findings import judge_ablations, judge_coherence, judge_gain, judge_labels
+from peft_fsrl.analysis.labels import FeatureLabel, Labels
+from peft_fsrl.analysis.rendering import add_audit, render_audit_html, render_card_section
+from peft_fsrl.analysis.report import render_audit
 from peft_fsrl.files import compute_sha256
+from peft_fsrl.records import Interval
 from peft_fsrl.steering import scale_steering
 
 ROWS = list(helpers.tiny_preferences(6))
@@ -55,11 +51,11 @@ LABELS = Labels(
 CALLS = (
     "score_preferences",
     "compute_usages",
-    "ablate_categories",
-    "compute_compositions",
-    "compare_coherence",
     "collect_evidence",
-    "ablate_single_features",
+    "compare_coherence",
+    "measure_categories",
+    "compute_compositions",
+    "measure_features",
     "compare_static_dynamic",
     "compare_generations",
 )
@@ -73,10 +69,10 @@ def model() -> PeftModel:
 
 
 def audit_of(model: PeftModel, out: Path | None = None, **options: Any) -> Audit:
-    options = {"labels": LABELS, "settings": QUICK, "show_progress": False} | options
+    options = {"labels": LABELS, "settings": QUICK} | options
     rows = options.pop("rows", ROWS)
     tokenizer = options.pop("tokenizer", helpers.tiny_tokenizer())
-    return compute_audit(model, rows, tokenizer, out=out, **options)
+    return compute_audit(Session(model, tokenizer, rows), out=out, **options)
 
 
 def without_date(audit: Audit) -> Audit:
@@ -88,26 +84,24 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each analysis has run; an entry of None in ``fail`` lets it run."""
     counts: dict[str, int] = dict.fromkeys(CALLS, 0)
     for name in CALLS:
-        original = getattr(_stages, name)
+        original = getattr(stages, name)
 
         def count(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
             counts[name] += 1
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(_stages, name, count)
+        monkeypatch.setattr(stages, name, count)
     return counts
 
 
 def test_an_audit_is_its_analyses(model: PeftModel) -> None:
     audit = audit_of(model, adapter="mine", dataset_name="pairs")
     tokenizer = helpers.tiny_tokenizer()
-    assert audit.trained == score_preferences(model, ROWS, tokenizer)
+    assert audit.trained == score_preferences(Session(model, tokenizer, ROWS))
     with scale_steering(model, 0.0):
-        assert audit.base == score_preferences(model, ROWS, tokenizer)
+        assert audit.base == score_preferences(Session(model, tokenizer, ROWS))
     usage = compute_usage(
-        model,
-        ROWS,
-        tokenizer,
+        Session(model, tokenizer, ROWS),
         labels={f: f"kind {f}" for f in range(6)} | dict.fromkeys((6, 7, 8), "tone"),
     )
     assert audit.usages[0] == usage
@@ -140,27 +134,52 @@ def test_what_is_finished_is_not_made_again(
     assert counted == {name: 2 * n for name, n in before.items()}
 
 
-@pytest.mark.parametrize("stage", CALLS)
 def test_a_killed_audit_goes_on_where_it_was(
-    model: PeftModel,
-    tmp_path: Path,
-    counted: dict[str, int],
-    monkeypatch: pytest.MonkeyPatch,
-    stage: str,
+    model: PeftModel, tmp_path: Path, counted: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Killed once at every stage, in one folder: in the end each has run once."""
     whole = audit_of(model)
     counted.update(dict.fromkeys(CALLS, 0))
 
     def die(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(_stages, stage, die)
-        with pytest.raises(KeyboardInterrupt):
-            audit_of(model, tmp_path)
+    for stage in CALLS:
+        with monkeypatch.context() as patch:
+            patch.setattr(stages, stage, die)
+            with pytest.raises(KeyboardInterrupt):
+                audit_of(model, tmp_path)
     assert without_date(audit_of(model, tmp_path)) == without_date(whole)
     expected = dict.fromkeys(CALLS, 1) | {"score_preferences": 2}
     assert counted == expected, "everything ran once, before the end or after it"
+
+
+def test_the_base_is_the_base_beside_modules_to_save(model: PeftModel) -> None:
+    tokenizer = helpers.tiny_tokenizer()
+    expected = score_preferences(Session(helpers.tiny_model(), tokenizer, ROWS))
+    whole = helpers.fsrl_model(modules_to_save=["lm_head"])
+    whole.generation_config.eos_token_id = 2
+    with torch.no_grad():
+        weight = whole.get_base_model().lm_head.modules_to_save["default"].weight
+        weight.copy_(40 * weight.flip(0))
+    audit = audit_of(whole)
+    assert audit.base == expected
+    assert audit.trained != score_preferences(Session(model, tokenizer, ROWS))
+    plain = audit_of(model)
+    for mine, theirs in zip(audit.generations, plain.generations, strict=True):
+        assert mine.text("base") == theirs.text("base")
+        assert mine.text("trained") != theirs.text("trained")
+    assert audit.coherence[0] == plain.coherence[0], "the base's own answers"
+    [said] = [each.value for each in audit.info.settings if each.name == "modules_to_save"]
+    assert said == f"lm_head ({helpers.VOCABULARY * helpers.D_IN:,} parameters)"
+    assert said in " ".join(render_audit(audit).split())
+    assert said in render_audit_html(audit)
+
+
+def test_no_adapter_is_active(model: PeftModel) -> None:
+    model.base_model.set_adapter([])
+    with pytest.raises(ValueError, match=r"None of the adapters \['default'\] is active"):
+        audit_of(model)
 
 
 def test_changed_inputs_are_noticed(
@@ -174,12 +193,10 @@ def test_changed_inputs_are_noticed(
         return {name for name, n in counted.items() if n}
 
     fewer = replace(LABELS, features=LABELS.features[:7])
-    labelled = {"ablate_categories", "compute_compositions", "compare_coherence"}
-    labelled |= {"compare_generations", "ablate_single_features"}
+    labelled = {"measure_categories", "compute_compositions", "compare_coherence"}
+    labelled |= {"compare_generations", "measure_features"}
     assert made_again(labels=fewer) == labelled
-    assert made_again(labels=fewer, settings=replace(QUICK, n_single=3)) == {
-        "ablate_single_features"
-    }
+    assert made_again(labels=fewer, settings=replace(QUICK, n_single=3)) == {"measure_features"}
     assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
     tokenizer = helpers.tiny_tokenizer()
     tokenizer(["w3 w4"], truncation=True, max_length=1, padding=True)
@@ -195,6 +212,20 @@ def test_changed_inputs_are_noticed(
     assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
     with torch.no_grad():
         model.get_base_model().model.layers[0].mlp.up_proj.weight += 1e-3
+    assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
+    assert made_again(labels=fewer, rows=ROWS[:5]) == set()
+    base = model.get_base_model()
+    with torch.no_grad():
+        # One number of many, and what stands in no tensor.
+        base.model.layers[0].mlp.up_proj.weight[0, 1] += 1e-3
+    assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
+    for name, value in (("rms_norm_eps", 1e-3), ("rope_parameters", {"rope_theta": 5.0})):
+        setattr(base.config, name, value)
+        assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS), name
+    base.generation_config.temperature = 0.5
+    assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
+    layer = helpers.only_layer(model)
+    layer.fsrl_sae["default"] = layer.fsrl_sae["default"].to(torch.device("cpu"), torch.bfloat16)
     assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
 
 
@@ -283,7 +314,7 @@ def test_a_reference_says_how_far_to_trust(
     assert enrichment.n_draws == QUICK.n_draws
     assert "MCC" in audit.findings[3].answer
 
-    monkeypatch.setattr(trust, "propagate_ablation", None)
+    monkeypatch.setattr(stages, "propagate_ablation", None)
     again = audit_of(model, tmp_path, reference_labels=reference)
     assert without_date(again) == without_date(audit), "read back"
     strangers = replace(reference, categories=("colour",), features=())
@@ -352,7 +383,7 @@ def test_a_category_of_everything_has_nothing_to_be_compared_with() -> None:
     audit = make_audit()
     sure = Interval(3, 2.5, 3.5)
     ablation = replace(audit.ablations[0], rise=sure, excess_count=None, excess_mass=None)
-    finding = judge_categories(audit.base, audit.trained, [ablation])
+    finding = judge_ablations(audit.base, audit.trained, [ablation])
     assert finding.verdict == "unsure"
     assert "no other features" in finding.answer
 
@@ -369,7 +400,7 @@ def test_a_handful_of_pairs_proves_nothing(n: int, verdict: str) -> None:
     trained, sure = replace(audit.trained, **few), Interval(3, 2.5, 3.5)
     assert judge_gain(audit.base, trained, sure).verdict == verdict
     ablation = replace(audit.ablations[0], rise=sure, excess_count=sure, excess_mass=sure)
-    assert judge_categories(audit.base, trained, [ablation]).verdict == verdict
+    assert judge_ablations(audit.base, trained, [ablation]).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -385,15 +416,15 @@ def test_a_handful_of_pairs_proves_nothing(n: int, verdict: str) -> None:
 def test_limits_of_what_carries_the_gain(rise: Interval, excess: Interval, verdict: str) -> None:
     audit = make_audit()
     ablation = replace(audit.ablations[0], rise=rise, excess_mass=excess, excess_count=excess)
-    finding = judge_categories(audit.base, audit.trained, [ablation])
+    finding = judge_ablations(audit.base, audit.trained, [ablation])
     assert finding.verdict == verdict
     assert "same steering mass" in finding.answer
     # Where random features cannot reach the mass, the comparison is with as many of them.
     short = replace(ablation, random_masses=(0.1,), excess_mass=Interval(9, 9, 9))
-    finding = judge_categories(audit.base, audit.trained, [short])
+    finding = judge_ablations(audit.base, audit.trained, [short])
     assert finding.verdict == verdict
     assert "as many random features" in finding.answer
-    assert judge_categories(audit.trained, audit.base, [ablation]).verdict == "unsure"
+    assert judge_ablations(audit.trained, audit.base, [ablation]).verdict == "unsure"
 
 
 def test_a_few_draws_are_not_enough_to_trust() -> None:
@@ -408,7 +439,7 @@ def test_losses_that_are_no_numbers(model: PeftModel, monkeypatch: pytest.Monkey
         scores = score_preferences(*args, **options)
         return replace(scores, losses=(float("nan"), *scores.losses[1:]))
 
-    monkeypatch.setattr(_stages, "score_preferences", score)
+    monkeypatch.setattr(stages, "score_preferences", score)
     with pytest.raises(ValueError, match="found nan or inf on 1 of 6 pairs"):
         audit_of(model)
 

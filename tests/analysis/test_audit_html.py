@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from audits import HOSTILE, make_audit
+from peft_fsrl.analysis import Audit, Setting
 from peft_fsrl.analysis.plots import draw_audit
-from peft_fsrl.analysis.records import Audit, Interval, Setting
-from peft_fsrl.analysis.rendering import render_audit_html
-from peft_fsrl.analysis.rendering._formats import between, signed_seen
+from peft_fsrl.analysis.rendering import render_audit_html, render_card_section
+from peft_fsrl.analysis.rendering.formats import between, signed_seen
+from peft_fsrl.analysis.report import render_audit
+from peft_fsrl.records import Interval
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
@@ -297,6 +299,25 @@ def test_the_policy_stops_what_would_get_through(
     assert page.evaluate("window.pwned") is None
     assert sent in ([], [path.as_uri()], [path.as_uri(), "data:,"])
     page.close()
+
+
+@needs_browser
+def test_a_megabyte_without_a_space_does_not_stall_the_page(open_page: Callable[..., Any]) -> None:
+    audit = make_audit(text="x" * 1_000_000)
+    text = render_audit_html(audit, draw_audit(audit))
+    assert len(text) < 30_000_000, "it stands in more than a thousand places"
+    assert "(990,000 more characters)" in text
+    # Browser and test wait for thirty seconds.
+    assert open_page(text).evaluate("document.body.offsetHeight") > 0
+
+
+def test_half_a_character_stops_neither_page_nor_text(tmp_path: Path) -> None:
+    audit = make_audit(text="half \ud800 and \x1b[31m \x9b31m")
+    for render in (render_audit_html, render_audit, render_card_section):
+        text = render(audit)
+        text.encode()
+        assert "half \ufffd and" in " ".join(text.replace("\\", "").split())
+        assert not re.search("[\x1b\x9b]", text)
 
 
 def test_links_lead_to_https_only() -> None:

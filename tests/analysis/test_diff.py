@@ -10,9 +10,8 @@ from peft import PeftModel
 
 import helpers
 from peft_fsrl import FSRLConfig
-from peft_fsrl.analysis import compute_usage
-from peft_fsrl.analysis.audit_report import render_difference
-from peft_fsrl.analysis.diff import compute_difference
+from peft_fsrl.analysis import Session, compute_difference, compute_usage
+from peft_fsrl.analysis.report import render_difference
 
 ROWS = list(helpers.tiny_preferences(6))
 
@@ -29,14 +28,17 @@ def test_entries_are_the_uses_of_each() -> None:
     model = two_adapters()
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
     found = compute_difference(
-        model, ROWS, helpers.tiny_tokenizer(), first="default", second="other", labels={3: "three"}
+        Session(model, helpers.tiny_tokenizer(), ROWS),
+        first="default",
+        second="other",
+        labels={3: "three"},
     )
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trains
     assert helpers.only_layer(model).active_adapters == ["default"]
     uses = []
     for name in ("default", "other"):
         model.set_adapter(name)
-        usage = compute_usage(model, ROWS, helpers.tiny_tokenizer(), labels={3: "three"})
+        usage = compute_usage(Session(model, helpers.tiny_tokenizer(), ROWS), labels={3: "three"})
         uses.append({use.feature: use for use in usage.features})
     assert {each.feature for each in found.features} == uses[0].keys() | uses[1].keys()
     for each in found.features:
@@ -60,7 +62,7 @@ def test_cosines_of_rows(rank: int | None) -> None:
     model = two_adapters(rank=rank, features=list(range(0, 20, 2)))
     layer = helpers.only_layer(model)
     found = compute_difference(
-        model, ROWS, helpers.tiny_tokenizer(), first="default", second="other"
+        Session(model, helpers.tiny_tokenizer(), ROWS), first="default", second="other"
     )
     one, other = layer.fsrl_adapter["default"], layer.fsrl_adapter["other"]
     weight = other.weight if rank is None else other.weight @ other.down
@@ -79,7 +81,7 @@ def test_cosines_of_rows(rank: int | None) -> None:
 def test_an_adapter_and_itself() -> None:
     model = helpers.fsrl_model()
     found = compute_difference(
-        model, ROWS, helpers.tiny_tokenizer(), first="default", second="default"
+        Session(model, helpers.tiny_tokenizer(), ROWS), first="default", second="default"
     )
     assert found.overlap == 1
     assert found.correlation == pytest.approx(1)
@@ -93,6 +95,10 @@ def test_other_saes_are_refused(tmp_path: Path) -> None:
     config = FSRLConfig(layer=1, sae=helpers.tiny_sae(seed=1), task_type="CAUSAL_LM")
     model.add_adapter("foreign", config)
     with pytest.raises(ValueError, match="same SAE, found fingerprints"):
-        compute_difference(model, ROWS, helpers.tiny_tokenizer(), first="default", second="foreign")
+        compute_difference(
+            Session(model, helpers.tiny_tokenizer(), ROWS), first="default", second="foreign"
+        )
     with pytest.raises(ValueError, match="Expected adapters 'default' and 'nobody'"):
-        compute_difference(model, ROWS, helpers.tiny_tokenizer(), first="default", second="nobody")
+        compute_difference(
+            Session(model, helpers.tiny_tokenizer(), ROWS), first="default", second="nobody"
+        )

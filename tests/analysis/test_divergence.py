@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import helpers
-from peft_fsrl.analysis.divergence import compute_divergence
+from peft_fsrl.analysis import Session, compute_divergence
 
 
 def test_divergence_equals_a_loop_over_answer_tokens() -> None:
     model, base, tokenizer = helpers.fsrl_model(), helpers.tiny_model(), helpers.tiny_tokenizer()
     rows = helpers.tiny_preferences(5)
-    found = compute_divergence(model.train(), base, rows, tokenizer, batch_size=2)
+    found = compute_divergence(Session(model.train(), tokenizer, rows, batch_size=2), base)
     assert model.training
     assert torch.is_grad_enabled()
     terms = []
@@ -29,9 +29,11 @@ def test_divergence_equals_a_loop_over_answer_tokens() -> None:
     assert found == pytest.approx(sum(terms) / len(terms), rel=1e-4)
     assert found > 0.001
     with pytest.raises(ValueError, match="at least one preference pair"):
-        compute_divergence(model, base, [], tokenizer)
+        compute_divergence(Session(model, tokenizer, []), base)
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     base, rows = helpers.tiny_model(), helpers.tiny_preferences(3)
-    assert compute_divergence(base, helpers.tiny_model(), rows, helpers.tiny_tokenizer()) == 0
+    assert (
+        compute_divergence(Session(base, helpers.tiny_tokenizer(), rows), helpers.tiny_model()) == 0
+    )

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import helpers
 from peft_fsrl import organism
-from peft_fsrl.analysis.checkup import judge_fits
-from peft_fsrl.analysis.doctor import compute_checkup
-from peft_fsrl.analysis.records import Checkup, SAEFit
+from peft_fsrl.analysis import Checkup, SAEFit, Session, compute_checkup
+from peft_fsrl.analysis.doctor import judge_fits
 from peft_fsrl.training.tokens import tokenize
 
 ROWS = list(helpers.tiny_preferences(7))
@@ -51,8 +50,9 @@ def naive_fit(sae: SAE[Any], model: Any, layer: int) -> tuple[float, float, floa
 
 
 def checkup(sae: SAE[Any], model: Any, **options: Any) -> Checkup:
-    options.setdefault("batch_size", 3)
-    return compute_checkup(model, sae, ROWS, helpers.tiny_tokenizer(), **options)
+    size = options.pop("batch_size", 3)
+    session = Session(model, helpers.tiny_tokenizer(), ROWS, batch_size=size)
+    return compute_checkup(session, sae, **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gptj"])
@@ -145,7 +145,7 @@ def test_what_cannot_be_measured() -> None:
     model, sae = helpers.tiny_model(), helpers.tiny_sae()
     tokenizer = helpers.tiny_tokenizer()
     with pytest.raises(ValueError, match="at least two ordinary tokens"):
-        compute_checkup(model, sae, [], tokenizer)
+        compute_checkup(Session(model, tokenizer, [{"prompt": "", "chosen": ""}]), sae)
     with pytest.raises(ValueError, match="Layer 9 does not exist"):
         checkup(sae, model, layer=9)
     with pytest.raises(ValueError, match="reads activations of width 8"):
@@ -187,7 +187,7 @@ def test_the_organism_at_its_layer_and_off_by_one() -> None:
     rows = list(organism.preferences(40, seed="doctor"))
     verdicts = {}
     for layer in (built.layer - 1, built.layer, built.layer + 1):
-        found = compute_checkup(model, str(built.sae_path), rows, tokenizer, layer=layer)
+        found = compute_checkup(Session(model, tokenizer, rows), str(built.sae_path), layer=layer)
         verdicts[layer] = [finding.verdict for finding in found.findings]
     assert verdicts[built.layer] == ["yes", "yes", "yes"]
     for layer in (built.layer - 1, built.layer + 1):

@@ -18,19 +18,20 @@ import helpers
 from peft_fsrl.analysis import (
     FeatureAblations,
     PreferenceScores,
+    Session,
     StaticDynamic,
-    ablate_categories,
-    ablate_single_features,
     compare_static_dynamic,
     compute_gain,
     compute_usage,
+    measure_categories,
+    measure_features,
     score_by_length,
     score_preferences,
     statistics,
 )
 from peft_fsrl.analysis.ablation import draw_by_mass
 from peft_fsrl.analysis.buckets import length_groups
-from peft_fsrl.analysis.single import estimate_ablations
+from peft_fsrl.analysis.single import estimate_features
 from peft_fsrl.steering import (
     ablate_features,
     edit_steering,
@@ -62,7 +63,7 @@ def scores_of(lengths: Sequence[tuple[int, int]], margins: Sequence[float]) -> P
 
 def test_scores_know_how_long_the_answers_are(model: PeftModel, rows: Rows) -> None:
     tokenizer = helpers.tiny_tokenizer()
-    scores = score_preferences(model, rows, tokenizer, batch_size=3)
+    scores = score_preferences(Session(model, tokenizer, rows, batch_size=3))
     for side, lengths in (("chosen", scores.chosen_tokens), ("rejected", scores.rejected_tokens)):
         # One token per word, and EOS, which the loss counts.
         assert lengths == tuple(len(row[side].split()) + 1 for row in rows)
@@ -70,19 +71,23 @@ def test_scores_know_how_long_the_answers_are(model: PeftModel, rows: Rows) -> N
 
 def test_ablation_scores_the_ablated_model(model: PeftModel, rows: Rows) -> None:
     tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer)
+    usage = compute_usage(Session(model, tokenizer, rows))
     categories = {"style": [2, 5, 7], "honesty": [1, 4]}
-    ablations = ablate_categories(model, rows, tokenizer, categories, usage, n_random=3, seed=1)
+    ablations = measure_categories(
+        Session(model, tokenizer, rows, seed=1), categories, usage, n_random=3
+    )
     assert [ablation.name for ablation in ablations] == ["style", "honesty"]
     assert [ablation.features for ablation in ablations] == [(2, 5, 7), (1, 4)]
     for ablation in ablations:
         with ablate_features(model, ablation.features):
-            expected = score_preferences(model, rows, tokenizer)
+            expected = score_preferences(Session(model, tokenizer, rows))
         assert ablation.scores == expected
         losses = [score.loss for score in ablation.same_count]
         assert ablation.control_loss == pytest.approx(sum(losses) / 3)
-    assert ablations[0].scores != score_preferences(model, rows, tokenizer)
-    [first, _] = ablate_categories(model, rows, tokenizer, categories, usage, n_features=2)
+    assert ablations[0].scores != score_preferences(Session(model, tokenizer, rows))
+    [first, _] = measure_categories(
+        Session(model, tokenizer, rows), categories, usage, n_features=2
+    )
     assert first.features == (2, 5)
 
 
@@ -98,11 +103,13 @@ def test_the_control_zeroes_steered_features_of_no_category(
         return ablate_features(model, features)
 
     tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer)
+    usage = compute_usage(Session(model, tokenizer, rows))
     monkeypatch.setattr(ablation, "ablate_features", record)
     categories = {"style": [2, 5, 7], "honesty": [1, 4]}
-    trained = score_preferences(model, rows, tokenizer)
-    ablate_categories(model, rows, tokenizer, categories, usage, n_random=4, trained=trained)
+    trained = score_preferences(Session(model, tokenizer, rows))
+    measure_categories(
+        Session(model, tokenizer, rows), categories, usage, n_random=4, trained=trained
+    )
     steered = {use.feature for use in usage.features}
     style, honesty = zeroed.index((2, 5, 7)), zeroed.index((1, 4))
     controls = [*zeroed[style + 1 : style + 5], *zeroed[honesty + 1 : honesty + 5]]
@@ -115,21 +122,25 @@ def test_the_control_zeroes_steered_features_of_no_category(
 
 def test_ablation_refuses_sizes_it_cannot_match(model: PeftModel, rows: Rows) -> None:
     tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer)
+    usage = compute_usage(Session(model, tokenizer, rows))
     with pytest.raises(ValueError, match="at least one category"):
-        ablate_categories(model, rows, tokenizer, {}, usage)
+        measure_categories(Session(model, tokenizer, rows), {}, usage)
     with pytest.raises(ValueError, match=r"each with 2 features.*'honesty': 1"):
-        ablate_categories(
-            model, rows, tokenizer, {"style": [1, 2], "honesty": [3]}, usage, n_features=2
+        measure_categories(
+            Session(model, tokenizer, rows), {"style": [1, 2], "honesty": [3]}, usage, n_features=2
         )
 
 
 def test_effects_of_a_category_are_paired_differences(model: PeftModel, rows: Rows) -> None:
     tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer)
-    trained = score_preferences(model, rows, tokenizer)
-    [ablation] = ablate_categories(
-        model, rows, tokenizer, {"style": [2, 5, 7, 11]}, usage, trained=trained, n_random=3, seed=4
+    usage = compute_usage(Session(model, tokenizer, rows))
+    trained = score_preferences(Session(model, tokenizer, rows))
+    [ablation] = measure_categories(
+        Session(model, tokenizer, rows, seed=4),
+        {"style": [2, 5, 7, 11]},
+        usage,
+        trained=trained,
+        n_random=3,
     )
 
     def mean_difference(mine: Sequence[float], others: Sequence[float]) -> float:
@@ -157,8 +168,8 @@ def test_effects_of_a_category_are_paired_differences(model: PeftModel, rows: Ro
     lengths = [(s.shortest, s.longest) for s in ablation.strata]
     assert lengths == sorted(lengths)
     assert all(a[1] < b[0] for a, b in pairwise(lengths))
-    [alone] = ablate_categories(
-        model, rows, tokenizer, {"style": [2]}, usage, trained=trained, n_random=0
+    [alone] = measure_categories(
+        Session(model, tokenizer, rows), {"style": [2]}, usage, trained=trained, n_random=0
     )
     assert alone.excess_count is None
     assert alone.excess_mass is None
@@ -179,13 +190,13 @@ def test_controls_of_equal_mass(
 
     monkeypatch.setattr(module, "ablate_features", record)
     tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer)
+    usage = compute_usage(Session(model, tokenizer, rows))
     masses = {use.feature: use.mean_abs_steering / usage.l1 for use in usage.features}
-    trained = score_preferences(model, rows, tokenizer)
+    trained = score_preferences(Session(model, tokenizer, rows))
     small, large = list(masses)[:2], list(masses)[2:-2]
     assert sum(masses[i] for i in large) > 0.5
     options: dict[str, Any] = {"trained": trained, "n_random": 3}
-    [first] = ablate_categories(model, rows, tokenizer, {"a": small}, usage, **options)
+    [first] = measure_categories(Session(model, tokenizer, rows), {"a": small}, usage, **options)
     draws = zeroed[-3:]
     assert len(set(draws)) == 3
     assert not set(small) & set().union(*draws)
@@ -193,17 +204,19 @@ def test_controls_of_equal_mass(
         assert reached == pytest.approx(sum(masses[i] for i in draw))
         assert reached == pytest.approx(first.mass, rel=0.1)
     # What is left cannot weigh as much: all of it is zeroed, once, and it says how much that is.
-    [second] = ablate_categories(model, rows, tokenizer, {"b": large}, usage, **options)
+    [second] = measure_categories(Session(model, tokenizer, rows), {"b": large}, usage, **options)
     rest = set(masses) - set(large)
     assert set(zeroed[-1]) == rest
     assert second.random_masses == pytest.approx((sum(masses[i] for i in rest),))
     assert second.random_masses[0] < 0.5 * second.mass
     with ablate_features(model, rest):
-        assert second.same_mass == (score_preferences(model, rows, tokenizer),)
+        assert second.same_mass == (score_preferences(Session(model, tokenizer, rows)),)
     # A category that is never steered weighs nothing, and so does its control.
     never = sorted(set(range(helpers.D_SAE)) - set(masses))
     silent = (
-        ablate_categories(model, rows, tokenizer, {"c": never}, usage, **options) if never else ()
+        measure_categories(Session(model, tokenizer, rows), {"c": never}, usage, **options)
+        if never
+        else ()
     )
     for ablation in silent:
         assert ablation.mass == 0.0
@@ -228,11 +241,11 @@ def test_draws_come_near_the_mass_and_differ() -> None:
 
 def test_ablation_needs_the_use_on_chosen_answers(model: PeftModel, rows: Rows) -> None:
     tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer, segment="prompt")
+    usage = compute_usage(Session(model, tokenizer, rows), segment="prompt")
     with pytest.raises(ValueError, match="got 'prompt'"):
-        ablate_categories(model, rows, tokenizer, {"a": [1]}, usage)
+        measure_categories(Session(model, tokenizer, rows), {"a": [1]}, usage)
     with pytest.raises(ValueError, match="got 'prompt'"):
-        compare_static_dynamic(model, rows, tokenizer, usage)
+        compare_static_dynamic(Session(model, tokenizer, rows), usage)
 
 
 @contextmanager
@@ -264,12 +277,13 @@ def test_estimates_are_the_slopes_of_the_loss(rows: Rows) -> None:
     with torch.no_grad():
         for mine, theirs in zip(double.parameters(), sae.parameters(), strict=True):
             mine.copy_(theirs)
-    estimates, n = estimate_ablations(model, rows, tokenizer, beta=3.0, gamma=1.0, batch_size=3)
-    assert n == len(rows)
+    estimates = estimate_features(
+        Session(model, tokenizer, rows, beta=3.0, gamma=1.0, batch_size=3)
+    )
 
     def loss(scale: Tensor) -> float:
         with scaled_update(model, double, scale):
-            return score_preferences(model, rows, tokenizer, beta=3.0, gamma=1.0).loss
+            return score_preferences(Session(model, tokenizer, rows, beta=3.0, gamma=1.0)).loss
 
     ones = torch.ones(helpers.D_SAE, dtype=torch.float64)
     step = 1e-4
@@ -285,7 +299,7 @@ def test_estimates_are_the_slopes_of_the_loss(rows: Rows) -> None:
 def test_estimates_without_the_clamp_are_gradient_times_v(rows: Rows) -> None:
     tokenizer = helpers.tiny_tokenizer()
     model = helpers.fsrl_model(helpers.tiny_model("gpt2"), non_negative=False).double()
-    estimates, _ = estimate_ablations(model, rows, tokenizer)
+    estimates = estimate_features(Session(model, tokenizer, rows))
 
     def loss(feature: int, factor: float) -> float:
         def scale(v: Tensor, sae: Any) -> Tensor:
@@ -294,7 +308,7 @@ def test_estimates_without_the_clamp_are_gradient_times_v(rows: Rows) -> None:
             )
 
         with edit_steering(model, scale):
-            return score_preferences(model, rows, tokenizer).loss
+            return score_preferences(Session(model, tokenizer, rows)).loss
 
     for feature in (0, 7, 19):
         slope = (loss(feature, 1 - 1e-4) - loss(feature, 1 + 1e-4)) / 2e-4
@@ -305,20 +319,20 @@ def test_single_features_are_measured_where_the_estimate_is_largest(
     model: PeftModel, rows: Rows
 ) -> None:
     tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer, labels={3: "style"})
-    trained = score_preferences(model, rows, tokenizer)
-    record = ablate_single_features(
-        model, rows, tokenizer, usage, n_features=5, n_listed=8, batch_size=3
+    usage = compute_usage(Session(model, tokenizer, rows), labels={3: "style"})
+    trained = score_preferences(Session(model, tokenizer, rows))
+    record = measure_features(
+        Session(model, tokenizer, rows, batch_size=3), usage, n_features=5, n_listed=8
     )
     assert FeatureAblations.from_json(record.to_json()) == record
     assert record.n_pairs == len(rows)
-    estimates, _ = estimate_ablations(model, rows, tokenizer)
+    estimates = estimate_features(Session(model, tokenizer, rows))
     used = sorted((use.feature for use in usage.features), key=lambda i: -float(estimates[i]))
     assert [each.feature for each in record.features] == used[:8]
     for each in record.features[:5]:
         assert each.first_order == pytest.approx(float(estimates[each.feature]), abs=1e-6)
         with ablate_features(model, [each.feature]):
-            scores = score_preferences(model, rows, tokenizer)
+            scores = score_preferences(Session(model, tokenizer, rows))
         assert each.rise is not None
         assert each.rise.value == pytest.approx(scores.loss - trained.loss, abs=1e-6)
         assert each.rise.low <= each.rise.value <= each.rise.high
@@ -329,19 +343,17 @@ def test_single_features_are_measured_where_the_estimate_is_largest(
     assert record.slope == pytest.approx(
         sum(x * y for x, y in pairs) / sum(x * x for x, _ in pairs)
     )
-    estimated = ablate_single_features(
-        model, rows, tokenizer, usage, n_features=5, n_listed=8, measure=False
-    )
+    estimated = measure_features(Session(model, tokenizer, rows), usage, n_features=0, n_listed=8)
     assert [each.feature for each in estimated.features] == used[:8]
     assert (estimated.rank_correlation, estimated.slope) == (None, None)
     with pytest.raises(ValueError, match="at least one preference pair"):
-        ablate_single_features(model, [], tokenizer, usage)
+        measure_features(Session(model, tokenizer, []), usage)
 
 
 def test_estimating_leaves_the_model_as_it_was(model: PeftModel, rows: Rows) -> None:
     model.train()
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    estimate_ablations(model, rows, helpers.tiny_tokenizer())
+    estimate_features(Session(model, helpers.tiny_tokenizer(), rows))
     assert model.training
     assert before == {name: p.requires_grad for name, p in model.named_parameters()}
     assert all(p.grad is None for p in model.parameters())
@@ -364,12 +376,16 @@ def features_per_token(model: PeftModel, rows: Rows, tokenizer: Any) -> float:
 
 def test_limited_steering(model: PeftModel, rows: Rows) -> None:
     tokenizer = helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer)
+    usage = compute_usage(Session(model, tokenizer, rows))
     shares = (0.01, 0.04, 0.2, 0.9)
-    record = compare_static_dynamic(model, rows, tokenizer, usage, shares=shares, batch_size=3)
+    record = compare_static_dynamic(
+        Session(model, tokenizer, rows, batch_size=3), usage, shares=shares
+    )
     assert StaticDynamic.from_json(record.to_json()) == record
     with scale_steering(model, 0.0):
-        assert record.base_loss == pytest.approx(score_preferences(model, rows, tokenizer).loss)
+        assert record.base_loss == pytest.approx(
+            score_preferences(Session(model, tokenizer, rows)).loss
+        )
     assert record.d_sae == helpers.D_SAE
     assert [level.n_features for level in record.dynamic] == [1, 1, 5, 22]
     by_mass = [use.feature for use in usage.features]
@@ -382,7 +398,7 @@ def test_limited_steering(model: PeftModel, rows: Rows) -> None:
         assert [level.share for level in levels] == list(shares)
         for level in levels:
             with limit(level.n_features):
-                scores = score_preferences(model, rows, tokenizer)
+                scores = score_preferences(Session(model, tokenizer, rows))
                 assert level.l0 == pytest.approx(features_per_token(model, rows, tokenizer))
             assert level.loss.value == pytest.approx(scores.loss, abs=1e-5)
             assert level.loss.low <= level.loss.value <= level.loss.high
@@ -390,11 +406,11 @@ def test_limited_steering(model: PeftModel, rows: Rows) -> None:
             assert level.margin.value == pytest.approx(scores.margin, abs=1e-5)
     assert record.learned.l0 == pytest.approx(features_per_token(model, rows, tokenizer))
     assert record.learned.n_features == len(usage.features)
-    trained = score_preferences(model, rows, tokenizer)
+    trained = score_preferences(Session(model, tokenizer, rows))
     assert record.learned.loss.value == pytest.approx(trained.loss, abs=1e-5)
     for wrong in ((), (0.0,), (1.5,)):
         with pytest.raises(ValueError, match="shares above 0"):
-            compare_static_dynamic(model, rows, tokenizer, usage, shares=wrong)
+            compare_static_dynamic(Session(model, tokenizer, rows), usage, shares=wrong)
 
 
 def test_pairs_of_similar_length() -> None:

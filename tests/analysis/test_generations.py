@@ -14,6 +14,7 @@ import helpers
 from peft_fsrl.analysis import (
     Coherence,
     Generation,
+    Session,
     VariantCoherence,
     compare_coherence,
     compare_generations,
@@ -63,7 +64,7 @@ def test_tokens_and_features_equal_the_formula(family: str) -> None:
     model = helpers.fsrl_model(decided(family))
     layer, sae = helpers.only_layer(model), helpers.tiny_sae()
     found = compare_generations(
-        model, PROMPTS, helpers.tiny_tokenizer(), max_new_tokens=8, seed=5, n_features=4
+        Session(model, helpers.tiny_tokenizer(), seed=5), PROMPTS, max_new_tokens=8, n_features=4
     )
     plain, strongest = decided(family), set()
     for number, (generation, prompt) in enumerate(zip(found, PROMPTS, strict=True)):
@@ -95,8 +96,9 @@ def test_tokens_and_features_equal_the_formula(family: str) -> None:
 
 def test_variants_are_what_their_names_say(model: PeftModel) -> None:
     tokenizer = helpers.tiny_tokenizer()
-    settings = {"max_new_tokens": 12, "seed": 3, "n_features": helpers.D_SAE}
-    [found] = compare_generations(model, PROMPTS[:1], tokenizer, without=CATEGORIES, **settings)
+    settings: Any = {"max_new_tokens": 12, "n_features": helpers.D_SAE}
+    session = Session(model, tokenizer, seed=3)
+    [found] = compare_generations(session, PROMPTS[:1], without=CATEGORIES, **settings)
     assert [each.name for each in found.continuations] == [
         "base",
         "trained",
@@ -105,7 +107,7 @@ def test_variants_are_what_their_names_say(model: PeftModel) -> None:
     ]
     for name, features in CATEGORIES.items():
         with ablate_features(model, features):
-            [ablated] = compare_generations(model, PROMPTS[:1], tokenizer, **settings)
+            [ablated] = compare_generations(session, PROMPTS[:1], **settings)
         [answer] = [each for each in found.continuations if each.name == f"without {name}"]
         assert answer.tokens == ablated.continuations[1].tokens
         steered = {each.feature for token in answer.tokens for each in token.steered}
@@ -123,16 +125,25 @@ def test_same_seed_same_texts_and_nothing_is_disturbed(model: PeftModel) -> None
     tokenizer = helpers.tiny_tokenizer()
     model.train()
     before = torch.random.get_rng_state()
-    first = compare_generations(model, PROMPTS, tokenizer, max_new_tokens=8, seed=5)
+    first = compare_generations(Session(model, tokenizer, seed=5), PROMPTS, max_new_tokens=8)
     assert torch.equal(before, torch.random.get_rng_state())
     assert model.training
     assert not helpers.only_layer(model).observers
     assert not helpers.only_layer(model).edits
-    assert compare_generations(model, PROMPTS, tokenizer, max_new_tokens=8, seed=5) == first
-    assert compare_generations(model, PROMPTS[1:], tokenizer, max_new_tokens=8, seed=6) == first[1:]
-    assert compare_generations(model, PROMPTS, tokenizer, max_new_tokens=8, seed=6) != first
+    assert (
+        compare_generations(Session(model, tokenizer, seed=5), PROMPTS, max_new_tokens=8) == first
+    )
+    assert (
+        compare_generations(Session(model, tokenizer, seed=6), PROMPTS[1:], max_new_tokens=8)
+        == first[1:]
+    )
+    assert (
+        compare_generations(Session(model, tokenizer, seed=6), PROMPTS, max_new_tokens=8) != first
+    )
     with scale_steering(model, 0.0):
-        unsteered = compare_generations(model, PROMPTS, tokenizer, max_new_tokens=8, seed=5)
+        unsteered = compare_generations(
+            Session(model, tokenizer, seed=5), PROMPTS, max_new_tokens=8
+        )
     assert [each.text("trained") for each in unsteered] == [each.text("base") for each in first]
 
 
@@ -140,8 +151,8 @@ def test_greedy_answers_ignore_the_seed_and_the_models_own_settings(model: PeftM
     tokenizer = helpers.tiny_tokenizer()
     model.generation_config.num_beams = 3
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
-    first = compare_generations(model, ["w3"], tokenizer, seed=1, **settings)
-    assert compare_generations(model, ["w3"], tokenizer, seed=2, **settings) == first
+    first = compare_generations(Session(model, tokenizer, seed=1), ["w3"], **settings)
+    assert compare_generations(Session(model, tokenizer, seed=2), ["w3"], **settings) == first
     ids = [1, 3]
     for _ in range(6):
         with torch.no_grad():
@@ -151,7 +162,9 @@ def test_greedy_answers_ignore_the_seed_and_the_models_own_settings(model: PeftM
 
 def test_an_answer_that_ends_at_once_has_no_tokens(model: PeftModel) -> None:
     model.generation_config.eos_token_id = list(range(helpers.VOCABULARY))
-    [found] = compare_generations(model, ["w3"], helpers.tiny_tokenizer(), without={"style": [2]})
+    [found] = compare_generations(
+        Session(model, helpers.tiny_tokenizer()), ["w3"], without={"style": [2]}
+    )
     for answer in found.continuations:
         assert (answer.text, answer.tokens, answer.n_tokens) == ("", (), 0)
     assert "(nothing)" in render_generations([found])
@@ -160,7 +173,9 @@ def test_an_answer_that_ends_at_once_has_no_tokens(model: PeftModel) -> None:
 
 def test_an_end_later_on_is_no_token_of_the_answer(model: PeftModel) -> None:
     model.generation_config.eos_token_id = list(range(20))
-    found = compare_generations(model, PROMPTS, helpers.tiny_tokenizer(), max_new_tokens=20)
+    found = compare_generations(
+        Session(model, helpers.tiny_tokenizer()), PROMPTS, max_new_tokens=20
+    )
     lengths = [answer.n_tokens for each in found for answer in each.continuations]
     assert 0 < max(lengths) < 20, "the test needs answers that end"
     for each in found:
@@ -171,23 +186,27 @@ def test_an_end_later_on_is_no_token_of_the_answer(model: PeftModel) -> None:
 
 def test_no_prompt_and_a_prompt_of_nothing(model: PeftModel) -> None:
     tokenizer = helpers.tiny_tokenizer()
-    assert compare_generations(model, [], tokenizer) == ()
-    assert compare_generations(model, [""], tokenizer, max_new_tokens=2)[0].prompt == ""
+    assert compare_generations(Session(model, tokenizer), []) == ()
+    assert compare_generations(Session(model, tokenizer), [""], max_new_tokens=2)[0].prompt == ""
     tokenizer.bos_token = None
     with pytest.raises(ValueError, match="The prompt '' has no tokens, and no BOS"):
-        compare_generations(model, [""], tokenizer)
+        compare_generations(Session(model, tokenizer), [""])
 
 
 def test_a_disabled_adapter_steers_no_token(model: PeftModel) -> None:
     with model.disable_adapter():
-        [found] = compare_generations(model, ["w3"], helpers.tiny_tokenizer(), max_new_tokens=4)
+        [found] = compare_generations(
+            Session(model, helpers.tiny_tokenizer()), ["w3"], max_new_tokens=4
+        )
     assert found.text("base") == found.text("trained")
     assert [token.n_steered for token in found.continuations[1].tokens] == [0] * 4
 
 
 def test_features_keep_their_names_in_a_restricted_adapter() -> None:
     model = helpers.fsrl_model(decided(), features=[3, 9, 17])
-    [found] = compare_generations(model, ["w3"], helpers.tiny_tokenizer(), max_new_tokens=12)
+    [found] = compare_generations(
+        Session(model, helpers.tiny_tokenizer()), ["w3"], max_new_tokens=12
+    )
     steered = {each.feature for token in found.continuations[1].tokens for each in token.steered}
     assert steered
     assert steered <= {3, 9, 17}
@@ -199,19 +218,21 @@ def test_one_of_several_layers_has_to_be_named() -> None:
     tokenizer = helpers.tiny_tokenizer()
     names = ["model.layers.0", "model.layers.2"]
     with pytest.raises(ValueError, match=r"Expected one FSRL layer.*layers\.2.*`layer_name`"):
-        compare_generations(model, ["w3"], tokenizer)
+        compare_generations(Session(model, tokenizer), ["w3"])
     with pytest.raises(ValueError, match=r"No FSRL adapter wraps 'layers\.2'"):
-        compare_generations(model, ["w3"], tokenizer, layer_name="layers.2")
+        compare_generations(Session(model, tokenizer), ["w3"], layer_name="layers.2")
     found = [
         compare_generations(
-            model, ["w3"], tokenizer, max_new_tokens=6, without=CATEGORIES, layer_name=name
+            Session(model, tokenizer), ["w3"], max_new_tokens=6, without=CATEGORIES, layer_name=name
         )[0]
         for name in names
     ]
     assert found[0].text("trained") == found[1].text("trained")
     assert found[0].continuations[1].tokens != found[1].continuations[1].tokens
     with ablate_features(model, CATEGORIES["style"], names[0]):
-        [one] = compare_generations(model, ["w3"], tokenizer, max_new_tokens=6, layer_name=names[0])
+        [one] = compare_generations(
+            Session(model, tokenizer), ["w3"], max_new_tokens=6, layer_name=names[0]
+        )
     assert one.continuations[1].tokens == found[0].continuations[2].tokens
 
 
@@ -223,14 +244,16 @@ def test_mistakes_are_found_before_anything_is_sampled(
 
     monkeypatch.setattr(type(model), "generate", never)
     with pytest.raises(IndexError, match="24"):
-        compare_generations(model, ["w3"], helpers.tiny_tokenizer(), without={"style": [24]})
+        compare_generations(
+            Session(model, helpers.tiny_tokenizer()), ["w3"], without={"style": [24]}
+        )
 
 
 def test_decoding_of_several_tokens_a_pass_is_refused(model: PeftModel) -> None:
     model.generation_config.prompt_lookup_num_tokens = 3
     with pytest.raises(ValueError, match=r"give one token each.*prompt lookup"):
         compare_generations(
-            model, ["w3 w4 w3 w4 w3 w4"], helpers.tiny_tokenizer(), max_new_tokens=8
+            Session(model, helpers.tiny_tokenizer()), ["w3 w4 w3 w4 w3 w4"], max_new_tokens=8
         )
 
 
@@ -289,7 +312,7 @@ def test_coherence_of_every_variant(model: PeftModel) -> None:
 
 def test_text_for_a_terminal(model: PeftModel) -> None:
     found = compare_generations(
-        model, PROMPTS, helpers.tiny_tokenizer(), without=CATEGORIES, max_new_tokens=40
+        Session(model, helpers.tiny_tokenizer()), PROMPTS, without=CATEGORIES, max_new_tokens=40
     )
     text = render_generations(found)
     assert max(map(len, text.splitlines())) < 100

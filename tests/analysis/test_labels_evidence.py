@@ -219,7 +219,7 @@ def test_the_tokens_of_a_chat_template_do_not_count() -> None:
     assert {len(evidence.promoted), len(evidence.suppressed)} == {40 - len(SPECIAL)}
     # Three tokens count, however many marks stand between them.
     assert evidence.density in {0, 1 / 3, 2 / 3, 1}
-    usage = count_features(session.model, marked, tokenizer, segments=["prompt_chosen"])
+    usage = count_features(Session(session.model, tokenizer, marked), segments=["prompt_chosen"])
     assert usage["prompt_chosen"].n_tokens == 3
 
 
@@ -258,7 +258,7 @@ def test_what_is_trained_beside_the_adapter() -> None:
 
 def test_a_disabled_adapter_sees_nothing() -> None:
     model = fsrl_model()
-    with model.disable_adapter(), pytest.raises(ValueError, match="No adapter was at work"):
+    with model.disable_adapter(), pytest.raises(ValueError, match="None of the adapters"):
         collect_evidence(session(model), [1])
 
 

@@ -20,6 +20,7 @@ from peft_fsrl.analysis import (
     Interval,
     PreferenceScores,
     RankFrequency,
+    Session,
     StaticDynamic,
     SteeringLevel,
     Summary,
@@ -63,7 +64,7 @@ def test_curves_of_a_real_trainer(tmp_path: Path) -> None:
 
     rows = helpers.tiny_preferences(4)
     model = helpers.fsrl_model(l1_coeff=2.0)
-    before = score_preferences(model, rows.to_list(), helpers.tiny_tokenizer())
+    before = score_preferences(Session(model, helpers.tiny_tokenizer(), rows.to_list()))
     args = CPOConfig(
         str(tmp_path),
         loss_type="simpo",

@@ -16,7 +16,7 @@ from sae_lens import SAE
 from torch import Tensor, nn
 
 from helpers import FAMILIES, LAYERS, tiny_model, tiny_preferences, tiny_sae, tiny_tokenizer
-from peft_fsrl.analysis import LayerEffect, rank_layers
+from peft_fsrl.analysis import LayerEffect, Session, rank_layers
 
 BETA, GAMMA = 4.0, 1.3
 PAIRS = 3
@@ -73,13 +73,16 @@ def mean_loss(model: nn.Module, rows: Dataset) -> Tensor:
 
 def ranked(model: nn.Module, saes: dict[int, Any], **settings: Any) -> dict[int, LayerEffect]:
     found = rank_layers(
-        model,
-        tiny_preferences(PAIRS),
-        tiny_tokenizer(),
+        Session(
+            model,
+            tiny_tokenizer(),
+            tiny_preferences(PAIRS),
+            beta=BETA,
+            gamma=GAMMA,
+            **{"batch_size": 2, **settings},
+        ),
         saes,
-        beta=BETA,
-        gamma=GAMMA,
-        **{"batch_size": 2, "n_features": 24, **settings},
+        n_features=24,
     )
     return {effect.layer: effect for effect in found}
 
@@ -113,7 +116,9 @@ def test_slopes_are_finite_differences(architecture: str, normalisation: str) ->
 def test_errors_are_the_spread_over_pairs() -> None:
     model, saes = tiny_model().double(), {1: sae_of(1)}
     alone = [
-        rank_layers(model, [row], tiny_tokenizer(), saes, beta=BETA, gamma=GAMMA, n_features=24)[0]
+        rank_layers(
+            Session(model, tiny_tokenizer(), [row], beta=BETA, gamma=GAMMA), saes, n_features=24
+        )[0]
         for row in tiny_preferences(PAIRS)
     ]
     for feature, slope, error in map(astuple, ranked(model, saes)[1].features):
@@ -154,7 +159,9 @@ def test_batching_and_streaming_change_nothing() -> None:
         assert together[layer].per_token == pytest.approx(single[layer].per_token, rel=1e-9)
     stream = tiny_preferences(PAIRS).to_iterable_dataset()
     found = rank_layers(
-        model, stream, tiny_tokenizer(), saes, beta=BETA, gamma=GAMMA, batch_size=3, n_features=24
+        Session(model, tiny_tokenizer(), stream, beta=BETA, gamma=GAMMA, batch_size=3),
+        saes,
+        n_features=24,
     )
     assert {effect.layer: effect for effect in found} == together
     assert found[0].per_token > found[1].per_token
@@ -168,9 +175,7 @@ def test_every_family(family: str) -> None:
     before = [parameter.requires_grad for parameter in model.parameters()]
     model.train()
     found = rank_layers(
-        model,
-        tiny_preferences(2),
-        tiny_tokenizer(),
+        Session(model, tiny_tokenizer(), tiny_preferences(2)),
         {
             layer: tiny_sae(metadata={"hook_name": f"blocks.{layer}.hook_resid_post"})
             for layer in range(LAYERS)
@@ -187,8 +192,8 @@ def test_every_family(family: str) -> None:
 def test_bad_input() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     with pytest.raises(ValueError, match="at least one preference pair"):
-        rank_layers(model, [], tokenizer, {1: tiny_sae()})
+        rank_layers(Session(model, tokenizer, []), {1: tiny_sae()})
     with pytest.raises(ValueError, match="Layer 9 does not exist"):
-        rank_layers(model, tiny_preferences(2), tokenizer, {9: tiny_sae()})
+        rank_layers(Session(model, tokenizer, tiny_preferences(2)), {9: tiny_sae()})
     with pytest.raises(ValueError, match=r"width 8.*hidden size 16"):
-        rank_layers(model, tiny_preferences(2), tokenizer, {1: tiny_sae(d_in=8)})
+        rank_layers(Session(model, tokenizer, tiny_preferences(2)), {1: tiny_sae(d_in=8)})

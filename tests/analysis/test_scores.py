@@ -14,6 +14,7 @@ import helpers
 from peft_fsrl.analysis import (
     Ablation,
     PreferenceScores,
+    Session,
     Summary,
     compare_generations,
     compute_summary,
@@ -58,7 +59,7 @@ def naive_reward(model: PeftModel, prompt: str, answer: str) -> float:
 
 def test_scores_equal_the_loss_written_out(model: PeftModel, rows: list[dict[str, str]]) -> None:
     scores = score_preferences(
-        model, rows, helpers.tiny_tokenizer(), beta=3.0, gamma=1.2, batch_size=2
+        Session(model, helpers.tiny_tokenizer(), rows, beta=3.0, gamma=1.2, batch_size=2)
     )
     margins, losses = [], []
     for row in rows:
@@ -102,7 +103,7 @@ def test_scores_equal_the_trainers_evaluation(tmp_path: Path, rows: list[dict[st
         processing_class=helpers.tiny_tokenizer(),
     )
     metrics = trainer.evaluate()
-    scores = score_preferences(model, rows, helpers.tiny_tokenizer())
+    scores = score_preferences(Session(model, helpers.tiny_tokenizer(), rows))
     assert scores.loss == pytest.approx(metrics["eval_loss"], rel=1e-5)
     assert scores.accuracy == pytest.approx(metrics["eval_rewards/accuracies"])
     assert scores.margin == pytest.approx(metrics["eval_rewards/margins"], rel=1e-4)
@@ -110,7 +111,7 @@ def test_scores_equal_the_trainers_evaluation(tmp_path: Path, rows: list[dict[st
 
 def test_scoring_restores_the_training_mode(model: PeftModel, rows: list[dict[str, str]]) -> None:
     model.train()
-    score_preferences(model, rows, helpers.tiny_tokenizer())
+    score_preferences(Session(model, helpers.tiny_tokenizer(), rows))
     assert model.training
     assert torch.is_grad_enabled()
 
@@ -118,15 +119,12 @@ def test_scoring_restores_the_training_mode(model: PeftModel, rows: list[dict[st
 def test_scoring_refuses_what_it_cannot_score(model: PeftModel) -> None:
     tokenizer = helpers.tiny_tokenizer()
     with pytest.raises(ValueError, match="at least one preference pair"):
-        score_preferences(model, [], tokenizer)
-    messages = [{"role": "user", "content": "w3"}]
-    with pytest.raises(TypeError, match="apply_chat_template"):
-        score_preferences(
-            model, [{"prompt": messages, "chosen": " w4", "rejected": " w5"}], tokenizer
-        )
+        score_preferences(Session(model, tokenizer, []))
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="rejected answer to the prompt 'w3' has no tokens"):
-        score_preferences(model, [{"prompt": "w3", "chosen": " w4", "rejected": ""}], tokenizer)
+        score_preferences(
+            Session(model, tokenizer, [{"prompt": "w3", "chosen": " w4", "rejected": ""}])
+        )
 
 
 def test_tokenize_marks_the_prompt_and_adds_what_is_missing() -> None:
@@ -145,27 +143,28 @@ def test_pad() -> None:
 def test_generations_compare_base_and_trained(model: PeftModel) -> None:
     tokenizer = helpers.tiny_tokenizer()
     before = torch.random.get_rng_state()
-    [first] = compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5)
+    [first] = compare_generations(Session(model, tokenizer, seed=5), ["w3 w4"], max_new_tokens=8)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5) == (first,)
+    assert compare_generations(Session(model, tokenizer, seed=5), ["w3 w4"], max_new_tokens=8) == (
+        first,
+    )
     with scale_steering(model, 0.0):
-        [unsteered] = compare_generations(model, ["w3 w4"], tokenizer, max_new_tokens=8, seed=5)
+        [unsteered] = compare_generations(
+            Session(model, tokenizer, seed=5), ["w3 w4"], max_new_tokens=8
+        )
     assert unsteered.text("trained") == unsteered.text("base") == first.text("base")
 
 
 def test_summary_round_trip_and_text(model: PeftModel, rows: list[dict[str, str]]) -> None:
     summary = compute_summary(
-        model,
-        Dataset.from_list(rows),
-        helpers.tiny_tokenizer(),
+        Session(model, helpers.tiny_tokenizer(), Dataset.from_list(rows)),
         labels={3: "style"},
         categories={"style": [3, 4], "honesty": [5, 6]},
         n_generations=1,
-        show_progress=False,
     )
     assert Summary.from_json(summary.to_json()) == summary
     with model.disable_adapter():
-        base = score_preferences(model, rows, helpers.tiny_tokenizer())
+        base = score_preferences(Session(model, helpers.tiny_tokenizer(), rows))
     assert summary.base == base
     text = render_summary(summary, n_features=3)
     for expected in (f"{base.loss:.3f}", f"{summary.trained.loss:.3f}", "style", "honesty"):

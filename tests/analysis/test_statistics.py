@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from peft_fsrl.analysis import statistics
-from peft_fsrl.analysis.records import Interval
+from peft_fsrl.records import Interval
 
 
 def test_a_large_sample_has_the_normal_interval() -> None:

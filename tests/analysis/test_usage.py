@@ -17,6 +17,7 @@ import helpers
 from peft_fsrl.analysis import (
     FeatureUse,
     Interval,
+    Session,
     Usage,
     composition_of,
     compute_compositions,
@@ -25,11 +26,12 @@ from peft_fsrl.analysis import (
     compute_usages,
     count_features,
     segments,
+    session,
     statistics,
 )
-from peft_fsrl.analysis.segments import SEGMENTS, special_ids
+from peft_fsrl.analysis.segments import SEGMENTS
 from peft_fsrl.steering import observe, scale_steering
-from peft_fsrl.training.tokens import tokenize
+from peft_fsrl.training.tokens import special_ids, tokenize
 
 Rows = list[dict[str, str]]
 
@@ -84,7 +86,9 @@ def test_segments_equal_a_loop_over_tokens(rows: Rows, architecture: str, batch_
     sae = helpers.tiny_sae(architecture)
     model = helpers.fsrl_model(sae=sae)
     usages = compute_usages(
-        model, rows, tokenizer, segments=SEGMENTS, labels={3: "style"}, batch_size=batch_size
+        Session(model, tokenizer, rows, batch_size=batch_size),
+        segments=SEGMENTS,
+        labels={3: "style"},
     )
     assert [usage.segment for usage in usages] == list(SEGMENTS)
     for usage in usages:
@@ -120,14 +124,14 @@ def test_segments_equal_a_loop_over_tokens(rows: Rows, architecture: str, batch_
 
 def test_padding_never_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the id that pads is an ordinary token's."""
-    monkeypatch.setattr(segments, "special_ids", lambda tokenizer: [1, 2])
+    monkeypatch.setattr(session, "special_ids", lambda tokenizer: [1, 2])
     model, tokenizer = helpers.fsrl_model(), helpers.tiny_tokenizer()
     texts = [
         {"prompt": "w9", "chosen": " w10"},
         {"prompt": "w9", "chosen": " w10 w11 w12 w13 w14 w15"},
     ]
     usages = [
-        compute_usage(model, texts, tokenizer, segment="prompt_chosen", batch_size=size)
+        compute_usage(Session(model, tokenizer, texts, batch_size=size), segment="prompt_chosen")
         for size in (1, 2)
     ]
     assert [usage.n_tokens for usage in usages] == [9, 9]
@@ -145,11 +149,11 @@ def test_encoding_goes_in_pieces(rows: Rows, monkeypatch: pytest.MonkeyPatch) ->
         return encode(self, x)
 
     monkeypatch.setattr(sae, "encode", measured)
-    whole = compute_usages(model, rows, tokenizer, segments=SEGMENTS)
+    whole = compute_usages(Session(model, tokenizer, rows), segments=SEGMENTS)
     assert max(sizes) > 2
     sizes.clear()
     monkeypatch.setattr(segments, "_CHUNK", 2)
-    pieces = compute_usages(model, rows, tokenizer, segments=SEGMENTS)
+    pieces = compute_usages(Session(model, tokenizer, rows), segments=SEGMENTS)
     assert max(sizes) == 2
     for one, other in zip(whole, pieces, strict=True):
         assert one.l1 == pytest.approx(other.l1)
@@ -160,9 +164,9 @@ def test_encoding_goes_in_pieces(rows: Rows, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_one_segment_needs_only_its_column(rows: Rows) -> None:
     model, tokenizer = helpers.fsrl_model(), helpers.tiny_tokenizer()
-    expected = compute_usages(model, rows, tokenizer, segments=("prompt", "rejected"))[1]
+    expected = compute_usages(Session(model, tokenizer, rows), segments=("prompt", "rejected"))[1]
     half = [{"prompt": row["prompt"], "rejected": row["rejected"]} for row in rows]
-    usage = compute_usage(model, half, tokenizer, segment="rejected")
+    usage = compute_usage(Session(model, tokenizer, half), segment="rejected")
     assert usage.n_tokens == expected.n_tokens
     assert [use.feature for use in usage.features] == [use.feature for use in expected.features]
 
@@ -170,10 +174,10 @@ def test_one_segment_needs_only_its_column(rows: Rows) -> None:
 def test_features_keep_their_names_where_an_adapter_has_only_some(rows: Rows) -> None:
     features = [2, 5, 11, 23]
     model, tokenizer = helpers.fsrl_model(features=features), helpers.tiny_tokenizer()
-    usage = compute_usage(model, rows, tokenizer)
+    usage = compute_usage(Session(model, tokenizer, rows))
     assert {use.feature for use in usage.features} <= set(features)
     assert usage.features
-    counts = count_features(model, rows, tokenizer, segments=("chosen",))["chosen"]
+    counts = count_features(Session(model, tokenizer, rows), segments=("chosen",))["chosen"]
     assert set(counts.steered.nonzero().flatten().tolist()) == {
         use.feature for use in usage.features
     }
@@ -188,24 +192,29 @@ def test_special_tokens_are_found_where_they_are_flagged() -> None:
 def test_what_cannot_be_counted_is_refused(rows: Rows) -> None:
     model, tokenizer = helpers.fsrl_model(), helpers.tiny_tokenizer()
     with pytest.raises(ValueError, match="different segments among"):
-        compute_usage(model, rows, tokenizer, segment="answer")
+        compute_usage(Session(model, tokenizer, rows), segment="answer")
     with pytest.raises(ValueError, match="different segments among"):
-        compute_usages(model, rows, tokenizer, segments=("chosen", "chosen"))
+        compute_usages(Session(model, tokenizer, rows), segments=("chosen", "chosen"))
     for count in (compute_usages, count_features):
-        with pytest.raises(ValueError, match="at least one text"):
-            count(model, [], tokenizer)
+        with pytest.raises(ValueError, match="at least one preference pair"):
+            count(Session(model, tokenizer, []))
     silent = [{"prompt": "w5", "chosen": "", "rejected": " w6"}]
     with pytest.raises(ValueError, match="'chosen' has no token that counts"):
-        compute_usage(model, silent, tokenizer)
+        compute_usage(Session(model, tokenizer, silent))
     with pytest.raises(ValueError, match="'chosen' has no token that counts"):
-        compute_compositions(model, silent * 2, tokenizer, {"a": [1]}, segments=("chosen",))
+        compute_compositions(
+            Session(model, tokenizer, silent * 2), {"a": [1]}, segments=("chosen",)
+        )
     several = helpers.fsrl_model(
         layer=[0, 1], sae={i: helpers.tiny_sae(metadata={}) for i in (0, 1)}
     )
     with pytest.raises(ValueError, match="one FSRL layer"):
-        compute_usage(several, rows, tokenizer)
-    with model.disable_adapter(), pytest.raises(ValueError, match="on which an adapter acts"):
-        compute_usage(model, rows, tokenizer)
+        compute_usage(Session(several, tokenizer, rows))
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match=r"is active on .* outside of `disable_adapter`"),
+    ):
+        compute_usage(Session(model, tokenizer, rows))
 
 
 def usage_of(frequencies: Sequence[float]) -> Usage:
@@ -247,9 +256,9 @@ def test_composition_equals_a_count_by_hand(rows: Rows) -> None:
     categories = {"style": [4, 2, 7, 12, 13, 14], "honesty": [4, 9, 15, 16, 17]}
     names = ("prompt", "prompt_chosen", "rejected")
     records = compute_compositions(
-        model, rows, tokenizer, categories, segments=names, batch_size=2, seed=5
+        Session(model, tokenizer, rows, batch_size=2, seed=5), categories, segments=names
     )
-    counts = count_features(model, rows, tokenizer, segments=names, batch_size=2)
+    counts = count_features(Session(model, tokenizer, rows, batch_size=2), segments=names)
     members = {
         **categories,
         "other": sorted(set(range(helpers.D_SAE)) - {2, 4, 7, 9, *range(12, 18)}),
@@ -290,14 +299,16 @@ def test_composition_equals_a_count_by_hand(rows: Rows) -> None:
 def test_composition_where_nothing_is_steered_or_active(rows: Rows) -> None:
     model, tokenizer = helpers.fsrl_model(), helpers.tiny_tokenizer()
     with scale_steering(model, 0.0):
-        [record] = compute_compositions(model, rows, tokenizer, {"a": [1]}, segments=("chosen",))
+        [record] = compute_compositions(
+            Session(model, tokenizer, rows), {"a": [1]}, segments=("chosen",)
+        )
     for share in record.shares:
         assert (share.steered, share.n_steered) == (0, 0)
         assert share.steered_share == Interval(0.0, 0.0, 1.0)
         assert share.enrichment.value == share.enrichment.low == 0.0
         if share.active:
             assert share.enrichment.high == pytest.approx(1 / share.active_share.value)
-    counts = count_features(model, rows, tokenizer, segments=("chosen",))["chosen"]
+    counts = count_features(Session(model, tokenizer, rows), segments=("chosen",))["chosen"]
     silenced = replace(counts, active=counts.active.index_fill(0, torch.tensor([1]), 0))
     share = composition_of(silenced, {"a": [1]})["a"]
     assert share.active_share == 0.0
@@ -309,13 +320,13 @@ def test_composition_where_nothing_is_steered_or_active(rows: Rows) -> None:
 def test_composition_refuses_what_it_cannot_place(rows: Rows) -> None:
     model, tokenizer = helpers.fsrl_model(), helpers.tiny_tokenizer()
     with pytest.raises(ValueError, match="'other' is kept"):
-        compute_compositions(model, rows, tokenizer, {"other": [1]})
+        compute_compositions(Session(model, tokenizer, rows), {"other": [1]})
     with pytest.raises(IndexError, match="24"):
-        compute_compositions(model, rows, tokenizer, {"a": [24]})
-    counts = count_features(model, rows, tokenizer)
+        compute_compositions(Session(model, tokenizer, rows), {"a": [24]})
+    counts = count_features(Session(model, tokenizer, rows))
     with pytest.raises(IndexError, match="has 0 to 23"):
         composition_of(counts["prompt"], {"a": [24]})
     with pytest.raises(ValueError, match="'other' is kept"):
         composition_of(counts["prompt"], {"other": [1]})
     with pytest.raises(ValueError, match="at least two examples"):
-        compute_compositions(model, rows[:1], tokenizer, {"a": [1]})
+        compute_compositions(Session(model, tokenizer, rows[:1]), {"a": [1]})

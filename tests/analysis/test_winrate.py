@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binomtest
 
 import helpers
-from peft_fsrl.analysis import AnswerPair, WinRate, compute_win_rate, sample_pairs
+from peft_fsrl.analysis import AnswerPair, Session, WinRate, compute_win_rate, sample_pairs
 from peft_fsrl.analysis.winrate import read_verdict
 from peft_fsrl.steering import scale_steering
 
@@ -167,12 +167,13 @@ def test_nothing_to_judge_and_a_judge_that_loses_prompts() -> None:
 def test_pairs_are_sampled_from_the_trained_model_and_its_base() -> None:
     model, tokenizer = helpers.fsrl_model(), helpers.tiny_tokenizer()
     prompts = ["w3 w4", "w5", "w6 w7 w8"]
-    settings = {"max_new_tokens": 10, "batch_size": 2, "do_sample": False}
-    pairs = sample_pairs(model, prompts, tokenizer, **settings)
+    settings = {"max_new_tokens": 10, "do_sample": False}
+    session = Session(model, tokenizer, batch_size=2)
+    pairs = sample_pairs(session, prompts, **settings)
     assert [pair.prompt for pair in pairs] == prompts
     assert all(pair.answer != pair.other for pair in pairs)
     with scale_steering(model, 0.0):
-        unsteered = sample_pairs(model, prompts, tokenizer, **settings)
+        unsteered = sample_pairs(session, prompts, **settings)
     assert [pair.answer for pair in unsteered] == [pair.other for pair in pairs]
     found = compute_win_rate(unsteered, FakeJudge(longer))
     assert (found.ties, found.win_rate.value, found.consistency) == (3, 0.5, 1.0)

@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from judge_server import Reply, serve
 from peft_fsrl import FSRLConfig, organism
-from peft_fsrl.analysis import statistics
+from peft_fsrl.analysis import AdapterDifference, Audit, Checkup, statistics
 from peft_fsrl.analysis.labels import load_labels, organism_labels, save_labels
-from peft_fsrl.analysis.records import AdapterDifference, Audit, Checkup
-from peft_fsrl.cli.main import COMMANDS, main
+from peft_fsrl.cli.main import COMMANDS, main, one_line, say
 
 DATA = ["--dataset", "organism", "--n-pairs", "6"]
 QUICK = ["--n-generations", "1", "--n-coherence", "2", "--max-new-tokens", "4"]
@@ -275,7 +274,7 @@ def test_an_out_that_is_a_file_is_refused_before_any_work(
     def work(*_: Any, **__: Any) -> Any:
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr("peft_fsrl.analysis.audit._stages.score_preferences", work)
+    monkeypatch.setattr("peft_fsrl.analysis.audit.stages.score_preferences", work)
     (tmp_path / "file").write_text("mine")
     line = refusal(capsys, "audit", adapter, "--out", tmp_path / "file", *DATA)
     assert "Expected a folder that can be written in" in line
@@ -322,12 +321,12 @@ def test_an_interrupted_audit_keeps_what_it_has(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from peft_fsrl.analysis.audit import _stages
+    from peft_fsrl.analysis.audit import stages
 
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_stages, "compare_generations", interrupt)
+    monkeypatch.setattr(stages, "compare_generations", interrupt)
     out = tmp_path / "out"
     assert main(["audit", str(adapter), "--out", str(out), *DATA, *QUICK]) == 130
     assert "go on from the last finished stage" in capsys.readouterr().err
@@ -344,9 +343,9 @@ def test_an_audit_that_is_killed_goes_on(
     command = ["audit", str(adapter), "--out", str(out), *DATA, *QUICK]
     code = f"""
 import os, signal
-from peft_fsrl.analysis.audit import _stages
+from peft_fsrl.analysis.audit import stages
 from peft_fsrl.cli.main import main
-_stages.compare_static_dynamic = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+stages.compare_static_dynamic = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 main({command!r})
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
@@ -356,6 +355,38 @@ main({command!r})
     assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in parts} == parts, "nothing was made twice"
     assert Audit.from_json((out / "audit.json").read_text()).static_dynamic is not None
+
+
+def test_no_code_from_a_repository_runs(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model = tmp_path / "model"
+    shutil.copytree(organism.load().model_path, model)
+    mark = tmp_path / "ran"
+    (model / "code.py").write_text(
+        f"open({str(mark)!r}, 'w')\nclass Config: pass\nclass Model: pass"
+    )
+    places = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    places["AutoTokenizer"] = ["code.Model", None]
+    for name, changes in (
+        ("config.json", {"model_type": "unknown", "architectures": None}),
+        ("tokenizer_config.json", {"tokenizer_class": "Unknown"}),
+    ):
+        settings = json.loads((model / name).read_text()) | {"auto_map": places} | changes
+        (model / name).write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    out = ["--out", tmp_path / "out", *DATA, "--base-model", model]
+    assert "trust_remote_code" in refusal(capsys, "audit", adapter, *out)
+    doctor = ["doctor", "--model", model, "--sae", "organism", *DATA]
+    assert "trust_remote_code" in refusal(capsys, *doctor)
+    assert not mark.exists()
+
+
+def test_what_is_said_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say("red \x1b[31m \x9b31m half \ud800 end")
+    assert capsys.readouterr().out == "red \ufffd[31m \ufffd31m half \ufffd end\n"
+    assert one_line(ValueError("a\x1b]0;title\x07\nb")) == "a\ufffd]0;title\ufffd b"
 
 
 def test_debug_shows_where(adapter: Path, tmp_path: Path) -> None:

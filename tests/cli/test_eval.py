@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from peft import PeftModel
 
 import helpers
 from judge_server import Reply, serve
-from peft_fsrl.analysis import AnswerPair, score_preferences
-from peft_fsrl.analysis.harness import Harness, read_figures
+from peft_fsrl.analysis import AnswerPair, Session, score_preferences
+from peft_fsrl.analysis.content import digest_adapter, digest_base
+from peft_fsrl.analysis.evaluation import Evaluation, TaskScores
+from peft_fsrl.analysis.harness import Harness, TaskFigure, read_figures
 from peft_fsrl.analysis.labels import JudgeError
-from peft_fsrl.analysis.records import Evaluation, TaskFigure, TaskScores
 from peft_fsrl.analysis.report import render_tasks
 from peft_fsrl.cli import eval as command
 from peft_fsrl.cli.main import main
@@ -60,6 +62,9 @@ group: tiny_group
 task: [tiny_choice, tiny_generation]
 aggregate_metric_list: [{metric: acc, weight_by_size: true}]
 """
+
+# As docs/evaluation.md has it.
+PROGRAM = "import peft_fsrl; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
 
 Logits = Callable[[list[int]], torch.Tensor]
 
@@ -231,7 +236,7 @@ def test_the_harness_own_program(place: Path, tmp_path: Path, rows: list[dict[st
         *("--include_path", str(place / "tasks"), "--output_path", str(tmp_path / "out.json")),
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "peft_fsrl", "lm-eval", *options],
+        [sys.executable, "-c", PROGRAM, *options],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -260,7 +265,7 @@ def test_a_run_that_breaks_off_is_continued(
     calls: list[tuple[str, bool]] = []
 
     def fake(self: Harness, model: Any, tokenizer: Any, task: str, **_: Any) -> Any:
-        steers = not helpers.only_layer(model).disable_adapters
+        steers = not helpers.only_layer(model).edits
         if len(calls) == 2:
             calls.append(("break", steers))
             raise KeyboardInterrupt
@@ -303,7 +308,7 @@ def test_results_of_other_settings_are_not_mixed_in(
     command.run(arguments(place, tmp_path, *local(place, "tiny_choice")))
     limited = [*local(place, "tiny_choice"), "--limit", "3"]
     before = (tmp_path / "tasks" / "tiny_choice.base.json").read_bytes()
-    with pytest.raises(ValueError, match=r"other settings.*limit.*--overwrite"):
+    with pytest.raises(ValueError, match=r"something else.*limit.*--overwrite"):
         command.run(arguments(place, tmp_path, *limited))
     assert (tmp_path / "tasks" / "tiny_choice.base.json").read_bytes() == before
     assert len(calls) == 2
@@ -311,24 +316,66 @@ def test_results_of_other_settings_are_not_mixed_in(
     assert len(calls) == 4
     path = tmp_path / "tasks" / "tiny_choice.trained.json"
     path.write_text(path.read_text()[:50])
-    with pytest.raises(ValueError, match="is no result of `peft-fsrl eval`"):
+    with pytest.raises(ValueError, match="is no result of an evaluation"):
         command.run(arguments(place, tmp_path, *limited))
 
 
-def test_the_key_follows_weights_and_settings_and_not_places(place: Path, tmp_path: Path) -> None:
-    first = helpers.fsrl_model(decided(), sae=str(place / "sae"))
-    again = helpers.fsrl_model(decided(), sae=str(place / "sae"))
+def test_the_key_follows_weights_and_settings_and_not_places(place: Path) -> None:
+    def build(**settings: Any) -> PeftModel:
+        return helpers.fsrl_model(decided(), sae=str(place / "sae"), **settings)
+
+    first, again = build(), build()
     again.peft_config["default"].base_model_name_or_path = "elsewhere"
-    assert command.hash_adapter(first) == command.hash_adapter(again)
-    args = arguments(place, tmp_path, "--device", "cpu")
-    loaded, _, name = command.load_adapter(str(place / "adapter"), args)
-    assert name == str(place / "model")
-    assert command.hash_adapter(loaded) == command.hash_adapter(first)
+    assert digest_adapter(first) == digest_adapter(again)
+    loaded = PeftModel.from_pretrained(decided(), place / "adapter")
+    assert digest_adapter(loaded) == digest_adapter(first)
+    assert digest_base(loaded) == digest_base(first) == digest_base(build(non_negative=False))
     with torch.no_grad():
         helpers.only_layer(again).fsrl_adapter["default"].bias[3] += 1e-3
-    other = helpers.fsrl_model(decided(), sae=str(place / "sae"), non_negative=False)
-    hashes = {command.hash_adapter(model) for model in (first, again, other)}
-    assert len(hashes) == 3
+    beside = build(modules_to_save=["lm_head"])
+    models = (first, again, beside, build(non_negative=False), build(sae_dtype="bfloat16"))
+    assert len({digest_adapter(model) for model in models}) == 5
+    before = digest_base(beside)
+    with torch.no_grad():
+        beside.get_base_model().lm_head.modules_to_save["default"].weight += 1
+    assert digest_base(beside) == before
+    assert digest_adapter(beside) != digest_adapter(build(modules_to_save=["lm_head"]))
+
+
+def test_results_follow_what_changed_in_place(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same names and paths, other content: nothing old is taken for it."""
+    calls: list[str] = []
+
+    def fake(self: Harness, model: Any, tokenizer: Any, task: str, **_: Any) -> Any:
+        calls.append(task)
+        return (TaskFigure(task, "acc", 0.5, None, None, None),)
+
+    monkeypatch.setattr(Harness, "run", fake)
+    here = shutil.copytree(place, tmp_path / "place")
+    data = here / "tasks" / "data.jsonl"
+    (here / "tasks" / "choice.yaml").write_text(CHOICE.format(data=data))
+    base = ["--base-model", str(here / "model"), *local(here, "tiny_choice")]
+
+    def evaluate(*more: str) -> int:
+        calls.clear()
+        command.run(arguments(here, tmp_path / "out", *base, *more))
+        return len(calls)
+
+    assert (evaluate(), evaluate()) == (2, 0)
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([lines[0].replace('"answer": 0', '"answer": 1'), *lines[1:]]))
+    with pytest.raises(ValueError, match=r"something else; .*'task': \("):
+        evaluate()
+    assert (evaluate("--overwrite"), evaluate()) == (2, 0)
+    model = decided()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 1] += 1e-3
+    model.save_pretrained(here / "model")
+    with pytest.raises(ValueError, match=r"something else; .*'base': \("):
+        evaluate()
+    assert evaluate("--overwrite") == 2
 
 
 def test_held_out_pairs_by_length(
@@ -339,9 +386,9 @@ def test_held_out_pairs_by_length(
     found = Evaluation.from_json((tmp_path / "evaluation.json").read_text())
     model, rows = helpers.fsrl_model(decided()), helpers.tiny_preferences(12).select(range(10))
     settings = {"beta": 2.0, "gamma": 1.0, "batch_size": 8}
-    trained = score_preferences(model, rows, helpers.tiny_tokenizer(), **settings)
+    trained = score_preferences(Session(model, helpers.tiny_tokenizer(), rows, **settings))
     with scale_steering(model, 0.0):
-        base = score_preferences(model, rows, helpers.tiny_tokenizer(), **settings)
+        base = score_preferences(Session(model, helpers.tiny_tokenizer(), rows, **settings))
     assert found.preferences is not None
     assert found.preferences.trained.margins == pytest.approx(trained.margins, abs=1e-5)
     assert found.preferences.base.margins == pytest.approx(base.margins, abs=1e-5)
@@ -354,7 +401,7 @@ def test_held_out_pairs_by_length(
 def test_an_output_that_is_a_file_is_refused_before_any_work(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "score_preferences", None)
+    monkeypatch.setattr("peft_fsrl.analysis.evaluation.score_preferences", None)
     (tmp_path / "file").touch()
     more = ["--dataset", str(place / "pairs.json"), "--device", "cpu"]
     with pytest.raises(OSError, match="Expected a folder that can be written in"):
@@ -420,19 +467,6 @@ def test_options_that_make_no_sense(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         command.run(arguments(place, tmp_path, *more))
-
-
-def test_the_harness_gets_its_options_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm_eval import __main__ as program
-
-    seen: list[list[str]] = []
-    monkeypatch.setattr(program, "cli_evaluate", lambda: seen.append(list(sys.argv)))
-    given = ["run", "--model", "hf", "-h", "--verbose", "--tasks", "a,b", "--", "--debug"]
-    before = list(sys.argv)
-    assert main(["lm-eval", *given]) == 0
-    assert main(["lm-eval"]) == 0
-    assert seen == [["lm_eval", *given], ["lm_eval"]]
-    assert sys.argv == before
 
 
 def test_tasks_that_cannot_be_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import helpers
 import peft_fsrl
-from peft_fsrl.analysis import Summary
+from peft_fsrl.analysis import Session, Summary
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "simpo.py"
@@ -119,7 +119,7 @@ def test_the_saved_adapter_scores_as_the_trained_one(place: Path, finished: Path
     model = PeftModel.from_pretrained(base, finished)
     with torch.no_grad():
         scores = score_preferences(
-            model, helpers.tiny_preferences(8, 1), helpers.tiny_tokenizer(), batch_size=8
+            Session(model, helpers.tiny_tokenizer(), helpers.tiny_preferences(8, 1), batch_size=8)
         )
     assert scores == Summary.from_json((finished / "summary.json").read_text()).trained
 

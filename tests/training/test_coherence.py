@@ -14,7 +14,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from helpers import fsrl_model, tiny_model, tiny_preferences, tiny_tokenizer
 from peft_fsrl import FSRLConfig, organism, with_fsrl
-from peft_fsrl.analysis import compute_coherence, score_preferences
+from peft_fsrl.analysis import Session, compute_coherence, score_preferences
 from peft_fsrl.steering import scale_steering
 from peft_fsrl.training.coherence import CoherenceCallback, compute_distinct, compute_repetition
 
@@ -256,7 +256,7 @@ def test_an_overtrained_adapter_is_seen_where_the_loss_is_content(tmp_path: Path
     loss, found = {}, {}
     for scale in (0.0, 1.0, 4.0):
         with scale_steering(model, scale):
-            loss[scale] = score_preferences(model, rows, tokenizer).loss
+            loss[scale] = score_preferences(Session(model, tokenizer, rows)).loss
             found[scale] = compute_coherence(model, rows["prompt"][:16], tokenizer)
     # Judged by the loss both have learned the task, and four times the steering does no harm.
     assert max(loss[1.0], loss[4.0]) < loss[0.0] / 3

@@ -1,6 +1,7 @@
 """Everything about one adapter: every analysis, made once, with a verdict."""
 
-from .audit import compute_audit
-from .settings import AuditSettings
+from .audit import Audit, compute_audit
+from .info import AdapterInfo, Setting
+from .stages import AuditSettings, FeatureCard
 
-__all__ = ["AuditSettings", "compute_audit"]
+__all__ = ["AdapterInfo", "Audit", "AuditSettings", "FeatureCard", "Setting", "compute_audit"]

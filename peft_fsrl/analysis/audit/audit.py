@@ -4,30 +4,96 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from torch import nn
-
-from ..buckets import compute_gain, score_by_length
-from ..curves import load_training_curves
-from ..records import Audit, Labels, PreferenceScores, Setting, TrainingCurves, Usage
-from ..usage import compute_rank_frequency
-from ._stages import Stages
-from .findings import judge_categories, judge_coherence, judge_gain, judge_labels
-from .info import version_of
-from .settings import AuditSettings
-from .trust import compute_robustness
+from ...records import Interval, Record
+from ...training.coherence import VariantCoherence
+from ..ablation import Ablation
+from ..buckets import LengthBucket, compute_gain, score_by_length
+from ..composition import Composition
+from ..curves import TrainingCurves, load_training_curves
+from ..findings import Finding, judge_ablations, judge_coherence, judge_gain, judge_labels
+from ..generations import Generation
+from ..labels import Agreement, Labels, Robustness
+from ..preferences import PreferenceScores
+from ..session import Session
+from ..single import FeatureAblations
+from ..static_dynamic import StaticDynamic
+from ..usage import RankFrequency, Usage, compute_rank_frequency
+from .info import AdapterInfo, Setting, version_of
+from .stages import AuditSettings, FeatureCard, Stages
 
 _PACKAGES = ("peft-fsrl", "torch", "transformers", "peft", "trl", "sae-lens")
 
 
+@dataclass(frozen=True)
+class Audit(Record):
+    """What alignment did to a model: the evidence of ``audit.json`` and ``audit.html``.
+
+    Attributes:
+        info: what was trained.
+        dataset: name of the held-out data.
+        n_pairs: preference pairs of it that were used.
+        created: date, ISO 8601.
+        versions: of the libraries.
+        findings: the verdict, in the order to show it.
+        base: scores of the base model.
+        trained: scores with the adapter.
+        gain: fall of the mean SimPO loss, paired bootstrap over pairs.
+        buckets: scores by answer length.
+        coherence: of each variant's answers.
+        usages: use of features by segment, cut to the features with the most steering mass.
+        n_steered: features that were steered at all, per entry of ``usages``.
+        rank_frequencies: per segment.
+        compositions: per segment; empty without labels.
+        ablations: per category; empty without labels.
+        single: single features zeroed, or None.
+        static_dynamic: or None.
+        generations: sample texts.
+        promoted: features with the most promotion, most first.
+        suppressed: features with the most suppression, most first.
+        label_source: where labels come from, if there are any.
+        agreements: how far the labels can be trusted, if somebody checked.
+        robustness: whether the conclusions survive the labels' errors.
+        curves: of the training, or None.
+        notes: why a part is missing, by the name of its field.
+    """
+
+    info: AdapterInfo
+    dataset: str
+    n_pairs: int
+    created: str
+    versions: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    base: PreferenceScores
+    trained: PreferenceScores
+    gain: Interval
+    buckets: tuple[LengthBucket, ...]
+    coherence: tuple[VariantCoherence, ...]
+    usages: tuple[Usage, ...]
+    n_steered: tuple[int, ...]
+    rank_frequencies: tuple[RankFrequency, ...]
+    compositions: tuple[Composition, ...]
+    ablations: tuple[Ablation, ...]
+    single: FeatureAblations | None
+    static_dynamic: StaticDynamic | None
+    generations: tuple[Generation, ...]
+    promoted: tuple[FeatureCard, ...]
+    suppressed: tuple[FeatureCard, ...]
+    label_source: str | None
+    agreements: tuple[Agreement, ...]
+    robustness: tuple[Robustness, ...]
+    curves: TrainingCurves | None
+    notes: tuple[Setting, ...]
+
+    def note(self, part: str) -> str:
+        """Why a part is missing; empty if nobody said."""
+        return {note.name: note.value for note in self.notes}.get(part, "")
+
+
 def compute_audit(
-    model: nn.Module,
-    dataset: Sequence[Mapping[str, Any]],
-    tokenizer: Any,
+    session: Session,
     *,
     labels: Labels | None = None,
     reference_labels: Labels | None = None,
@@ -36,24 +102,20 @@ def compute_audit(
     adapter: str = "adapter",
     dataset_name: str = "data",
     run_folder: str | Path | None = None,
-    show_progress: bool = True,
 ) -> Audit:
     """Scores, use, composition, ablations, answers and verdicts for one adapter.
 
     Args:
-        model: a generating model with one FSRL layer.
-        dataset: held-out rows with the texts ``prompt``, ``chosen`` and ``rejected``; read often.
-        tokenizer: the model's tokenizer.
+        session: its model generates and has one FSRL layer; its data are held out.
         labels: what features mean; None leaves out what needs it.
         reference_labels: a source to check them against.
-        out: folder in which each finished stage is kept, under ``parts``. A later call with the
-            same adapter, base model, data, labels and settings takes it from there. None keeps
-            nothing.
+        out: folder in which each finished stage is kept, under ``parts``. A later call on the same
+            content (adapter, SAE, base model, tokenizer, data, labels, settings) takes it from
+            there. None keeps nothing.
         settings: how much of everything; None for the defaults.
         adapter: name or path, shown in the record.
         dataset_name: shown in the record.
         run_folder: where the trainer left its state, for the curves of the training.
-        show_progress: show progress bars.
 
     Raises:
         ValueError: for more than one FSRL layer, fewer than two rows, losses that are not finite,
@@ -61,50 +123,48 @@ def compute_audit(
         OSError: if nothing can be written to ``out``.
         ImportError: without the ``audit`` extra.
     """
-    if len(dataset) < 2:
+    if len(session.rows) < 2:
         raise ValueError(
-            f"Expected at least two held-out preference pairs, found {len(dataset)} in "
+            f"Expected at least two held-out preference pairs, found {len(session.rows)} in "
             f"{dataset_name}."
         )
     settings = settings or AuditSettings()
-    stages = Stages(
-        model, dataset, tokenizer, labels, reference_labels, out, settings, show_progress
-    )
+    stages = Stages(session, labels, reference_labels, out, settings, adapter)
     base, trained = stages.base, stages.trained
     _require_finite(base, "base")
     _require_finite(trained, "trained")
-    gain = compute_gain(base, trained, seed=settings.seed)
-    ablations, compositions = stages.ablations, stages.compositions()
-    coherence = stages.coherence()
+    gain = compute_gain(base, trained, seed=session.seed)
     promoted, suppressed = stages.cards()
-    robustness = compute_robustness(stages)
+    robustness = stages.robustness()
     return Audit(
-        info=replace(stages.info, adapter=adapter),
+        info=stages.info,
         dataset=dataset_name,
         n_pairs=trained.n,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions=tuple(_versions()),
+        versions=tuple(f"{package} {version_of(package)}" for package in _PACKAGES),
         findings=(
             judge_gain(base, trained, gain),
-            judge_coherence(coherence),
-            judge_categories(base, trained, ablations),
-            judge_labels(labels, stages.agreements, robustness, ablations),
+            judge_coherence(stages.coherence),
+            judge_ablations(base, trained, stages.ablations),
+            judge_labels(labels, stages.agreements, robustness, stages.ablations),
         ),
         base=base,
         trained=trained,
         gain=gain,
         buckets=score_by_length(base, trained),
-        coherence=coherence,
-        usages=tuple(_cut(usage, settings.n_listed) for usage in stages.usages),
+        coherence=stages.coherence,
+        usages=tuple(
+            replace(usage, features=usage.features[: settings.n_listed]) for usage in stages.usages
+        ),
         n_steered=tuple(len(usage.features) for usage in stages.usages),
         rank_frequencies=tuple(
             compute_rank_frequency(usage) for usage in stages.usages if len(usage.features) > 1
         ),
-        compositions=compositions,
-        ablations=ablations,
-        single=stages.single(),
-        static_dynamic=stages.static_dynamic(),
-        generations=stages.generations(),
+        compositions=stages.compositions,
+        ablations=stages.ablations,
+        single=stages.single,
+        static_dynamic=stages.static_dynamic,
+        generations=stages.generations,
         promoted=promoted,
         suppressed=suppressed,
         label_source=labels.source if labels else None,
@@ -124,10 +184,6 @@ def _require_finite(scores: PreferenceScores, name: str) -> None:
         )
 
 
-def _cut(usage: Usage, n: int) -> Usage:
-    return replace(usage, features=usage.features[:n])
-
-
 def _curves(run_folder: str | Path | None, stages: Stages) -> TrainingCurves | None:
     if run_folder is None:
         stages.skip("curves", "Nobody said where the trainer left its state.")
@@ -139,7 +195,3 @@ def _curves(run_folder: str | Path | None, stages: Stages) -> TrainingCurves | N
     except ValueError as error:
         stages.skip("curves", str(error))
     return None
-
-
-def _versions() -> list[str]:
-    return [f"{package} {version_of(package)}" for package in _PACKAGES]

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from ..records import (
-    Ablation,
-    Agreement,
-    Coherence,
-    Finding,
-    Interval,
-    Labels,
-    PreferenceScores,
-    Robustness,
-    VariantCoherence,
-)
+from ..records import Interval, Record
+from ..training.coherence import Coherence, VariantCoherence
+from .ablation import Ablation
+from .labels import Agreement, Labels, Robustness
+from .preferences import PreferenceScores
 
 # Below so many pairs one verdict of chance in twenty cannot be ruled out: even if all pairs agree,
 # 2 / 2 ** 5 is more.
@@ -34,6 +29,21 @@ ROBUST, FRAGILE = 0.95, 0.8
 ENOUGH_DRAWS = 20
 # Without redrawn labels, agreement with a reference.
 TRUSTED_MCC, DISTRUSTED_MCC = 0.7, 0.3
+
+
+@dataclass(frozen=True)
+class Finding(Record):
+    """One line of the verdict.
+
+    Attributes:
+        question: for example ``"Does it beat the base model?"``.
+        verdict: ``"yes"``, ``"no"`` or ``"unsure"``.
+        answer: one sentence with its figures.
+    """
+
+    question: str
+    verdict: str
+    answer: str
 
 
 def judge_gain(base: PreferenceScores, trained: PreferenceScores, gain: Interval) -> Finding:
@@ -75,7 +85,7 @@ def judge_coherence(variants: Sequence[VariantCoherence]) -> Finding:
     )
 
 
-def judge_categories(
+def judge_ablations(
     base: PreferenceScores, trained: PreferenceScores, ablations: Sequence[Ablation]
 ) -> Finding:
     """Yes if zeroing a category costs much of the gain, and more than matched random features."""

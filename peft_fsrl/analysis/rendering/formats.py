@@ -8,18 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..records import Context, Interval
+from ...records import Interval
+from ..labels import Context
+from ..layout import clean_text
 
 MISSING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 
 
+# What a browser still lays out at once, also without a space in it.
+LONGEST = 10_000
+
+
 def clean(value: Any) -> Any:
-    """A text without what HTML cannot carry (control characters, lone surrogates)."""
+    """A text without what HTML cannot carry, and not longer than a page can show."""
     if type(value) is not str:
         return value
-    kept = "".join(c if c >= " " or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in value)
-    return kept.encode("utf-8", "replace").decode("utf-8")
+    cut = len(value) - LONGEST
+    return clean_text(value[:LONGEST]) + (f" ... ({cut:,} more characters)" if cut > 0 else "")
 
 
 def fixed(value: float | None, digits: int = 3) -> str:

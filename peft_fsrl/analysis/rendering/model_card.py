@@ -1,15 +1,36 @@
-"""The summary of an audit in the model card of the adapter."""
+"""The summary of an audit in the model card of the adapter, as Markdown."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from peft.utils import CONFIG_NAME
 
 from ...files import write_text_atomically
 from ...training.card import CARD, put_section, weights_digest
-from ..records import Audit
-from ..rendering import render_card_section
+from ..audit.audit import Audit
+from .formats import clean
+from .page import make_environment
+
+_SPECIAL = re.compile(r"([\\`*_\[\]|#])")
+
+
+def render_card_section(audit: Audit) -> str:
+    """Verdicts, scores, ablations and top features, as Markdown.
+
+    Whatever the audit carries is escaped: it can neither open a table cell nor a comment.
+    """
+    environment = make_environment(autoescape=False, finalize=_escape)
+    return environment.get_template("audit_section.md").render(audit=audit)
+
+
+def _escape(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = " ".join(clean(value).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return _SPECIAL.sub(r"\\\1", text)
 
 
 def add_audit(folder: str | Path, audit: Audit) -> None:
