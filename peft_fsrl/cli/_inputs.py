@@ -104,7 +104,6 @@ def load_adapter(adapter: str, args: argparse.Namespace) -> Adapter:
         ValueError: for what is no FSRL adapter, is damaged, or names no base model.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     config = read_config(adapter)
     base = args.base_model or config.base_model_name_or_path
@@ -116,15 +115,7 @@ def load_adapter(adapter: str, args: argparse.Namespace) -> Adapter:
             "with --base-model."
         )
     model = load_model(base, args)
-    try:
-        steered = PeftModel.from_pretrained(model, adapter)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {adapter} cannot be read: {error}.") from error
-    except RuntimeError as error:
-        # torch's only sign of tensors of another shape.
-        if "size mismatch" not in str(error):
-            raise
-        raise ValueError(f"The weights in {adapter} do not fit its config: {error}") from error
+    steered = PeftModel.from_pretrained(model, adapter)
     own = Path(adapter, "tokenizer_config.json").is_file()
     return Adapter(steered.eval(), load_tokenizer(adapter if own else base), base)
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"Expected --n-features of 0 or more, got {args.n_features}.")
     statistics.require()
     labels = load_label_file(args.labels)
-    _require_same_saes(args, *(read_config(name).sae_info for name in (args.first, args.second)))
+    require_same_saes(args, *(read_config(name).sae_info for name in (args.first, args.second)))
     adapter = load_adapter(args.first, args)
     if labels is not None:
         info = only_layer(adapter.model).fsrl_sae["default"].info
@@ -68,10 +68,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _require_same_saes(args: argparse.Namespace, first: object, second: object) -> None:
-    """Said before any model is loaded."""
+def require_same_saes(args: argparse.Namespace, first: object, second: object) -> None:
+    """Refuse adapters on unlike SAEs before any model is loaded, by what their configs say.
+
+    Raises:
+        ValueError: for another SAE at any layer, or other layers.
+    """
     one, other = _fingerprints(first), _fingerprints(second)
-    if one and other and one != other:
+    # One SAE for every layer, or the same for this layer by its number.
+    alike = one == other or ("" in one | other and set(one.values()) == set(other.values()))
+    if one and other and not alike:
         described = [
             ", ".join(f"{layer or 'every layer'}: {found[:16]}..." for layer, found in each.items())
             for each in (one, other)
@@ -85,7 +91,5 @@ def _require_same_saes(args: argparse.Namespace, first: object, second: object) 
 
 def _fingerprints(infos: object) -> dict[str, str]:
     """By layer, what a config says of its SAEs."""
-    infos = infos if isinstance(infos, Mapping) else {}
-    infos = {"": infos} if "fingerprint" in infos else infos
-    found = {key: info.get("fingerprint") for key, info in infos.items() if info}
-    return {key: value for key, value in found.items() if value}
+    found = infos if isinstance(infos, Mapping) else {}
+    return {layer: str(info.get("fingerprint")) for layer, info in found.items() if info}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from judge_server import Reply, serve
 from peft_fsrl import FSRLConfig, organism
 from peft_fsrl.analysis import AdapterDifference, Audit, Checkup, statistics
 from peft_fsrl.analysis.labels import load_labels, organism_labels, save_labels
+from peft_fsrl.cli.diff import require_same_saes
 from peft_fsrl.cli.main import COMMANDS, main, one_line, say
 
 DATA = ["--dataset", "organism", "--n-pairs", "6"]
@@ -190,6 +193,29 @@ def test_adapters_that_cannot_be_compared(
     assert "on the same SAE, found" in refusal(capsys, "diff", adapter, foreign, *DATA)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "alike"),
+    [
+        ({"1": "a", "2": "b"}, {"1": "a", "2": "b"}, True),
+        ({"1": "a", "2": "b"}, {"1": "a", "2": "c"}, False),
+        ({"1": "a", "2": "b"}, {"1": "a"}, False),
+        ({"": "a"}, {"": "c"}, False),
+        ({"": "a"}, {"1": "a"}, True),
+        ({"": "a"}, {}, True),
+    ],
+)
+def test_saes_are_compared_layer_by_layer(
+    first: dict[str, str], second: dict[str, str], alike: bool
+) -> None:
+    infos = [
+        {layer: {"fingerprint": each} for layer, each in found.items()} or None
+        for found in (first, second)
+    ]
+    args = argparse.Namespace(first="one", second="other")
+    with nullcontext() if alike else pytest.raises(ValueError, match="on the same SAE, found"):
+        require_same_saes(args, *infos)
+
+
 def test_what_is_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", tmp_path / "out", *DATA]
     (tmp_path / "empty").mkdir()
@@ -210,12 +236,10 @@ def test_damaged_adapters(
     copy = shutil.copytree(adapter, tmp_path / "adapter")
     weights = copy / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    assert "is not what was saved" in refusal(capsys, "audit", copy, *out)
-    (copy / "SHA256SUMS").unlink()
     assert "cannot be read" in refusal(capsys, "audit", copy, *out)
     rows = {name: tensor[:10].clone() for name, tensor in load_file(adapter / weights.name).items()}
     save_file(rows, weights)
-    assert "do not fit its config" in refusal(capsys, "audit", copy, *out)
+    assert "belong to another adapter_config.json" in refusal(capsys, "audit", copy, *out)
 
     config = copy / "adapter_config.json"
     whole = config.read_text()
@@ -344,6 +368,7 @@ def test_an_audit_that_is_killed_goes_on(
     code = f"""
 import os, signal
 from peft_fsrl.analysis.audit import stages
+from peft_fsrl.cli.diff import require_same_saes
 from peft_fsrl.cli.main import main
 stages.compare_static_dynamic = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 main({command!r})
