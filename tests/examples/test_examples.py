@@ -107,7 +107,7 @@ def test_a_run_leaves_adapter_card_and_summary(finished: Path) -> None:
     assert figures["eval_loss"] == pytest.approx(summary.trained.loss, rel=1e-4)
     assert figures["eval_coherence/perplexity"] > 1
     card = (finished / "README.md").read_text()
-    info = peft_fsrl.FSRLConfig.from_pretrained(str(finished)).sae_info
+    [info] = peft_fsrl.FSRLConfig.from_pretrained(str(finished)).sae_info.values()
     for expected in ("library_name: peft", "import peft_fsrl", info["fingerprint"], "simpo"):
         assert expected in card
 
