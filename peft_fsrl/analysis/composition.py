@@ -98,14 +98,31 @@ def compute_compositions(
     statistics.require()
     _refuse_other(categories)
     sae = active_sae(session.model)
-    counter = _ExampleCounter(_membership(sae, categories))
-    stream_tokens(session, segments, counter.add, "composition")
-    counter.extend(len(session.rows))
+    membership = _membership(sae, categories)
+    # Steered and active pairs of every example; one of which no token counts has zeros.
+    shape = (len(segments), 2, len(session.rows), membership.shape[1])
+    pairs = torch.zeros(shape, dtype=torch.float64)
+    n_tokens = torch.zeros(len(segments), dtype=torch.long)
+
+    def add(chunk: TokenChunk) -> None:
+        members, columns = chunk.members.double(), membership.to(chunk.v.device)
+        for number, quantity in enumerate((chunk.v != 0, chunk.active())):
+            pairs[:, number, chunk.row] += (members @ (quantity.double() @ columns)).cpu()
+        n_tokens.add_(chunk.members.sum(dim=1).cpu())
+
+    stream_tokens(session, segments, add, "composition")
     sizes = _sizes(categories, sae.info.d_sae)
-    return tuple(
-        counter.to_composition(number, segment, sizes, session.seed)
-        for number, segment in enumerate(segments)
-    )
+    compositions = []
+    for segment, n, (steered, active) in zip(segments, n_tokens.tolist(), pairs, strict=True):
+        if not n:
+            raise ValueError(f"The segment {segment!r} has no token that counts.")
+        # The last column has all features.
+        shares = tuple(
+            _category_share(name, size, steered.T[[place, -1]], active.T[[place, -1]], session.seed)
+            for place, (name, size) in enumerate(sizes.items())
+        )
+        compositions.append(Composition(segment, n, len(session.rows), shares))
+    return tuple(compositions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,46 +231,6 @@ def composition_of(
         enrichment = above * max(n_active, 0.5) / max(active, 0.5)
         shares[name] = Share(above, below, enrichment)
     return shares
-
-
-class _ExampleCounter:
-    """Steered and active pairs of every example, by segment and category."""
-
-    def __init__(self, membership: Tensor) -> None:
-        self._membership = membership
-        self._rows: list[Tensor] = []
-        self._n_tokens: Tensor | None = None
-        self._shape = torch.Size()
-
-    def extend(self, n_examples: int) -> None:
-        """Make room; an example of which no token counts has zeros."""
-        missing = n_examples - len(self._rows)
-        self._rows += [torch.zeros(self._shape, dtype=torch.float64) for _ in range(missing)]
-
-    def add(self, chunk: TokenChunk) -> None:
-        membership = self._membership = self._membership.to(chunk.v.device)
-        members = chunk.members.double()
-        steered = members @ ((chunk.v != 0).double() @ membership)
-        active = members @ (chunk.active().double() @ membership)
-        counts = torch.stack([steered, active], dim=1).cpu()
-        self._shape = counts.shape
-        self.extend(chunk.row + 1)
-        self._rows[chunk.row] += counts
-        n_tokens = chunk.members.sum(dim=1).cpu()
-        self._n_tokens = n_tokens if self._n_tokens is None else self._n_tokens + n_tokens
-
-    def to_composition(
-        self, number: int, segment: str, sizes: Mapping[str, int], seed: int
-    ) -> Composition:
-        if self._n_tokens is None or not self._n_tokens[number]:
-            raise ValueError(f"The segment {segment!r} has no token that counts.")
-        # The last column has all features; the shape is (2, categories + 1, examples).
-        steered, active = torch.stack([row[number] for row in self._rows], dim=-1)
-        shares = tuple(
-            _category_share(name, size, steered[[place, -1]], active[[place, -1]], seed)
-            for place, (name, size) in enumerate(sizes.items())
-        )
-        return Composition(segment, int(self._n_tokens[number]), len(self._rows), shares)
 
 
 def _category_share(

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..records import Record
 from . import statistics
@@ -89,10 +88,39 @@ def compute_usages(
     Raises:
         ValueError: as ``stream_tokens`` does, or for a segment without a token that counts.
     """
-    totals = _Totals()
-    stream_tokens(session, segments, totals.add, "feature use")
     index = active_sae(session.model).feature_index.tolist()
-    return totals.to_usages(segments, index, labels or {})
+    # For each segment and feature the tokens where it is steered, sums of v and |v|, the tokens
+    # where it is promoted, and those where the SAE finds it.
+    sums = torch.zeros(5, len(segments), len(index), dtype=torch.float64)
+    n_tokens = torch.zeros(len(segments), dtype=torch.float64)
+
+    def add(chunk: TokenChunk) -> None:
+        members, v = chunk.members.double(), chunk.v.double()
+        for total, quantity in zip(sums, (v != 0, v, v.abs(), v > 0, chunk.active()), strict=True):
+            total += (members @ quantity.double()).cpu()
+        n_tokens.add_(members.sum(dim=1).cpu())
+
+    stream_tokens(session, segments, add, "feature use")
+    usages = []
+    for segment, n, of_segment in zip(segments, n_tokens.tolist(), sums.unbind(1), strict=True):
+        if not n:
+            raise ValueError(f"The segment {segment!r} has no token that counts.")
+        count, signed, absolute, promoted, active = of_segment / n
+        order = [int(i) for i in absolute.argsort(descending=True) if count[i] > 0]
+        features = tuple(
+            FeatureUse(
+                feature=index[i],
+                frequency=float(count[i]),
+                mean_steering=float(signed[i]),
+                mean_abs_steering=float(absolute[i]),
+                promoted=float(promoted[i]),
+                active=float(active[i]),
+                label=(labels or {}).get(index[i]),
+            )
+            for i in order
+        )
+        usages.append(Usage(segment, int(n), float(count.sum()), float(absolute.sum()), features))
+    return tuple(usages)
 
 
 def require_chosen(usage: Usage) -> None:
@@ -164,47 +192,3 @@ def compute_rank_frequency(usage: Usage, *, n_ranks: int = 200) -> RankFrequency
         rate=-line.slope,
         r_squared=line.r_squared,
     )
-
-
-class _Totals:
-    """Sums over tokens: one row per segment, one column per feature, for each quantity."""
-
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None
-        self._n_tokens: Tensor | None = None
-
-    def add(self, chunk: TokenChunk) -> None:
-        members, v = chunk.members.double(), chunk.v.double()
-        quantities = (v != 0, v, v.abs(), v > 0, chunk.active())
-        sums = torch.stack([members @ quantity.double() for quantity in quantities])
-        self._sums = sums if self._sums is None else self._sums + sums
-        n_tokens = members.sum(dim=1)
-        self._n_tokens = n_tokens if self._n_tokens is None else self._n_tokens + n_tokens
-
-    def to_usages(
-        self, segments: Sequence[str], index: Sequence[int], labels: Mapping[int, str]
-    ) -> tuple[Usage, ...]:
-        tokens = [0.0] * len(segments) if self._n_tokens is None else self._n_tokens.tolist()
-        empty = [name for name, n in zip(segments, tokens, strict=True) if not n]
-        if empty:
-            raise ValueError(f"The segment {empty[0]!r} has no token that counts.")
-        assert self._sums is not None
-        usages = []
-        for number, (segment, n) in enumerate(zip(segments, tokens, strict=True)):
-            count, signed, absolute, promoted, active = (self._sums[:, number] / n).cpu()
-            order = [int(i) for i in absolute.argsort(descending=True) if count[i] > 0]
-            features = tuple(
-                FeatureUse(
-                    feature=index[i],
-                    frequency=float(count[i]),
-                    mean_steering=float(signed[i]),
-                    mean_abs_steering=float(absolute[i]),
-                    promoted=float(promoted[i]),
-                    active=float(active[i]),
-                    label=labels.get(index[i]),
-                )
-                for i in order
-            )
-            total, mass = float(count.sum()), float(absolute.sum())
-            usages.append(Usage(segment, int(n), total, mass, features))
-        return tuple(usages)

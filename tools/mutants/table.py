@@ -656,8 +656,8 @@ MUTANTS = (
     Mutant(
         "all tokens belong to one text",
         "analysis/composition.py",
-        "        self._rows[chunk.row] += counts",
-        "        self._rows[0] += counts",
+        "pairs[:, number, chunk.row] += (",
+        "pairs[:, number, 0] += (",
         COMPOSITION,
     ),
     Mutant(
