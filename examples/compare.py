@@ -25,7 +25,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -41,13 +41,12 @@ from trl import DPOConfig, DPOTrainer
 
 from peft_fsrl import FSRLConfig, load_sae, organism, with_fsrl
 from peft_fsrl.analysis import Session, compute_divergence, compute_usage
-from peft_fsrl.analysis.preferences import tokenize_pairs
 from peft_fsrl.files import write_text_atomically
 from peft_fsrl.records import Record
 from peft_fsrl.steering import edit_steering, observe
 from peft_fsrl.training.coherence import measure_answers
 from peft_fsrl.training.data import pair_texts, prepare_preferences
-from peft_fsrl.training.likelihood import batched, mean_log_probability, pad
+from peft_fsrl.training.likelihood import mean_log_probability, pad
 from peft_fsrl.training.objectives import simpo_loss
 from peft_fsrl.training.sampling import sample_answers
 from peft_fsrl.training.simpo import SimPOConfig, SimPOTrainer
@@ -147,13 +146,16 @@ class Bench:
             rows.append(pair_texts(prepared.dataset, self.tokenizer))
         return Dataset.from_list(rows[0]), rows[1], rows[2]
 
+    def session(self, model: nn.Module, rows: Iterable[Any]) -> Session:
+        """Some rows for the analyses."""
+        return Session(model, self.tokenizer, rows, batch_size=self.args.eval_batch_size)
+
     def margins(self, model: nn.Module, rows: Sequence[Any], objective: str) -> Tensor:
         """Margin of the objective's reward for each pair, shape ``(pairs,)``."""
         found = []
         with torch.no_grad():
-            for batch in batched(rows, self.args.eval_batch_size):
-                sides = tokenize_pairs(batch, self.tokenizer)
-                padded = pad(sides, self.base.device)
+            for texts in self.session(model, rows).batches("margins"):
+                padded = pad(texts, self.base.device)
                 rewards = mean_log_probability(model.eval(), padded)
                 if objective == "dpo":
                     rewards = rewards - mean_log_probability(self.base, padded)
@@ -180,7 +182,7 @@ class Bench:
             loss=self.losses(margins, objective).mean().item(),
             accuracy=((margins > 0).float() + (margins == 0).float() / 2).mean().item(),
             margin=margins.mean().item(),
-            kl=compute_divergence(Session(model, self.tokenizer, self.test), self.base),
+            kl=compute_divergence(self.session(model, self.test), self.base),
             perplexity=coherence.perplexity,
             repetition=coherence.repetition,
             length=coherence.mean_length,
@@ -317,7 +319,7 @@ def trained_method(
     seconds = time.monotonic() - started
     l0 = None
     if isinstance(config, FSRLConfig):
-        l0 = compute_usage(Session(model, bench.tokenizer, bench.test)).l0
+        l0 = compute_usage(bench.session(model, bench.test)).l0
     return bench.measure(
         model,
         objective,
@@ -341,9 +343,10 @@ def mean_difference(bench: Bench, read: Callable[[Tensor], Tensor], steered: Any
     sums, counts = [0.0, 0.0], [0, 0]
     seen: list[Tensor] = []
     rows = bench.train.select(range(min(bench.args.static_pairs, len(bench.train))))
+    session = Session(steered, bench.tokenizer, rows, batch_size=bench.args.eval_batch_size)
     with torch.no_grad(), observe(steered, lambda event: seen.append(event.hidden_states)):
-        for batch in batched(rows, bench.args.eval_batch_size):
-            padded = pad(tokenize_pairs(batch, bench.tokenizer), bench.base.device)
+        for texts in session.batches("differences"):
+            padded = pad(texts, bench.base.device)
             steered(input_ids=padded.input_ids, attention_mask=padded.attention_mask)
             halves = zip(seen.pop().chunk(2), padded.answer_mask.bool().chunk(2), strict=True)
             for side, (hidden, mask) in enumerate(halves):
@@ -394,7 +397,7 @@ def static_method(bench: Bench, name: str, objective: str) -> Row:
     scale = choose(tried)
     seconds = time.monotonic() - started
     with acting(scale):
-        session = Session(steered, bench.tokenizer, bench.test)
+        session = bench.session(steered, bench.test)
         l0 = compute_usage(session).l0 if in_features else None
         return bench.measure(
             model,

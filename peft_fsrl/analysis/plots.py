@@ -151,7 +151,7 @@ def plot_static_dynamic(record: StaticDynamic) -> Figure:
     accuracies.set_ylabel("preference accuracy")
     shares = sorted({level.share for level in (*record.dynamic, *record.static)})
     accuracies.set_xscale("log")
-    accuracies.set_xticks(shares, [percent(share) for share in shares], rotation=30)
+    accuracies.set_xticks(shares, [_percent(share) for share in shares], rotation=30)
     accuracies.minorticks_off()
     accuracies.set_xlabel(f"share of the SAE's {record.d_sae:,} features that may be steered")
     losses.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
@@ -393,7 +393,7 @@ def tidy(panels: Iterable[Any]) -> None:
         panel.spines[["top", "right"]].set_visible(False)
 
 
-def percent(share: float) -> str:
+def _percent(share: float) -> str:
     """A share as a percentage, without digits that say nothing."""
     return f"{100 * share:.3g} %"
 
