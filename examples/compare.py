@@ -25,7 +25,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -146,15 +146,12 @@ class Bench:
             rows.append(pair_texts(prepared.dataset, self.tokenizer))
         return Dataset.from_list(rows[0]), rows[1], rows[2]
 
-    def session(self, model: nn.Module, rows: Iterable[Any]) -> Session:
-        """Some rows for the analyses."""
-        return Session(model, self.tokenizer, rows, batch_size=self.args.eval_batch_size)
-
     def margins(self, model: nn.Module, rows: Sequence[Any], objective: str) -> Tensor:
         """Margin of the objective's reward for each pair, shape ``(pairs,)``."""
         found = []
+        session = Session(model, self.tokenizer, rows, batch_size=self.args.eval_batch_size)
         with torch.no_grad():
-            for texts in self.session(model, rows).batches("margins"):
+            for texts in session.batches("margins"):
                 padded = pad(texts, self.base.device)
                 rewards = mean_log_probability(model.eval(), padded)
                 if objective == "dpo":
@@ -182,7 +179,7 @@ class Bench:
             loss=self.losses(margins, objective).mean().item(),
             accuracy=((margins > 0).float() + (margins == 0).float() / 2).mean().item(),
             margin=margins.mean().item(),
-            kl=compute_divergence(self.session(model, self.test), self.base),
+            kl=compute_divergence(Session(model, self.tokenizer, self.test), self.base),
             perplexity=coherence.perplexity,
             repetition=coherence.repetition,
             length=coherence.mean_length,
@@ -319,7 +316,7 @@ def trained_method(
     seconds = time.monotonic() - started
     l0 = None
     if isinstance(config, FSRLConfig):
-        l0 = compute_usage(bench.session(model, bench.test)).l0
+        l0 = compute_usage(Session(model, bench.tokenizer, bench.test)).l0
     return bench.measure(
         model,
         objective,
@@ -397,7 +394,7 @@ def static_method(bench: Bench, name: str, objective: str) -> Row:
     scale = choose(tried)
     seconds = time.monotonic() - started
     with acting(scale):
-        session = bench.session(steered, bench.test)
+        session = Session(steered, bench.tokenizer, bench.test)
         l0 = compute_usage(session).l0 if in_features else None
         return bench.measure(
             model,
