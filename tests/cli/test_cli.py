@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import shutil
 import signal
 import subprocess
@@ -427,9 +428,9 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: " in capsys.readouterr().out
 
 
-def test_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "peft_fsrl", "doctor"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "--model" in done.stderr
+def test_as_a_module(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["peft-fsrl", "doctor"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("peft_fsrl", run_name="__main__")
+    assert stop.value.code == 2
+    assert "--model" in capsys.readouterr().err

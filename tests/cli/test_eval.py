@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -228,21 +226,16 @@ def test_the_harness_loads_adapters_itself(place: Path, rows: list[dict[str, Any
     assert figure.value == accuracy
 
 
-@pytest.mark.slow
-def test_the_harness_own_program(place: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_the_harness_own_program(
+    place: Path, tmp_path: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = [
         *("run", "--model", "hf", "--device", "cpu", "--tasks", "tiny_choice"),
         *("--model_args", f"pretrained={place / 'model'},peft={place / 'adapter'}"),
         *("--include_path", str(place / "tasks"), "--output_path", str(tmp_path / "out.json")),
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *options],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", ["-c", *options])
+    exec(PROGRAM, {})
     [path] = tmp_path.rglob("out*.json")
     accuracy, _ = expected_figures(steered_logits(helpers.fsrl_model(decided())), rows)
     assert json.loads(path.read_text())["results"]["tiny_choice"]["acc,none"] == accuracy
