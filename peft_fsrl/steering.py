@@ -27,6 +27,7 @@ from .tuner.events import (
     token_statistics,
 )
 from .tuner.layer import FSRLLayer
+from .tuner.model import find_used_config
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -89,9 +90,18 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
-    """The ``FSRLConfig`` of each adapter by name."""
+    """The ``FSRLConfig`` of each adapter by name, with the identity of its SAE.
+
+    Coefficients are those of ``model.peft_config``, which may be changed at any time; what decides
+    what the weights mean is as the layers use it. Changing what is returned changes nothing.
+    """
     configs: dict[str, Any] = getattr(base_model(model), "peft_config", {})
-    return {name: config for name, config in configs.items() if hasattr(config, "l1_coeff")}
+    found = {}
+    for name, config in configs.items():
+        used = find_used_config(model, name)
+        if used is not None:
+            found[name] = config.as_used(used)
+    return found
 
 
 @contextmanager

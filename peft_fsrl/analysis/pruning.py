@@ -225,14 +225,14 @@ def _cost(
 
 
 def _record(model: nn.Module, adapter_name: str, kept: Mapping[str, list[int]]) -> None:
-    # A config of its own: PEFT keeps the user's object, which may stand for other adapters too.
     config = copy(adapter_configs(model)[adapter_name])
     keys = _config_keys(config, list(kept), model)
     by_key = {keys[name]: features for name, features in kept.items()}
     config.exclude_features = None
     config.features = by_key.get("", by_key)
-    inner: Any = base_model(model)
-    inner.peft_config[adapter_name] = config
+    for layer in fsrl_layers(model).values():
+        if adapter_name in layer.fsrl_config:
+            layer.fsrl_config[adapter_name] = config
 
 
 def _config_keys(config: Any, names: list[str], model: nn.Module) -> dict[str, str]:

@@ -26,6 +26,23 @@ from .folder import (
     sae_inside,
 )
 
+# What decides which features an adapter's weights steer, and how.
+_MEANING = (
+    "layer",
+    "sae",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "features",
+    "exclude_features",
+    "rank",
+    "activation",
+    "non_negative",
+    "jumprelu_bandwidth",
+    "sae_dtype",
+    "sae_info",
+)
 _REDUCTIONS = ("sequence", "token")
 
 
@@ -80,9 +97,8 @@ class FSRLConfig(PeftConfig):
             ``PEFT_FSRL_COMPILE`` says (``0`` or ``1``), else to True on CUDA and False elsewhere.
         modules_to_save: Further modules to train and save whole, in PEFT's way.
         sae_info: Identity of each SAE by layer (``""`` where one serves every target): sizes, hook
-            name, architecture, dtype and SHA-256 fingerprint. Filled in, in the model's own copy of
-            the config, when the SAE is loaded; a different SAE is refused when the adapter is
-            loaded again.
+            name, architecture, dtype and SHA-256 fingerprint. Written when an adapter is saved; a
+            different SAE is refused when it is loaded again.
 
     Raises:
         TypeError: a value of the wrong kind.
@@ -171,6 +187,9 @@ class FSRLConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = cast(PeftType, PeftType["FSRL"])
+        # What a model that is being made, or saved, has found out; see `FSRLModel`.
+        self._used: FSRLConfig | None = None
+        self._target_paths: frozenset[str] | None = None
         self._normalize()
 
     def copied(self) -> FSRLConfig:
@@ -179,7 +198,18 @@ class FSRLConfig(PeftConfig):
         Whatever was set on this object after it was made is brought into plain form and checked.
         """
         other = copy.copy(self)
+        other._used = None
         other._normalize()
+        return other
+
+    def as_used(self, used: FSRLConfig) -> FSRLConfig:
+        """A copy with all that decides what an adapter's weights mean as a model uses it.
+
+        This object is the user's, who may have changed it since.
+        """
+        other = copy.copy(self)
+        for name in _MEANING:
+            setattr(other, name, getattr(used, name))
         return other
 
     def _normalize(self) -> None:
@@ -269,7 +299,8 @@ class FSRLConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and the SAE in ``sae/`` where it has no other address."""
-        saved = self.copied()
+        used, self._used = self._used, None
+        saved = self.copied() if used is None else self.as_used(used)
         references = saved._references()
         for key, reference in references.items():
             if isinstance(reference, LiveSAE):

@@ -19,6 +19,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..sae.loading import take_sae
+
 # How a saved config names an SAE that lies in a folder next to the weights.
 BESIDE = "beside_adapter"
 _BESIDE_FOLDER = re.compile(r"sae(_layer_\d+)?")
@@ -49,7 +51,9 @@ class LiveSAE(str):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LiveSAE.holding, (self.source,)
+        # SAELens's own objects do not pickle.
+        named = isinstance(self.source, Mapping)
+        return LiveSAE.holding, (self.source if named else take_sae(self.source),)
 
 
 def is_beside(reference: Any) -> bool:

@@ -47,6 +47,8 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             were trained on the concatenated heads of an attention layer.
 
     Attributes:
+        fsrl_config: by adapter, the config as it is used here: with the SAE's identity, and not the
+            object that the user passed and may have changed.
         observers: called with a ``SteeringEvent`` after every application. This list and the others
             may hold a ``Scoped`` entry, which counts only where it was opened.
         statistics_observers: called with ``TokenStatistics``, for which no steering vector needs to
@@ -57,7 +59,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("fsrl_adapter",)
-    other_param_names = ("fsrl_sae", "_watches")
+    other_param_names = ("fsrl_sae", "fsrl_config", "_watches")
 
     def __init__(self, base_layer: nn.Module, layer_name: str, steers_input: bool = False) -> None:
         super().__init__()
@@ -68,6 +70,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         self.out_features = getattr(base_layer, "out_features", None)
         self.fsrl_adapter = nn.ModuleDict()
         self.fsrl_sae: dict[str, FrozenSAE] = {}
+        self.fsrl_config: dict[str, FSRLConfig] = {}
         self.observers: list[Observer] = []
         self.statistics_observers: list[StatisticsObserver] = []
         self.edits: list[Edit] = []
@@ -88,6 +91,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         adapter.identify(sae.info.fingerprint, sae.features)
         self.fsrl_adapter[adapter_name] = adapter
         self.fsrl_sae[adapter_name] = sae
+        self.fsrl_config[adapter_name] = config
         self._watches[adapter_name] = PenaltyWatch(adapter_name)
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 

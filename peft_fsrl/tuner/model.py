@@ -53,13 +53,15 @@ class FSRLModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         """Add an adapter; see ``peft.tuners.tuners_utils.BaseTuner.inject_adapter``."""
         _refuse_second(adapter_name, model)
-        # What is found out about this model is not written into the user's object.
-        self.peft_config[adapter_name] = self.peft_config[adapter_name].copied()
+        # The user's object stays as it is: what is found out about this model goes to the layers.
+        config = self.peft_config[adapter_name]
+        config._used = config.copied()
         try:
             super().inject_adapter(model, adapter_name, **kwargs)
         finally:
             # From here on only the layers hold the SAEs: a copy that none of them uses is freed.
             self._saes_to_inject = {}
+            config._used = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model; not its `forward`, as older PEFT does, which skips its hooks."""
@@ -72,16 +74,15 @@ class FSRLModel(BaseTuner):
 
     def _prepare_model(self, peft_config: FSRLConfig, model: nn.Module) -> None:
         """Load the SAEs and settle every question about targets before anything is changed."""
+        used = _used_config(peft_config)
         # Under `low_cpu_mem_usage=True` PEFT sends new parameters to `meta`: not those of the SAE.
-        saes: dict[str, FrozenSAE] = skip_init_on_device(_load_bound_saes)(peft_config)
+        saes: dict[str, FrozenSAE] = skip_init_on_device(_load_bound_saes)(used)
         for sae in saes.values():
             warn_of_other_model(sae, model)
-        if peft_config.target_modules is None:
-            _refuse_narrowing(peft_config)
-            saes = resolve_targets(peft_config, saes, model)
-            peft_config._target_paths = frozenset(saes)
-        else:
-            peft_config._target_paths = None
+        if used.target_modules is None:
+            _refuse_narrowing(used)
+            saes = resolve_targets(used, saes, model)
+            used._target_paths = frozenset(saes)
         _refuse_nesting(set(self._match_targets(peft_config, model)), model)
         self._saes_to_inject = saes
         for sae in saes.values():
@@ -109,7 +110,7 @@ class FSRLModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: FSRLConfig, key: str) -> Any:
-        paths = getattr(peft_config, "_target_paths", None)
+        paths = _used_config(peft_config)._target_paths
         if paths is not None:
             return key in paths
         return BaseTuner._check_target_module_exists(peft_config, key)
@@ -125,12 +126,13 @@ class FSRLModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         sae = self._saes_to_inject.get(current_key) or self._saes_to_inject[""]
+        used = _used_config(peft_config)
         if isinstance(target, FSRLLayer):
-            target.update_layer(adapter_name, peft_config, sae)
+            target.update_layer(adapter_name, used, sae)
             layer = target
         else:
             layer = FSRLLayer(target, current_key, reads_heads(sae))
-            layer.update_layer(adapter_name, peft_config, sae)
+            layer.update_layer(adapter_name, used, sae)
             setattr(parent, target_name, layer)
         if adapter_name not in self.active_adapters:
             layer.fsrl_adapter[adapter_name].requires_grad_(False)
@@ -205,6 +207,17 @@ class FSRLModel(BaseTuner):
             )
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any
+    ) -> dict[str, Any]:
+        """PEFT's own. It comes before the config is saved, which then learns what is used here."""
+        config._used = find_used_config(model, adapter_name)
+        selected: dict[str, Any] = super()._get_adapter_state_dict(
+            model=model, config=config, adapter_name=adapter_name, **kwargs
+        )
+        return selected
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
@@ -218,6 +231,17 @@ class FSRLModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(merge_refusal())
+
+
+def find_used_config(model: nn.Module, adapter_name: str) -> FSRLConfig | None:
+    """An adapter's config as the layers of a model use it; None where no layer has the adapter."""
+    layers = (module for module in model.modules() if isinstance(module, FSRLLayer))
+    found = (layer.fsrl_config.get(adapter_name) for layer in layers)
+    return next((config for config in found if config is not None), None)
+
+
+def _used_config(config: FSRLConfig) -> FSRLConfig:
+    return config if config._used is None else config._used
 
 
 def _load_bound_saes(config: FSRLConfig) -> dict[str, FrozenSAE]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import helpers
 from peft_fsrl import FSRLConfig, FSRLLayer, prune
-from peft_fsrl.steering import ablate_features, observe
+from peft_fsrl.steering import ablate_features, adapter_configs, observe
 
 FAMILIES = ["llama", "gemma2", "gpt2", "gptj"]
 
@@ -69,7 +69,7 @@ def test_what_is_never_used_goes_and_nothing_changes(family: str, architecture: 
     with torch.no_grad():
         before = [model(**batch).logits for batch in data]
     report = prune(model, data, show_progress=False)
-    config = model.peft_config["default"]
+    config = adapter_configs(model)["default"]
     assert config.features == expected
     assert layer.fsrl_sae["default"].feature_index.tolist() == expected
     assert report.features_before == {layer.layer_name: 24}
@@ -109,7 +109,7 @@ def test_rare_features_go_at_the_cost_that_is_stated() -> None:
     size = torch.cat(vectors).abs().sum(0)
     expected = torch.cat(divergences)
     report = prune(model, data, max_frequency=limit / 36, show_progress=False)
-    assert model.peft_config["default"].features == kept
+    assert adapter_configs(model)["default"].features == kept
     assert report.dropped_steering == pytest.approx(float(size[dropped].sum() / size.sum()))
     assert report.kl_mean == pytest.approx(float(expected.mean()), rel=1e-6)
     assert report.kl_max == pytest.approx(float(expected.max()), rel=1e-6)
@@ -127,7 +127,7 @@ def test_a_pruned_adapter_is_saved_small_and_loads(tmp_path: Path) -> None:
     prune(model, batches(), show_progress=False)
     model.save_pretrained(tmp_path)
     features = json.loads((tmp_path / "adapter_config.json").read_text())["features"]
-    assert features == model.peft_config["default"].features
+    assert features == adapter_configs(model)["default"].features
     assert len(features) <= 4
     shapes = {tuple(t.shape) for t in load_file(tmp_path / "adapter_model.safetensors").values()}
     assert shapes == {(len(features), 16), (len(features),), (32,)}
@@ -142,7 +142,7 @@ def test_it_trains_on_and_keeps_its_state() -> None:
     silence(layer, [0, 5])
     prune(model, batches(), show_progress=False)
     assert model.training
-    assert model.peft_config["default"].exclude_features is None
+    assert adapter_configs(model)["default"].exclude_features is None
     adapter = layer.fsrl_adapter["default"]
     assert adapter.down.shape == (2, 16)
     ids = helpers.token_ids()
@@ -151,7 +151,7 @@ def test_it_trains_on_and_keeps_its_state() -> None:
         assert parameter.requires_grad, name
         assert parameter.grad is not None, name
     # Place 5 of the 22 steered features is feature 7.
-    assert not {0, 1, 2, 7} & set(model.peft_config["default"].features)
+    assert not {0, 1, 2, 7} & set(adapter_configs(model)["default"].features)
 
 
 def test_several_layers_are_pruned_apart() -> None:
@@ -161,7 +161,7 @@ def test_several_layers_are_pruned_apart() -> None:
     silence(first, list(range(0, 12)))
     silence(second, list(range(12, 24)))
     prune(model, batches(), show_progress=False)
-    features = model.peft_config["default"].features
+    features = adapter_configs(model)["default"].features
     assert set(features) == {"0", "2"}
     assert features["0"][0] >= 12 > features["2"][-1]
 
@@ -172,7 +172,7 @@ def test_modules_that_share_an_sae_keep_what_any_of_them_uses() -> None:
     silence(first, list(range(0, 8)))
     silence(second, list(range(4, 24)))
     report = prune(model, batches(), show_progress=False)
-    features = model.peft_config["default"].features
+    features = adapter_configs(model)["default"].features
     assert features[0] < 4
     assert not set(range(4, 8)) & set(features)
     assert features[-1] >= 8
@@ -198,7 +198,7 @@ def test_adapters_that_were_made_from_one_config(tmp_path: Path) -> None:
     model.add_adapter("second", config)
     silence(helpers.only_layer(model), [0])
     prune(model, batches(), show_progress=False)
-    assert 0 not in model.peft_config["default"].features
+    assert 0 not in adapter_configs(model)["default"].features
     assert config.features is None
     model.set_adapter("second")
     model.save_pretrained(tmp_path)
@@ -222,4 +222,4 @@ def test_refusals_leave_the_adapter_alone() -> None:
     with pytest.raises(ValueError, match="No feature would be left"):
         prune(model, batches(), show_progress=False)
     assert layer.fsrl_sae["default"].n_features == 24
-    assert model.peft_config["default"].features is None
+    assert adapter_configs(model)["default"].features is None

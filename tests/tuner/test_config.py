@@ -16,6 +16,7 @@ from peft import PeftConfig, get_peft_model
 
 from helpers import fsrl_model, only_layer, tiny_model, tiny_sae
 from peft_fsrl import FSRLConfig
+from peft_fsrl.steering import adapter_configs
 
 RELEASED = "gemma-scope-2b-pt-res/layer_12/width_65k/average_l0_72"
 
@@ -143,15 +144,19 @@ def test_one_config_serves_several_models(tmp_path: Path) -> None:
     config = FSRLConfig(sae=tiny_sae())
     before = config.to_dict()
     first = get_peft_model(tiny_model(), config)
-    found = first.peft_config["default"]
-    assert found is not config
-    assert found.layer == 1
+    # PEFT keeps the user's object, in which nothing is written.
+    assert first.peft_config["default"] is config
+    assert adapter_configs(first)["default"].layer == 1
     config.sae = tiny_sae(seed=1)
     second = get_peft_model(tiny_model("gpt2"), config)
     assert only_layer(first).layer_name == "model.layers.1"
     assert only_layer(second).layer_name == "transformer.h.1"
-    infos = [model.peft_config["default"].sae_info[""] for model in (first, second)]
+    infos = [adapter_configs(model)["default"].sae_info[""] for model in (first, second)]
     assert infos[0]["fingerprint"] != infos[1]["fingerprint"]
+    first.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["sae_info"] == {"": infos[0]}
+    assert FSRLConfig.from_pretrained(tmp_path).layer == 1
     config.sae = before["sae"]
     changed = {k for k, v in config.to_dict().items() if v != before[k]}
     # PEFT itself notes there which task and model a config was used for.

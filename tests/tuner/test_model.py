@@ -35,7 +35,7 @@ from helpers import (
 )
 from peft_fsrl import FSRLConfig, FSRLLayer
 from peft_fsrl.functional import ACTIVATIONS
-from peft_fsrl.steering import SteeringMonitor
+from peft_fsrl.steering import SteeringMonitor, adapter_configs
 from peft_fsrl.training.penalty import SparsityPenalty
 
 PATHS = {"gpt2": "transformer.h.{}", "gptj": "transformer.h.{}", "gpt_neox": "gpt_neox.layers.{}"}
@@ -255,7 +255,7 @@ def test_loading_under_another_name(tmp_path: Path) -> None:
 
 def test_saving_from_another_dtype_keeps_the_sae(tmp_path: Path) -> None:
     model = fsrl_model()
-    fingerprint = model.peft_config["default"].sae_info[""]["fingerprint"]
+    fingerprint = adapter_configs(model)["default"].sae_info[""]["fingerprint"]
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     assert only_layer(loaded).fsrl_sae["default"].info.fingerprint == fingerprint
@@ -265,7 +265,7 @@ def test_a_changed_sae_is_refused(tmp_path: Path) -> None:
     tiny_sae().save_model(tmp_path / "sae_folder")
     model = fsrl_model(sae=str(tmp_path / "sae_folder"))
     model.save_pretrained(tmp_path / "adapter")
-    before = model.peft_config["default"].sae_info[""]["fingerprint"]
+    before = adapter_configs(model)["default"].sae_info[""]["fingerprint"]
     changed = tiny_sae()
     with torch.no_grad():
         changed.b_enc[0] += 1e-3
@@ -341,7 +341,7 @@ def test_the_hook_name_gives_the_layer() -> None:
         sae = tiny_sae(metadata={"hook_name": hook})
         model = get_peft_model(tiny_model(), FSRLConfig(sae=sae))
         assert only_layer(model).layer_name == f"model.layers.{index}"
-        assert model.peft_config["default"].layer == index
+        assert adapter_configs(model)["default"].layer == index
 
 
 @pytest.mark.parametrize("hook", [None, "blocks.1.attn.hook_q", "blocks.0.hook_resid_pre"])
@@ -454,7 +454,7 @@ def test_bfloat16_base_with_a_float32_adapter() -> None:
 def test_sae_dtype() -> None:
     model = fsrl_model(sae_dtype="bfloat16")
     assert only_layer(model).fsrl_sae["default"].dtype == torch.bfloat16
-    assert model.peft_config["default"].sae_info[""]["dtype"] == "float32"
+    assert adapter_configs(model)["default"].sae_info[""]["dtype"] == "float32"
     with pytest.raises(ValueError, match=r"`sae_dtype` must name a floating-point dtype.*'int8'"):
         get_peft_model(tiny_model(), FSRLConfig(layer=1, sae=tiny_sae(), sae_dtype="int8"))
 
@@ -607,7 +607,7 @@ def test_moved_models_release_the_old_sae() -> None:
     model.to(torch.bfloat16)
     assert layers[0].fsrl_sae["default"] is layers[1].fsrl_sae["default"]
     # A live SAE is kept once more by its config, which has to save it.
-    assert old() is model.peft_config["default"].resolve_saes()[""]
+    assert old() is adapter_configs(model)["default"].resolve_saes()[""]
     model.to(torch.float64)
     gc.collect()
     kept = [layers[0].fsrl_sae["default"], old()]

@@ -267,8 +267,8 @@ MUTANTS = (
     Mutant(
         "a deleted adapter's SAE is kept",
         "tuner/layer.py",
-        'other_param_names = ("fsrl_sae", "_watches")',
-        'other_param_names = ("_watches",)',
+        'other_param_names = ("fsrl_sae", "fsrl_config", "_watches")',
+        'other_param_names = ("fsrl_config", "_watches")',
         ("tuner/test_leaks.py::test_a_layer_without_adapters_steers_nothing",),
     ),
     Mutant(
@@ -599,8 +599,8 @@ MUTANTS = (
     Mutant(
         "what a model finds out is written into the user's config",
         "tuner/model.py",
-        "self.peft_config[adapter_name] = self.peft_config[adapter_name].copied()",
-        "self.peft_config[adapter_name]._normalize()",
+        "        config._used = config.copied()\n",
+        "        config._used = config\n",
         ("tuner/test_config.py::test_one_config_serves_several_models",),
     ),
     # Analyses
