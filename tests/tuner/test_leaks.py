@@ -120,14 +120,17 @@ def test_a_thousand_swaps(references: list[Any]) -> None:
     for step in range(20):
         swap(model, references[step % 4], ids)
     state, counted = state_of(model), alive()
-    memory = resident_kib() if sys.platform == "linux" else 0
-    for step in range(SWAPS):
-        swap(model, references[step % 4], ids)
+    grown = []
+    # Twice, for the allocator of a process that has done other things may still fill a pool once.
+    for _ in range(2):
+        memory = resident_kib() if sys.platform == "linux" else 0
+        for step in range(SWAPS // 2):
+            swap(model, references[step % 4], ids)
+        grown.append((resident_kib() if sys.platform == "linux" else 0) - memory)
     assert state_of(model) == state
     assert alive() == counted
-    if sys.platform == "linux":
-        # An adapter and its SAE have 1,200 floats: kept, a thousand of them would be 4.7 MiB.
-        assert resident_kib() - memory < 3 * 1024
+    # An adapter and its SAE have 1,200 floats: kept, five hundred of them would be 2.3 MiB.
+    assert min(grown) < 1.5 * 1024
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, expected)
 
