@@ -82,7 +82,7 @@ class Study(Record):
 
 
 def study(setting: str, seed: int, folder: Path, n_pairs: int, n_truth: int) -> Study:
-    """Analyse one adapter on held-out pairs, and check the intervals on fresh ones."""
+    """Analyze one adapter on held-out pairs, and check the intervals on fresh ones."""
     creature = organism.load()
     model = PeftModel.from_pretrained(creature.load_model(), run_folder(folder, setting, seed))
     tokenizer = creature.load_tokenizer()
@@ -120,7 +120,7 @@ def study(setting: str, seed: int, folder: Path, n_pairs: int, n_truth: int) -> 
         ablations,
         measure_features(session, usage, trained=trained, n_features=10),
         compare_static_dynamic(session, usage, base=base, trained=trained),
-        robustness(session, f"{label} relabelled"),
+        robustness(session, f"{label} relabeled"),
         tuple(checks),
     )
 

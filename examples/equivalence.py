@@ -33,7 +33,7 @@ N_FEATURES = (1, 2, 3, 4, 8, 16)
 
 
 def make_batches(pairs: Any, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
-    """Chosen answers with their prompts; only the answers' tokens are labelled."""
+    """Chosen answers with their prompts; only the answers' tokens are labeled."""
     batches = []
     for rows in batched(pairs, 32):
         texts = [tokenize(row["prompt"], row["chosen"], tokenizer) for row in rows]

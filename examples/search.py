@@ -3,7 +3,7 @@
     python examples/search.py
 
 A study per family, with as many trials for each and the same sampler (Optuna's TPE; the `sweep`
-extra), minimises two things at once: held-out loss and steered features per token. No weight and no
+extra), minimizes two things at once: held-out loss and steered features per token. No weight and no
 target has to be chosen for that, and the fronts can be compared at any sparsity. Then the best
 trial of each family that steers no more than `--target_l0` features per token is trained again with
 seeds that the search has not seen: what was picked as the best of many looks better than it is.

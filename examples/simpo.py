@@ -142,7 +142,7 @@ def main(
     fsrl: Any,
     job: JobArguments,
 ) -> None:
-    """Train, save, summarise."""
+    """Train, save, summarize."""
     check_output_directory(args, job.overwrite_output)
     dataset = load_preferences(script, job, args.seed)
     labels: dict[int, str] | None = None

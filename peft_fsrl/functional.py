@@ -206,18 +206,18 @@ def clamped_update(
     return torch.where(v <= -feature_acts, -feature_acts, v)
 
 
-def normalisation_scale(
+def normalization_scale(
     x: Float[Tensor, "*batch d_in"], normalize_activations: str
 ) -> Float[Tensor, "*batch 1"] | None:
-    """Per-token factor by which an SAE's output side undoes its run-time input normalisation.
+    """Per-token factor by which an SAE's output side undoes its run-time input normalization.
 
     Under ``layer_norm`` the decoder's output is multiplied by the token's standard deviation, under
     ``constant_norm_rescale`` by its norm over ``sqrt(d_in)``. Means and biases cancel in a
-    difference of two decodes. The other normalisations are folded into the weights.
+    difference of two decodes. The other normalizations are folded into the weights.
 
     Args:
         x: the SAE's raw input, shape ``(..., d_in)``.
-        normalize_activations: SAELens's name of the normalisation.
+        normalize_activations: SAELens's name of the normalization.
 
     Returns:
         Shape ``(..., 1)``, or None where the factor is one.
@@ -242,8 +242,8 @@ def decode_update(
         update: ``f' - f``, shape ``(..., d_sae)``.
         W_dec: decoder weight, shape ``(d_sae, d_in)``.
         feature_scale: factor per feature, shape ``(d_sae,)`` (SAEs that treat the decoder's rows as
-            normalised).
-        token_scale: factor per token, shape ``(..., 1)``; see ``normalisation_scale``. Or a number.
+            normalized).
+        token_scale: factor per token, shape ``(..., 1)``; see ``normalization_scale``. Or a number.
 
     Returns:
         ``decode(f + update) - decode(f)``, shape ``(..., d_in)``.

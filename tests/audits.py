@@ -215,7 +215,7 @@ def make_audit(
         ),
         generations=tuple(
             Generation(
-                say("What colour is the river?"),
+                say("What color is the river?"),
                 (
                     answer("base", False),
                     answer("trained", True),

@@ -74,7 +74,7 @@ class Job:
         sequential: take the examples in their order.
         resume: what is given to ``train(resume_from_checkpoint=...)``.
         stop: end the run after this step, as a user's interrupt would, though more were planned.
-        dies: ``(rank, step, where)``: that process kills itself at that optimiser step, ``where``
+        dies: ``(rank, step, where)``: that process kills itself at that optimizer step, ``where``
             being ``"backward"``, or half of a file of the checkpoint, by its name.
         settings: of the trainer.
         adapter: of the adapter's config.
@@ -94,7 +94,7 @@ class Job:
 
 
 class _Dies(TrainerCallback):
-    """Kills its process after the backward pass of a step, before the optimiser's."""
+    """Kills its process after the backward pass of a step, before the optimizer's."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -137,7 +137,7 @@ def _die_writing(name: str, step: int) -> None:
     TrainerState.save_to_json = broken(TrainerState.save_to_json)  # type: ignore[method-assign]
 
 
-def labelled_rows(preferences: Dataset) -> Dataset:
+def labeled_rows(preferences: Dataset) -> Dataset:
     """Prompts and chosen answers as token ids, of unequal lengths."""
     tokenizer = tiny_tokenizer()
     rows = []
@@ -175,7 +175,7 @@ def build(job: Job, folder: Path) -> Trainer:
     rows = tiny_preferences(job.rows)
     rows = concatenate_datasets([rows, rows.select(range(job.repeated))])
     if job.trainer == "trainer":
-        rows = labelled_rows(rows)
+        rows = labeled_rows(rows)
     elif job.trainer == "sft":
         rows = rows.rename_column("chosen", "completion").remove_columns("rejected")
     args = args_class(
@@ -298,7 +298,7 @@ def run(job: Job, folder: Path, rank: int) -> None:
 
 
 def optimizer_state(trainer: Trainer) -> list[dict[str, Tensor]]:
-    """The optimiser's tensors, whole, in the order of its parameters."""
+    """The optimizer's tensors, whole, in the order of its parameters."""
     inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     groups = [p for group in inner.param_groups for p in group["params"]]
     return [

@@ -115,11 +115,11 @@ def tiny_model(family: str = "llama", seed: int = 0, **settings: Any) -> PreTrai
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-def accepts(architecture: str, normalisation: str) -> bool:
-    """Whether SAELens lets an architecture have this normalisation."""
+def accepts(architecture: str, normalization: str) -> bool:
+    """Whether SAELens lets an architecture have this normalization."""
     config_class = SAE_CLASS_REGISTRY[architecture][1]
     try:
-        config_class(d_in=D_IN, d_sae=D_SAE, normalize_activations=normalisation)
+        config_class(d_in=D_IN, d_sae=D_SAE, normalize_activations=normalization)
     except ValueError:
         return False
     return True
@@ -130,7 +130,7 @@ SAE_CASES = tuple((a, n) for a in ARCHITECTURES for n in NORMALISATIONS if accep
 
 def tiny_sae(
     architecture: str = "standard",
-    normalisation: str = "none",
+    normalization: str = "none",
     *,
     dtype: str = "float32",
     seed: int = 0,
@@ -140,7 +140,7 @@ def tiny_sae(
     """A SAELens SAE in which no tensor is zero: biases, gates and thresholds are random too."""
     cls, config_class = SAE_CLASS_REGISTRY[architecture]
     settings = {**_SETTINGS[architecture], **settings}
-    if normalisation == "constant_scalar_rescale":
+    if normalization == "constant_scalar_rescale":
         settings.setdefault("activation_normalization_factor", 0.7)
     sizes = {"d_in": D_IN, "d_sae": D_SAE} | settings
     metadata = {"hook_name": HOOK_NAME} if metadata is None else metadata
@@ -150,7 +150,7 @@ def tiny_sae(
             config_class(
                 **sizes,
                 dtype=dtype,
-                normalize_activations=normalisation,
+                normalize_activations=normalization,
                 metadata=SAEMetadata(**metadata),
             )
         )
@@ -181,11 +181,11 @@ def fsrl_model(
     steered = get_peft_model(tiny_model() if model is None else model, config)
     for name, layer in steered.base_model.named_modules():
         if isinstance(layer, FSRLLayer):
-            randomise_adapter(layer, seed=len(name))
+            randomize_adapter(layer, seed=len(name))
     return steered.eval()
 
 
-def randomise_adapter(layer: FSRLLayer, adapter_name: str = "default", seed: int = 0) -> None:
+def randomize_adapter(layer: FSRLLayer, adapter_name: str = "default", seed: int = 0) -> None:
     """Give weight, bias and threshold values at which every branch of the method is taken."""
     adapter = layer.fsrl_adapter[adapter_name]
     generator = torch.Generator().manual_seed(seed)
@@ -217,7 +217,7 @@ def bare_layer(
     layer = FSRLLayer(nn.Identity(), "identity")
     layer.update_layer("default", FSRLConfig(layer=0, sae=sae, **settings), freeze_sae(sae))
     layer.to(dtype)
-    randomise_adapter(layer, seed=seed)
+    randomize_adapter(layer, seed=seed)
     return layer
 
 
@@ -273,7 +273,7 @@ def naive_steer(
     u = sae.process_sae_in(x) @ weight.T + bias
     v, gate = naive_vector(u, threshold, activation, bandwidth)
     f = sae.encode(x)
-    # Some normalisations keep a state from each encode that the next decode uses up.
+    # Some normalizations keep a state from each encode that the next decode uses up.
     reconstruction = sae.decode(f)
     sae.encode(x)
     steered = f + v

@@ -23,7 +23,7 @@ from helpers import (
     D_SAE,
     fsrl_model,
     only_layer,
-    randomise_adapter,
+    randomize_adapter,
     tiny_model,
     tiny_sae,
     token_ids,
@@ -64,7 +64,7 @@ def live_sae() -> None:
     two.set_adapter("two")
     same("second adapter", two, first)
 
-    randomise_adapter(only_layer(model), seed=9)
+    randomize_adapter(only_layer(model), seed=9)
     second = logits(model)
     model.push_to_hub("team/adapter", revision="v2")
     same("main", PeftModel.from_pretrained(base(), "team/adapter"), first)

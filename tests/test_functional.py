@@ -136,12 +136,12 @@ def test_clamped_update_gradients_at_ties() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
-def test_normalisation_scale(shape: tuple[int, ...]) -> None:
+def test_normalization_scale(shape: tuple[int, ...]) -> None:
     x = random(*shape)
     for token, std, scale in zip(
         x.reshape(-1, 4),
-        functional.normalisation_scale(x, "layer_norm").reshape(-1),
-        functional.normalisation_scale(x, "constant_norm_rescale").reshape(-1),
+        functional.normalization_scale(x, "layer_norm").reshape(-1),
+        functional.normalization_scale(x, "constant_norm_rescale").reshape(-1),
         strict=True,
     ):
         mean = sum(token.tolist()) / 4
@@ -152,8 +152,8 @@ def test_normalisation_scale(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "expected_average_only_in", "covariance_whitening"])
-def test_folded_normalisations_have_no_scale(name: str) -> None:
-    assert functional.normalisation_scale(random(3, 4), name) is None
+def test_folded_normalizations_have_no_scale(name: str) -> None:
+    assert functional.normalization_scale(random(3, 4), name) is None
 
 
 def test_decode_update_by_loops() -> None:

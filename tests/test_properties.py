@@ -17,7 +17,7 @@ from helpers import (
     ARCHITECTURES,
     SAE_CASES,
     bare_layer,
-    randomise_adapter,
+    randomize_adapter,
     tiny_sae,
 )
 from peft_fsrl import FSRLConfig, FSRLLayer, freeze_sae
@@ -87,11 +87,11 @@ def reference(layer: FSRLLayer, sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return x + after - before, v
 
 
-def odd_sae(architecture: str, normalisation: str, seed: int, d_sae: int = 13) -> Any:
+def odd_sae(architecture: str, normalization: str, seed: int, d_sae: int = 13) -> Any:
     """A float64 SAE of an odd width, where the architecture lets it have one."""
     if architecture == "temporal":
         d_sae = 16
-    return tiny_sae(architecture, normalisation, dtype="float64", d_sae=d_sae, seed=seed)
+    return tiny_sae(architecture, normalization, dtype="float64", d_sae=d_sae, seed=seed)
 
 
 def make_layer(sae: Any, dtype: torch.dtype, seed: int, **options: Any) -> FSRLLayer:
@@ -133,10 +133,10 @@ def test_steered_output_is_the_formula(
     rank: int | None,
     seed: int,
 ) -> None:
-    architecture, normalisation = case
+    architecture, normalization = case
     # It reads whole sequences.
     assume(architecture != "temporal" or (len(shape) == 2 and shape[1] > 0))
-    sae = odd_sae(architecture, normalisation, seed, d_sae)
+    sae = odd_sae(architecture, normalization, seed, d_sae)
     layer = make_layer(sae, torch.float64, seed, activation=activation, rank=rank)
     events: list[SteeringEvent] = []
     layer.observers.append(events.append)
@@ -286,7 +286,7 @@ def test_state_dicts_go_round(
     ]
     assert set(state) == {f"fsrl_adapter.default.{name}" for name in names}
     other = copy.deepcopy(layer)
-    randomise_adapter(other, seed=seed + 1)
+    randomize_adapter(other, seed=seed + 1)
     x = draw_tokens((2, 3), 16, seed, "contiguous").to(dtype)
     expected = layer(x)
     assert not torch.equal(other(x), expected)

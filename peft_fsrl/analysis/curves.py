@@ -42,7 +42,7 @@ class TrainingCurves(Record):
 def load_training_curves(path: str | Path) -> TrainingCurves:
     """Everything that a trainer logged more than once or at evaluations, by the names it gave.
 
-    ``loss`` is what was minimised, penalty included; ``preference_loss`` is made here by taking
+    ``loss`` is what was minimized, penalty included; ``preference_loss`` is made here by taking
     ``fsrl/penalty`` off it, and compares with ``eval_loss``, which has no penalty in it.
 
     Args:

@@ -26,7 +26,7 @@ _BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
 # misses more of what tells tokens apart than it has.
 GOOD_FVU = 0.35
 BAD_FVU = 0.5
-# A neighbour is a better place if its unexplained share is lower by this factor.
+# A neighbor is a better place if its unexplained share is lower by this factor.
 CLEARLY_LOWER = 0.9
 # Against another model, a fit is as good up to the first factor, and worse above the second.
 AS_GOOD, CLEARLY_WORSE = 1.25, 2.0
@@ -270,15 +270,15 @@ def judge_fits(fits: Sequence[SAEFit]) -> tuple[Finding, ...]:
     """Whether an SAE fits where it would be used, better than nearby, and with live features.
 
     Args:
-        fits: one of them intended; those of the same model are neighbours, another model's is for
+        fits: one of them intended; those of the same model are neighbors, another model's is for
             comparison.
     """
     [here] = [fit for fit in fits if fit.intended]
-    neighbours = [fit for fit in fits if fit.model == here.model and not fit.intended]
+    neighbors = [fit for fit in fits if fit.model == here.model and not fit.intended]
     others = [fit for fit in fits if fit.model != here.model]
     findings = [_judge_fit(here)]
-    if neighbours:
-        findings.append(_judge_place(here, min(neighbours, key=lambda fit: fit.fvu)))
+    if neighbors:
+        findings.append(_judge_place(here, min(neighbors, key=lambda fit: fit.fvu)))
     findings.append(_judge_life(here))
     return (*findings, *(_judge_model(here, other) for other in others))
 
@@ -312,8 +312,8 @@ def _judge_place(here: SAEFit, best: SAEFit) -> Finding:
     if best.fvu < CLEARLY_LOWER * here.fvu:
         return Finding(question, "no", f"It fits better nearby: {figures}. Use it there.")
     if best.fvu < here.fvu:
-        return Finding(question, "unsure", f"A neighbour fits about as well: {figures}.")
-    return Finding(question, "yes", f"No neighbour fits better; the closest has {figures}.")
+        return Finding(question, "unsure", f"A neighbor fits about as well: {figures}.")
+    return Finding(question, "yes", f"No neighbor fits better; the closest has {figures}.")
 
 
 def _judge_life(here: SAEFit) -> Finding:

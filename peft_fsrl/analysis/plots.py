@@ -30,18 +30,18 @@ def plot_rank_frequencies(records: Sequence[RankFrequency]) -> Figure:
         records: one per segment.
 
     Raises:
-        ValueError: for no record, or more than there are colours.
+        ValueError: for no record, or more than there are colors.
     """
     if not 1 <= len(records) <= len(COLOURS):
         raise ValueError(f"Expected 1 to {len(COLOURS)} records, got {len(records)}.")
     figure, panel = subplots(figsize=(5.2, 3.6))
     lowest = min(min(record.frequencies) for record in records)
-    for colour, record in zip(COLOURS, records, strict=False):
+    for color, record in zip(COLOURS, records, strict=False):
         label = f"{record.segment.replace('_', ' + ')} ({record.n_features} features)"
-        panel.plot(record.ranks, record.frequencies, "o", color=colour, markersize=3, label=label)
+        panel.plot(record.ranks, record.frequencies, "o", color=color, markersize=3, label=label)
         fitted = [record.amplitude * math.exp(-record.rate * rank) for rank in record.ranks]
         fit = f"{record.amplitude:.2g} exp(-{record.rate:.2g} rank), R² {record.r_squared:.2f}"
-        panel.plot(record.ranks, fitted, color=colour, linewidth=1, alpha=0.7, label=fit)
+        panel.plot(record.ranks, fitted, color=color, linewidth=1, alpha=0.7, label=fit)
     panel.set_yscale("log")
     # An exponential is a straight line here; one that leaves the data far below says nothing.
     panel.set_ylim(bottom=lowest / 3, top=1.5)
@@ -79,13 +79,13 @@ def plot_ablations(summaries: Mapping[str, Sequence[Summary]]) -> Figure:
             rises = [ablation.rise for _, ablation in found]
             controls = [ablation.control_loss - run.trained.loss for run, ablation in found]
             places = [0.06 * (place - (len(found) - 1) / 2) for place in range(len(found))]
-            colours = (COLOURS[x % len(COLOURS)], CONTROL)
-            for shift, values, colour in zip(
-                (-0.2, 0.2), ([rise.value for rise in rises], controls), colours, strict=True
+            colors = (COLOURS[x % len(COLOURS)], CONTROL)
+            for shift, values, color in zip(
+                (-0.2, 0.2), ([rise.value for rise in rises], controls), colors, strict=True
             ):
                 label = "as many random features" if shift > 0 and x == 0 else None
                 panel.bar(
-                    x + shift, sum(values) / len(values), width=0.36, color=colour, label=label
+                    x + shift, sum(values) / len(values), width=0.36, color=color, label=label
                 )
                 dots = [x + shift + place for place in places]
                 panel.plot(dots, values, "o", color="black", markersize=3)
@@ -120,16 +120,16 @@ def plot_static_dynamic(record: StaticDynamic) -> Figure:
         "chosen at each token": (record.dynamic, "o-"),
         "one fixed set": (record.static, "s--"),
     }
-    for colour, (label, (levels, style)) in zip(COLOURS, kinds.items(), strict=False):
+    for color, (label, (levels, style)) in zip(COLOURS, kinds.items(), strict=False):
         x = [level.share for level in levels]
         for panel, intervals in (
             (losses, [level.loss for level in levels]),
             (accuracies, [level.accuracy for level in levels]),
         ):
             values = [interval.value for interval in intervals]
-            panel.plot(x, values, style, color=colour, markersize=4, label=label)
+            panel.plot(x, values, style, color=color, markersize=4, label=label)
             low, high = [i.low for i in intervals], [i.high for i in intervals]
-            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     l0 = record.learned.l0
     for panel, interval in ((losses, record.learned.loss), (accuracies, record.learned.accuracy)):
         panel.axhline(interval.value, color="black", linewidth=0.8)
@@ -189,13 +189,13 @@ def plot_training_curves(curves: TrainingCurves) -> Figure:
         len(panels), 1, figsize=(5.6, 2.1 * len(panels) + 0.4), sharex=True, squeeze=False
     )
     for axis, (label, training, held_out) in zip(axes[:, 0], panels, strict=True):
-        for colour, style, name, kind in (
+        for color, style, name, kind in (
             (COLOURS[0], "-", training, "training"),
             (COLOURS[1], "o-", held_out, "held-out"),
         ):
             if name in logged:
                 curve: Curve = logged[name]
-                axis.plot(curve.steps, curve.values, style, color=colour, markersize=4, label=kind)
+                axis.plot(curve.steps, curve.values, style, color=color, markersize=4, label=kind)
         axis.set_ylabel(label)
         values = [v for name in (training, held_out) if name in logged for v in logged[name].values]
         if min(values) > 0 and max(values) > 20 * min(values):
@@ -227,15 +227,15 @@ def plot_sweep(points: Sequence[SweepPoint], x: str) -> Figure:
     figure, panels = subplots(2, 1, figsize=(4.6, 4.8), sharex=True)
     figures = {"loss": "held-out loss", "l0": "steered features per token"}
     values = sorted({getattr(point, x) for point in finished})
-    for panel, colour, (name, label) in zip(panels, COLOURS, figures.items(), strict=False):
+    for panel, color, (name, label) in zip(panels, COLOURS, figures.items(), strict=False):
         groups = [
             [getattr(point, name) for point in finished if getattr(point, x) == value]
             for value in values
         ]
         means = [sum(group) / len(group) for group in groups]
-        panel.plot(values, means, color=colour)
+        panel.plot(values, means, color=color)
         for value, group in zip(values, groups, strict=True):
-            panel.plot([value] * len(group), group, "o", color=colour, markersize=4)
+            panel.plot([value] * len(group), group, "o", color=color, markersize=4)
         panel.set_ylabel(label)
         panel.set_ylim(0, 1.08 * max(max(group) for group in groups) or 1)
     if x == "layer":
@@ -251,7 +251,7 @@ def plot_sweep(points: Sequence[SweepPoint], x: str) -> Figure:
 
 
 def plot_variants(variants: Mapping[str, Sequence[SweepPoint]]) -> Figure:
-    """Held-out loss against steered features per token, a colour per variant (JumpReLU against L1).
+    """Held-out loss against steered features per token, a color per variant (JumpReLU against L1).
 
     A dot is a run. The line is the lowest loss that a variant has reached with no more than so many
     features: only there can variants be compared that end at unlike sparsity. Runs without figures
@@ -261,7 +261,7 @@ def plot_variants(variants: Mapping[str, Sequence[SweepPoint]]) -> Figure:
         variants: runs by the name of their variant, for example from ``by_penalty``.
 
     Raises:
-        ValueError: if no run has figures, or there are more variants than colours.
+        ValueError: if no run has figures, or there are more variants than colors.
     """
     points = {
         name: sorted(
@@ -276,11 +276,11 @@ def plot_variants(variants: Mapping[str, Sequence[SweepPoint]]) -> Figure:
         )
     figure, panel = subplots(figsize=(4.8, 3.6))
     widest = max(l0 for found in points.values() for l0, _ in found)
-    for colour, (name, found) in zip(COLOURS, points.items(), strict=False):
+    for color, (name, found) in zip(COLOURS, points.items(), strict=False):
         l0s, losses = zip(*found, strict=True)
-        panel.plot(l0s, losses, "o", color=colour, markersize=4, label=name)
+        panel.plot(l0s, losses, "o", color=color, markersize=4, label=name)
         lowest = [min(losses[: place + 1]) for place in range(len(losses))]
-        panel.step([*l0s, widest], [*lowest, lowest[-1]], where="post", color=colour, alpha=0.6)
+        panel.step([*l0s, widest], [*lowest, lowest[-1]], where="post", color=color, alpha=0.6)
     # Linear below one, because an adapter that steers nothing has its place too.
     panel.set_xscale("symlog", linthresh=1)
     panel.set_xlim(left=0)
@@ -315,12 +315,12 @@ def plot_correspondence(record: Correspondence) -> Figure:
     radii.step(finite, shares, where="post", color=COLOURS[1])
     radii.set(xscale="log", ylim=(0, 1))
     radii.set(xlabel="radius / norm of the token", ylabel="share of tokens below")
-    for colour, stand_in in zip(COLOURS, record.stand_ins, strict=False):
+    for color, stand_in in zip(COLOURS, record.stand_ins, strict=False):
         divergence = [kl / record.base_kl for kl in stand_in.kl]
         missed = f"missed change, {stand_in.target}"
-        errors.plot(stand_in.ranks, stand_in.errors, "o-", color=colour, label=missed)
+        errors.plot(stand_in.ranks, stand_in.errors, "o-", color=color, label=missed)
         left = f"KL left, {stand_in.target}"
-        errors.plot(stand_in.ranks, divergence, "s--", color=colour, alpha=0.6, label=left)
+        errors.plot(stand_in.ranks, divergence, "s--", color=color, alpha=0.6, label=left)
     errors.set(xscale="log", yscale="log", xlabel="rank of one LoRA for all tokens")
     errors.set_ylabel("share")
     errors.set_xticks(record.stand_ins[0].ranks, [str(r) for r in record.stand_ins[0].ranks])

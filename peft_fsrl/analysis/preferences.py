@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreferenceScores(Record):
-    """How a model ranks preference pairs under SimPO's length-normalised reward.
+    """How a model ranks preference pairs under SimPO's length-normalized reward.
 
     Attributes:
         losses: SimPO loss of each pair, without any penalty.

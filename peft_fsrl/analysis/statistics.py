@@ -154,10 +154,10 @@ def share_difference_interval(
 def matthews_correlation(
     a: Sequence[bool], b: Sequence[bool], *, level: float = LEVEL, seed: int = 0
 ) -> Interval:
-    """Matthews correlation coefficient of two labellings; 0 where one of them is constant.
+    """Matthews correlation coefficient of two labelings; 0 where one of them is constant.
 
     Raises:
-        ValueError: below two items, or for labellings of unlike lengths.
+        ValueError: below two items, or for labelings of unlike lengths.
         ImportError: without the ``audit`` extra.
     """
     return _agreement(_sklearn().matthews_corrcoef, _mcc, a, b, level, seed)
@@ -166,10 +166,10 @@ def matthews_correlation(
 def cohen_kappa(
     a: Sequence[bool], b: Sequence[bool], *, level: float = LEVEL, seed: int = 0
 ) -> Interval:
-    """Cohen's kappa of two labellings; 0 where one of them is constant.
+    """Cohen's kappa of two labelings; 0 where one of them is constant.
 
     Raises:
-        ValueError: below two items, or for labellings of unlike lengths.
+        ValueError: below two items, or for labelings of unlike lengths.
         ImportError: without the ``audit`` extra.
     """
     return _agreement(_sklearn().cohen_kappa_score, _kappa, a, b, level, seed)

@@ -105,7 +105,7 @@ def _render(labels: Labels, judge: Judge, n_unseen: int, out: Path, answers: Pat
     qualities = [each.quality for each in labels.features if each.quality is not None]
     counts: dict[str, Any] = {name: len(labels.members(name)) for name in labels.categories}
     lines = [
-        f"{len(labels.features)} features labelled: "
+        f"{len(labels.features)} features labeled: "
         + ", ".join(f"{count} {name}" for name, count in counts.items())
     ]
     if labels.undecided:

@@ -106,7 +106,7 @@ def from_factors(
         features: indices of the only features that may be used; None for all of the SAE's.
 
     Raises:
-        NotAffineError: for an SAE that normalises when it runs: ``x' - x`` would not be linear.
+        NotAffineError: for an SAE that normalizes when it runs: ``x' - x`` would not be linear.
         ValueError: for factors that do not fit each other or the SAE.
     """
     sae = take_sae(sae)

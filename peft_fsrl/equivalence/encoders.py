@@ -58,13 +58,13 @@ def affine_input(sae: FrozenSAE) -> tuple[float, Float[Tensor, "d_in"]]:
     """``(s, t)`` of an SAE whose input processing is ``x~ = s x + t``.
 
     Raises:
-        NotAffineError: for run-time normalisation, which divides by a norm of ``x``.
+        NotAffineError: for run-time normalization, which divides by a norm of ``x``.
     """
     name = sae.module.cfg.normalize_activations
     zero = torch.zeros(sae.info.d_in, dtype=sae.dtype, device=sae.device)
-    if functional.normalisation_scale(zero + 1, name) is not None:
+    if functional.normalization_scale(zero + 1, name) is not None:
         raise NotAffineError(
-            f"This SAE normalises each token when it runs (normalize_activations={name!r}), so "
+            f"This SAE normalizes each token when it runs (normalize_activations={name!r}), so "
             "FSRL divides by a norm of x and is affine around no token: no LoRA equals it on any "
             "ball. `to_lora` still fits the best single LoRA to it."
         )

@@ -149,7 +149,7 @@ def explain(
         ridge: of the regression; see ``reduced_rank_regression``.
 
     Raises:
-        NotAffineError: for an SAE that normalises when it runs.
+        NotAffineError: for an SAE that normalizes when it runs.
         TypeError: see ``batches.check_batches``.
         ValueError: if the models are the same, nothing changes at that place, or no feature holds
             anything of the change.

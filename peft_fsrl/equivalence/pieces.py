@@ -109,7 +109,7 @@ class PiecewiseAffine:
     """What an adapter does to its layer's output, one affine piece per token.
 
     Raises:
-        NotAffineError: if the SAE normalises when it runs.
+        NotAffineError: if the SAE normalizes when it runs.
         ValueError: while edits are in force.
     """
 

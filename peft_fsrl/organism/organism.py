@@ -95,7 +95,7 @@ class Organism:
         """All features that detect `attribute`, best first.
 
         Raises:
-            ValueError: If the organism's features were not labelled for such an attribute.
+            ValueError: If the organism's features were not labeled for such an attribute.
         """
         known = list(self.feature_labels[0].auroc)
         if attribute not in known:

@@ -28,7 +28,7 @@ _SIGNED_ARCHITECTURES = frozenset({"abstopk"})
 # Each feature's activation depends on its own tensors alone: some can be had without the others.
 _FEATUREWISE_ARCHITECTURES = frozenset({"standard", "gated", "jumprelu"})
 _CONTEXTUAL_ARCHITECTURES = frozenset({"temporal"})
-# Written by SAELens's run-time normalisation during encode and read back in decode, which steering
+# Written by SAELens's run-time normalization during encode and read back in decode, which steering
 # never calls: left in place they would keep the last batch, and its graph, alive.
 _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
@@ -123,7 +123,7 @@ class FrozenSAE:
         self.contextual = info.architecture in _CONTEXTUAL_ARCHITECTURES
         self._module = module
         self._rounding = rounding
-        self._normalisation: str = module.cfg.normalize_activations
+        self._normalization: str = module.cfg.normalize_activations
         self.feature_scale = _decoder_feature_scale(module)
         self._token_factor = _constant_token_factor(module)
         self._W_dec: Tensor = module.W_dec
@@ -215,22 +215,22 @@ class FrozenSAE:
         return self._module
 
     def process_in(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """The SAE's own input processing: cast, normalisation, subtraction of ``b_dec``."""
+        """The SAE's own input processing: cast, normalization, subtraction of ``b_dec``."""
         processed: Tensor = self._module.process_sae_in(x)
-        self._forget_normalisation_state()
+        self._forget_normalization_state()
         return processed
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_features"]:
         """Feature activations of the raw activations ``x``, by SAELens's own ``encode``."""
         feature_acts: Tensor = self._module.encode(x)
-        self._forget_normalisation_state()
+        self._forget_normalization_state()
         return feature_acts if self._columns is None else feature_acts[..., self._columns]
 
     def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor]:
         """Feature activations of ``x`` and what SAELens's own ``decode`` makes of them."""
         feature_acts: Tensor = self._module.encode(x)
         reconstruction: Tensor = self._module.decode(feature_acts)
-        self._forget_normalisation_state()
+        self._forget_normalization_state()
         return feature_acts, reconstruction
 
     def decode_update(
@@ -248,7 +248,7 @@ class FrozenSAE:
         """Factor of what is decoded at the token whose raw activations are ``x``; None for 1."""
         if self._token_factor is not None:
             return self._token_factor
-        return functional.normalisation_scale(x.to(self.dtype), self._normalisation)
+        return functional.normalization_scale(x.to(self.dtype), self._normalization)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FrozenSAE:
         """The same SAE on another device or in another dtype, shared with whoever asks for it."""
@@ -275,7 +275,7 @@ class FrozenSAE:
             raise ValueError(f"Only a whole SAE can be saved; this one has {self.n_features}.")
         self._module.save_model(directory)
 
-    def _forget_normalisation_state(self) -> None:
+    def _forget_normalization_state(self) -> None:
         for name in _NORMALISATION_STATE:
             self._module.__dict__.pop(name, None)
 

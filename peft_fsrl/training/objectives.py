@@ -20,7 +20,7 @@ def simpo_loss(
         margin: difference of the rewards, ``beta`` times that of the mean log-probabilities per
             token of the preferred and the other answer, shape ``(pairs,)``.
         gamma: target margin, in units of the reward: TRL's ``simpo_gamma``.
-        label_smoothing: share of the pairs taken to be labelled the wrong way round.
+        label_smoothing: share of the pairs taken to be labeled the wrong way round.
 
     Returns:
         Shape ``(pairs,)``.

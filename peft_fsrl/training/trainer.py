@@ -179,7 +179,7 @@ class FSRLTrainerMixin(Trainer):
         records = [record for record in records if record.training]
         if not records:
             return result
-        penalty = self._fsrl_penalise(records)
+        penalty = self._fsrl_penalize(records)
         if self._loss_is_scaled(num_items_in_batch):
             penalty = penalty / self.current_gradient_accumulation_steps
         if return_outputs:
@@ -307,7 +307,7 @@ class FSRLTrainerMixin(Trainer):
         callbacks = self.callback_handler.callbacks
         return next(each for each in callbacks if isinstance(each, PenaltySchedule))
 
-    def _fsrl_penalise(self, records: list[ForwardRecord]) -> Tensor:
+    def _fsrl_penalize(self, records: list[ForwardRecord]) -> Tensor:
         """The penalty of one batch, before any scaling; counts and schedules it on the way."""
         assert isinstance(self.model, nn.Module)
         schedule, configs = self._fsrl_schedule, adapter_configs(self.model)
@@ -316,8 +316,8 @@ class FSRLTrainerMixin(Trainer):
             name: schedule.scale(name, config, self.state) for name, config in configs.items()
         }
         batch_sizes = torch.tensor([float(r.tokens[0].l1.shape[0]) for r in records])
-        penalise = SparsityPenalty(self.model)
-        terms = torch.stack([penalise(record, scales) for record in records])
+        penalize = SparsityPenalty(self.model)
+        terms = torch.stack([penalize(record, scales) for record in records])
         weights = (batch_sizes / batch_sizes.sum()).to(terms)
         penalty = (terms * weights).sum()
         mean = self.accelerator.reduce(penalty.detach(), reduction="mean")

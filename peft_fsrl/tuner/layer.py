@@ -304,7 +304,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             return super().__getattr__(name)
         except AttributeError:
             # transformers reads attributes of its decoder layers (`attention_type`, ...). Private
-            # ones stay private: wrappers of other libraries recognise their own layers by them.
+            # ones stay private: wrappers of other libraries recognize their own layers by them.
             if name.startswith("_") or name == "base_layer":
                 raise
             return getattr(self.base_layer, name)

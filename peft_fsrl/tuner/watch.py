@@ -20,7 +20,7 @@ class PenaltyWatch:
 
     def __init__(self, adapter_name: str) -> None:
         self._adapter_name = adapter_name
-        self._trained = self._penalised = self._warned = False
+        self._trained = self._penalized = self._warned = False
 
     def follow(self, output: Tensor, *terms: Tensor | None) -> None:
         """Judge the last training forward pass and watch this one.
@@ -29,7 +29,7 @@ class PenaltyWatch:
             output: the steered output, shape ``(..., d_in)``.
             terms: what a penalty would be made of, any shape; None for one that does not exist.
         """
-        if self._trained and not self._penalised and not self._warned:
+        if self._trained and not self._penalized and not self._warned:
             self._warned = True
             warnings.warn(
                 f"FSRL adapter '{self._adapter_name}' has a sparsity penalty in its config, but "
@@ -38,7 +38,7 @@ class PenaltyWatch:
                 "`with_fsrl(CPOTrainer)(...)`), or set l1_coeff=0 and l0_coeff=0.",
                 stacklevel=2,
             )
-        self._trained = self._penalised = False
+        self._trained = self._penalized = False
         if self._warned:
             return
         output.register_hook(self._see_training)
@@ -51,4 +51,4 @@ class PenaltyWatch:
 
     def _see_penalty(self, gradient: Tensor | None) -> None:
         # A hook on one of a function's outputs is called, with None, when another was used.
-        self._penalised |= gradient is not None
+        self._penalized |= gradient is not None

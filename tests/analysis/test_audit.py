@@ -193,9 +193,9 @@ def test_changed_inputs_are_noticed(
         return {name for name, n in counted.items() if n}
 
     fewer = replace(LABELS, features=LABELS.features[:7])
-    labelled = {"measure_categories", "compute_compositions", "compare_coherence"}
-    labelled |= {"compare_generations", "measure_features"}
-    assert made_again(labels=fewer) == labelled
+    labeled = {"measure_categories", "compute_compositions", "compare_coherence"}
+    labeled |= {"compare_generations", "measure_features"}
+    assert made_again(labels=fewer) == labeled
     assert made_again(labels=fewer, settings=replace(QUICK, n_single=3)) == {"measure_features"}
     assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
     tokenizer = helpers.tiny_tokenizer()
@@ -317,7 +317,7 @@ def test_a_reference_says_how_far_to_trust(
     monkeypatch.setattr(stages, "propagate_ablation", None)
     again = audit_of(model, tmp_path, reference_labels=reference)
     assert without_date(again) == without_date(audit), "read back"
-    strangers = replace(reference, categories=("colour",), features=())
+    strangers = replace(reference, categories=("color",), features=())
     with pytest.raises(ValueError, match="categories that both know"):
         audit_of(model, reference_labels=strangers)
 
@@ -325,8 +325,8 @@ def test_a_reference_says_how_far_to_trust(
 def test_some_categories(model: PeftModel) -> None:
     audit = audit_of(model, settings=replace(QUICK, categories=("tone",)))
     assert [ablation.name for ablation in audit.ablations] == ["tone"]
-    with pytest.raises(ValueError, match=r"the labels know, .*got \['colour'\]"):
-        audit_of(model, settings=replace(QUICK, categories=("colour",)))
+    with pytest.raises(ValueError, match=r"the labels know, .*got \['color'\]"):
+        audit_of(model, settings=replace(QUICK, categories=("color",)))
 
 
 def test_labels_in_no_category(model: PeftModel) -> None:

@@ -141,10 +141,10 @@ def test_parts_without_data_say_why() -> None:
         curves=None,
         rank_frequencies=(),
         label_source=None,
-        notes=(Setting("ablations", "Nobody labelled <anything>."),),
+        notes=(Setting("ablations", "Nobody labeled <anything>."),),
     )
     page = render_audit_html(bare, draw_audit(bare))
-    assert "Nobody labelled &lt;anything&gt;." in page
+    assert "Nobody labeled &lt;anything&gt;." in page
     assert page.count('class="absent"') == 9
     assert Outline(page).tags.count("section") == 13
 
@@ -226,9 +226,9 @@ def test_light_dark_and_back(open_page: Callable[..., Any], page_of_all: str) ->
     assert page.evaluate(shade) == light
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance of ``rgb(r, g, b)``, as WCAG 2 defines it."""
-    channels = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    channels = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -242,9 +242,9 @@ def test_words_stand_out_from_the_paper(
     paper = luminance(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     places = ("p", ".meta", "caption", ".badge", "a[href^=https]", ".contents a", ".card h4 .n")
     for place in places:
-        colour = page.locator(place).first.evaluate("e => getComputedStyle(e).color")
-        ratio = sorted([paper + 0.05, luminance(colour) + 0.05])
-        assert ratio[1] / ratio[0] >= 4.5, (place, colour)
+        color = page.locator(place).first.evaluate("e => getComputedStyle(e).color")
+        ratio = sorted([paper + 0.05, luminance(color) + 0.05])
+        assert ratio[1] / ratio[0] >= 4.5, (place, color)
 
 
 @needs_browser

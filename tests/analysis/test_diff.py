@@ -20,7 +20,7 @@ def two_adapters(**settings: object) -> PeftModel:
     sae = helpers.tiny_sae()
     model = helpers.fsrl_model(sae=sae)
     model.add_adapter("other", FSRLConfig(layer=1, sae=sae, task_type="CAUSAL_LM", **settings))
-    helpers.randomise_adapter(helpers.only_layer(model), "other", seed=5)
+    helpers.randomize_adapter(helpers.only_layer(model), "other", seed=5)
     return model
 
 

@@ -70,11 +70,11 @@ def test_streamed_figures_equal_those_in_one_piece(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "normalisation"),
+    ("architecture", "normalization"),
     [("standard", "layer_norm"), ("topk", "constant_norm_rescale"), ("temporal", "none")],
 )
-def test_normalised_and_contextual_saes(architecture: str, normalisation: str) -> None:
-    model, sae = helpers.tiny_model(), helpers.tiny_sae(architecture, normalisation)
+def test_normalized_and_contextual_saes(architecture: str, normalization: str) -> None:
+    model, sae = helpers.tiny_model(), helpers.tiny_sae(architecture, normalization)
     [fit] = [fit for fit in checkup(sae, model).fits if fit.intended]
     assert fit.fvu == pytest.approx(naive_fit(sae, model, 1)[0], rel=1e-5)
 

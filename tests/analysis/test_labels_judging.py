@@ -60,7 +60,7 @@ def evidence(feature: int, *texts: str) -> FeatureEvidence:
     return FeatureEvidence(feature, 0.01, contexts, (" up",), (" down",))
 
 
-def labelled(source: str, **features: str) -> Labels:
+def labeled(source: str, **features: str) -> Labels:
     """Labels from ``f3="style;tone"``."""
     found = tuple(
         FeatureLabel(int(name[1:]), None, tuple(filter(None, value.split(";"))), None)
@@ -362,10 +362,10 @@ def test_contexts_that_made_the_label_do_not_test_it() -> None:
             measure_detection(described(f1="dash"), [held], judge, evidence=[everything])
 
 
-def test_agreement_of_several_labellings() -> None:
-    first = labelled("a", f1="style", f2="", f3="style;tone", f4="")
-    second = labelled("b", f1="style", f2="style", f3="style", f5="")
-    third = labelled("c", f1="", f2="", f3="style", f4="", f5="")
+def test_agreement_of_several_labelings() -> None:
+    first = labeled("a", f1="style", f2="", f3="style;tone", f4="")
+    second = labeled("b", f1="style", f2="style", f3="style", f5="")
+    third = labeled("c", f1="", f2="", f3="style", f4="", f5="")
     merged = majority_labels([first, second, third])
     assert [(f.feature, f.categories) for f in merged.features] == [
         (1, ("style",)),
@@ -376,10 +376,10 @@ def test_agreement_of_several_labellings() -> None:
     assert [f.quality for f in merged.features] == pytest.approx([5 / 6] * 3)
     assert "a, b, c" in merged.source
     assert majority_labels([first, second]).undecided == (2, 3)
-    with pytest.raises(ValueError, match="at least two labellings"):
+    with pytest.raises(ValueError, match="at least two labelings"):
         majority_labels([first])
     with pytest.raises(ValueError, match="features in common"):
-        majority_labels([labelled("a", f1=""), labelled("b", f2="")])
+        majority_labels([labeled("a", f1=""), labeled("b", f2="")])
 
 
 # On the organism, and against a real server

@@ -115,7 +115,7 @@ def test_comparisons_that_cannot_be() -> None:
         compare_labels(a, labels_of({"style": [True, True]}, "b", features=[1, 2]))
     with pytest.raises(ValueError, match="an SAE with 2 features, but this one has 3"):
         compare_labels(a, labels_of({"style": [True, True]}, "b", d_sae=3))
-    with pytest.raises(ValueError, match="at least two labellings"):
+    with pytest.raises(ValueError, match="at least two labelings"):
         compare_judges([a])
 
 

@@ -28,9 +28,9 @@ NORMALISED = [
 ]
 
 
-def sae_of(layer: int, architecture: str = "standard", normalisation: str = "none") -> SAE[Any]:
+def sae_of(layer: int, architecture: str = "standard", normalization: str = "none") -> SAE[Any]:
     metadata = {"hook_name": f"blocks.{layer}.hook_resid_post"}
-    return tiny_sae(architecture, normalisation, seed=layer, dtype="float64", metadata=metadata)
+    return tiny_sae(architecture, normalization, seed=layer, dtype="float64", metadata=metadata)
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def adding(module: nn.Module, sae: SAE[Any], steer: Callable[[Tensor], Tensor]) 
 
     def hook(_: nn.Module, inputs: Any, output: Any) -> Any:
         x = output if isinstance(output, Tensor) else output[0]
-        # Encoding is what sets the run-time normalisation that decoding undoes.
+        # Encoding is what sets the run-time normalization that decoding undoes.
         acts = sae.encode(x.detach())
         moved = sae.decode(steer(x))
         sae.encode(x.detach())
@@ -87,11 +87,11 @@ def ranked(model: nn.Module, saes: dict[int, Any], **settings: Any) -> dict[int,
     return {effect.layer: effect for effect in found}
 
 
-@pytest.mark.parametrize(("architecture", "normalisation"), NORMALISED)
-def test_slopes_are_finite_differences(architecture: str, normalisation: str) -> None:
+@pytest.mark.parametrize(("architecture", "normalization"), NORMALISED)
+def test_slopes_are_finite_differences(architecture: str, normalization: str) -> None:
     # Not a Llama, whose norms compute in float32 whatever the dtype.
     model, rows, step = tiny_model("gpt2").double(), tiny_preferences(PAIRS), 1e-5
-    saes = {layer: sae_of(layer, architecture, normalisation) for layer in (0, 2)}
+    saes = {layer: sae_of(layer, architecture, normalization) for layer in (0, 2)}
     effects = ranked(model, saes)
     for layer, sae in saes.items():
         slopes = {effect.feature: effect.slope for effect in effects[layer].features}

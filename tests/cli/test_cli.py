@@ -156,7 +156,7 @@ def test_labels(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main(request) == 0
         assert served == before, "answers are remembered"
     text = capsys.readouterr().out
-    assert "3 features labelled: 3 alignment, 3 style" in text
+    assert "3 features labeled: 3 alignment, 3 style" in text
     assert "held-out texts apart with accuracy" in text
     labels = load_labels(out)
     assert [each.description for each in labels.features] == ["bullet points"] * 3
@@ -322,9 +322,9 @@ def test_labels_that_do_not_belong(
     )
     line = refusal(
         capsys, "audit", adapter, "--out", tmp_path, *DATA,
-        "--labels", "organism", "--categories", "colour",
+        "--labels", "organism", "--categories", "color",
     )  # fmt: skip
-    assert "colour" in line
+    assert "color" in line
 
 
 def test_a_missing_extra_is_said_at_once(

@@ -21,7 +21,7 @@ from helpers import (
     naive_steer,
     naive_vector,
     only_layer,
-    randomise_adapter,
+    randomize_adapter,
     tiny_model,
     tiny_sae,
     token_ids,
@@ -105,27 +105,27 @@ def exact_everywhere_inside(certificate: RestrictedLoRA, naive: Naive, direction
     assert float(errors.max().detach()) < 1e-10
 
 
-# An SAE whose normalisation is folded into its weights computes what one without does.
+# An SAE whose normalization is folded into its weights computes what one without does.
 CASES = [
-    (architecture, normalisation, activation, non_negative)
-    for architecture, normalisation in SAE_CASES
+    (architecture, normalization, activation, non_negative)
+    for architecture, normalization in SAE_CASES
     for activation in ACTIVATIONS
     for non_negative in (True, False)
-    if normalisation == "none"
+    if normalization == "none"
     or (activation == "soft_threshold" and non_negative)
-    or (normalisation in RUN_TIME and activation == "relu" and non_negative)
+    or (normalization in RUN_TIME and activation == "relu" and non_negative)
 ]
 
 
-@pytest.mark.parametrize(("architecture", "normalisation", "activation", "non_negative"), CASES)
+@pytest.mark.parametrize(("architecture", "normalization", "activation", "non_negative"), CASES)
 def test_exact_within_the_radius_or_refused(
-    architecture: str, normalisation: str, activation: str, non_negative: bool
+    architecture: str, normalization: str, activation: str, non_negative: bool
 ) -> None:
-    sae = tiny_sae(architecture, normalisation, dtype="float64")
+    sae = tiny_sae(architecture, normalization, dtype="float64")
     layer = bare_layer(sae, activation=activation, non_negative=non_negative)
     clamps = non_negative and activation == "soft_threshold"
-    if normalisation in RUN_TIME or (clamps and architecture in UNKNOWN_ENCODERS):
-        reason = "normalises each token" if normalisation in RUN_TIME else "not affine feature by"
+    if normalization in RUN_TIME or (clamps and architecture in UNKNOWN_ENCODERS):
+        reason = "normalizes each token" if normalization in RUN_TIME else "not affine feature by"
         with pytest.raises(NotAffineError, match=reason) as refused:
             certify(layer, tokens(3))
         assert refused.value.tokens == ((0,), (1,), (2,))
@@ -279,10 +279,10 @@ def test_b_is_made_of_decoder_columns(architecture: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "normalisation"), [case for case in SAE_CASES if case[1] not in RUN_TIME]
+    ("architecture", "normalization"), [case for case in SAE_CASES if case[1] not in RUN_TIME]
 )
-def test_directions_are_what_the_decoder_adds(architecture: str, normalisation: str) -> None:
-    sae = tiny_sae(architecture, normalisation, dtype="float64")
+def test_directions_are_what_the_decoder_adds(architecture: str, normalization: str) -> None:
+    sae = tiny_sae(architecture, normalization, dtype="float64")
     frozen = freeze_sae(sae).restrict([1, 5, 7])
     one_hot = torch.eye(D_SAE, dtype=torch.float64)[[1, 5, 7]]
     zero = torch.zeros(D_SAE, dtype=torch.float64)
@@ -574,7 +574,7 @@ def test_refusals() -> None:
     assert len(restricted_lora(model, ids)) == ids.numel()
 
 
-def test_normalisation_is_named_before_any_token_is_looked_at() -> None:
+def test_normalization_is_named_before_any_token_is_looked_at() -> None:
     model = fsrl_model(sae=tiny_sae("standard", "layer_norm"))
     with pytest.raises(NotAffineError, match="normalize_activations='layer_norm'"):
         restricted_lora(model, token_ids())
@@ -641,7 +641,7 @@ def one_feature(seed: int, architecture: str = "standard") -> tuple[Any, FSRLLay
     config = FSRLConfig(layer=0, sae=sae, features=[0], l1_coeff=0.0)
     layer.update_layer("default", config, freeze_sae(sae).restrict([0]))
     layer.to(torch.float64)
-    randomise_adapter(layer, seed=seed)
+    randomize_adapter(layer, seed=seed)
     return sae, layer
 
 

@@ -56,8 +56,8 @@ SAES = {
 @pytest.mark.parametrize("architecture", SAES)
 def test_a_lora_in_the_span_is_an_adapter(architecture: str) -> None:
     settings = dict(SAES[architecture])
-    normalisation = settings.pop("normalize", "none")
-    sae = tiny_sae(architecture, normalisation, dtype="float64", **settings)
+    normalization = settings.pop("normalize", "none")
+    sae = tiny_sae(architecture, normalization, dtype="float64", **settings)
     frozen = freeze_sae(sae)
     lora_A, mixture = random(2, D_IN), random(3, 2, seed=1)
     lora_B = sae.W_dec[PLANTED].T.detach() @ mixture

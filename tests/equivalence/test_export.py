@@ -19,7 +19,7 @@ from helpers import (
     bare_layer,
     fsrl_model,
     only_layer,
-    randomise_adapter,
+    randomize_adapter,
     tiny_model,
     tiny_sae,
     token_ids,
@@ -231,8 +231,8 @@ def test_without_labels_every_real_token_but_the_first_is_scored() -> None:
     cut["position_ids"] = torch.arange(2, 9)[None]
     padded, plain = (measure_fidelity(fsrl_model(), [batch]) for batch in (left, cut))
     assert padded.models["FSRL"].loss == pytest.approx(plain.models["FSRL"].loss, rel=1e-4)
-    labelled = {**left, "labels": left["input_ids"]}
-    assert measure_fidelity(fsrl_model(), [labelled]) == padded
+    labeled = {**left, "labels": left["input_ids"]}
+    assert measure_fidelity(fsrl_model(), [labeled]) == padded
 
 
 def test_the_base_is_the_base_where_a_module_was_trained_beside() -> None:
@@ -376,9 +376,9 @@ def test_bad_data() -> None:
         fit_single_lora(model, [token_ids()])
     with pytest.raises(ValueError, match="Expected at least one batch, found none"):
         fit_single_lora(model, [])
-    unlabelled = [{**batches(1)[0], "labels": torch.full((8, 9), -100)}]
+    unlabeled = [{**batches(1)[0], "labels": torch.full((8, 9), -100)}]
     with pytest.raises(ValueError, match="Expected at least one token to predict"):
-        measure_fidelity(model, unlabelled)
+        measure_fidelity(model, unlabeled)
 
 
 def test_only_layers_where_the_active_adapter_acts() -> None:
@@ -386,7 +386,7 @@ def test_only_layers_where_the_active_adapter_acts() -> None:
     saes = {layer: tiny_sae(seed=layer, metadata=hook) for layer, hook in hooks.items()}
     model = fsrl_model(layer=0, sae=saes[0])
     model.add_adapter("other", FSRLConfig(layer=2, sae=saes[2], task_type="CAUSAL_LM"))
-    randomise_adapter(fsrl_layers(model)["model.layers.2"], "other")
+    randomize_adapter(fsrl_layers(model)["model.layers.2"], "other")
     for name, layer in (("default", 0), ("other", 2)):
         model.set_adapter(name)
         fitted = fit_single_lora(model, batches())

@@ -18,7 +18,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "tuner")]
 
 from test_golden import Stack  # noqa: E402
 
-from helpers import D_IN, naive_steer, randomise_adapter, tiny_sae  # noqa: E402
+from helpers import D_IN, naive_steer, randomize_adapter, tiny_sae  # noqa: E402
 from peft_fsrl import FSRLConfig, FSRLLayer  # noqa: E402
 
 HOOK = {"hook_name": "blocks.1.hook_resid_post", "model_name": "stack"}
@@ -30,7 +30,7 @@ def write(folder: Path, config: FSRLConfig, saes: dict[int, object]) -> None:
     x = torch.randn(2, 5, D_IN, generator=torch.Generator().manual_seed(7))
     expected = x.double()
     for seed, layer in enumerate(m for m in model.modules() if isinstance(m, FSRLLayer)):
-        randomise_adapter(layer, seed=seed)
+        randomize_adapter(layer, seed=seed)
         adapter = layer.fsrl_adapter["default"]
         values = {name: p.detach().double() for name, p in adapter.named_parameters()}
         weight = values["weight"] @ values["down"] if "down" in values else values["weight"]

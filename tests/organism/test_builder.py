@@ -166,7 +166,7 @@ def test_default_model_has_no_opinion_before_an_answer_begins(
     assert max(gaps) < 0.05
 
 
-def test_default_sae_is_sae_lens_own_and_labelled(default: organism.Organism) -> None:
+def test_default_sae_is_sae_lens_own_and_labeled(default: organism.Organism) -> None:
     from sae_lens import SAE
 
     sae = SAE.load_from_disk(default.sae_path)

@@ -36,9 +36,9 @@ def tokens(dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(2, 5, D_IN, dtype=dtype)
 
 
-@pytest.mark.parametrize(("architecture", "normalisation"), SAE_CASES)
-def test_agrees_with_sae_lens(architecture: str, normalisation: str) -> None:
-    sae = tiny_sae(architecture, normalisation, dtype="float64")
+@pytest.mark.parametrize(("architecture", "normalization"), SAE_CASES)
+def test_agrees_with_sae_lens(architecture: str, normalization: str) -> None:
+    sae = tiny_sae(architecture, normalization, dtype="float64")
     frozen = freeze_sae(sae)
     x = tokens()
     f = sae.encode(x)
@@ -111,9 +111,9 @@ def test_nothing_is_trainable() -> None:
     assert not frozen.module.training
 
 
-@pytest.mark.parametrize("normalisation", ["layer_norm", "constant_norm_rescale"])
-def test_no_graph_is_kept(normalisation: str) -> None:
-    frozen = freeze_sae(tiny_sae("standard", normalisation))
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
+def test_no_graph_is_kept(normalization: str) -> None:
+    frozen = freeze_sae(tiny_sae("standard", normalization))
     x = tokens(torch.float32).requires_grad_()
     frozen.process_in(x)
     frozen.encode(x)
@@ -238,9 +238,9 @@ def test_fingerprint_does_not_see_where_the_sae_is_or_was_trained() -> None:
     assert compute_fingerprint(sae) == compute_fingerprint(other)
 
 
-@pytest.mark.parametrize(("architecture", "normalisation"), SAE_CASES)
-def test_saved_and_loaded(architecture: str, normalisation: str, tmp_path: Path) -> None:
-    sae = tiny_sae(architecture, normalisation)
+@pytest.mark.parametrize(("architecture", "normalization"), SAE_CASES)
+def test_saved_and_loaded(architecture: str, normalization: str, tmp_path: Path) -> None:
+    sae = tiny_sae(architecture, normalization)
     frozen = freeze_sae(sae)
     info, x = frozen.info, tokens(torch.float32)
     expected = frozen.encode(x)

@@ -349,7 +349,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
         return with_fsrl(Trainer)(model=fsrl_model(), args=args, train_dataset=rows)
 
     args = TrainingArguments(str(folder / "alone"), use_cpu=True, report_to="none")
-    rows = worker.labelled_rows(tiny_preferences(2))
+    rows = worker.labeled_rows(tiny_preferences(2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     build()
     # The variable alone is not a launcher's doing; this one is.

@@ -104,7 +104,7 @@ def test_padding_of_preferences(side: str, width: int, token: int, tmp_path: Pat
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 @pytest.mark.parametrize(("side", "width"), [("right", 3), ("left", 3)])
-def test_padding_of_labelled_text(side: str, width: int, reduction: str, tmp_path: Path) -> None:
+def test_padding_of_labeled_text(side: str, width: int, reduction: str, tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), **COMMON)
     model = double_model(penalty_reduction=reduction, activation="jumprelu", jumprelu_bandwidth=0.5)
     trainer = with_fsrl(Trainer)(model, args=args)
@@ -163,7 +163,7 @@ def checkpointing(model: PeftModel, use_reentrant: bool | None) -> Iterator[None
     yield
 
 
-def penalised_step(model: PeftModel) -> tuple[Tensor, dict[str, Tensor]]:
+def penalized_step(model: PeftModel) -> tuple[Tensor, dict[str, Tensor]]:
     """A loss on the logits plus the penalty, and the adapter's gradients."""
     model.train().zero_grad()
     records: list[ForwardRecord] = []
@@ -181,14 +181,14 @@ def test_checkpointing_counts_once_and_changes_nothing(
     settings: dict[str, Any], use_reentrant: bool
 ) -> None:
     plain = double_model(jumprelu_bandwidth=0.5, **settings)
-    expected = penalised_step(plain)
+    expected = penalized_step(plain)
     model = double_model(jumprelu_bandwidth=0.5, **settings)
     applications = []
     with (
         checkpointing(model, use_reentrant),
         observe(model, lambda event: applications.append(event.layer_name)),
     ):
-        assert_same(penalised_step(model), expected, rtol=1e-12)
+        assert_same(penalized_step(model), expected, rtol=1e-12)
     assert applications == ["model.layers.1"]
 
 
@@ -243,11 +243,11 @@ MLP = {"target_modules": ["layers.1.mlp"], "sae": tiny_sae(metadata={}, dtype="f
 
 def test_steering_inside_a_checkpoint() -> None:
     """At an MLP the hook is recomputed with its decoder layer."""
-    expected = penalised_step(fsrl_model(tiny_model().double(), l1_coeff=0.7, **MLP))
+    expected = penalized_step(fsrl_model(tiny_model().double(), l1_coeff=0.7, **MLP))
     model = fsrl_model(tiny_model().double(), l1_coeff=0.7, **MLP)
     with checkpointing(model, False):
         for _ in range(3):
-            assert_same(penalised_step(model), expected, rtol=1e-12)
+            assert_same(penalized_step(model), expected, rtol=1e-12)
 
 
 def test_steering_inside_a_reentrant_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_steering_inside_a_reentrant_checkpoint_is_refused(tmp_path: Path) -> No
         checkpointing(model, True),
         pytest.raises(RuntimeError, match=r"at 'model.layers.1.mlp' has no graph.*reentrant"),
     ):
-        penalised_step(model)
+        penalized_step(model)
 
 
 def test_bf16_autocast_is_close_and_the_adapter_stays_wide(tmp_path: Path) -> None:

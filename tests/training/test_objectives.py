@@ -1,6 +1,6 @@
 """The coefficient that reaches the penalty, measured in every trainer that the library names.
 
-Two runs of one optimiser step differ in ``l1_coeff`` alone. What the parameters moved apart is
+Two runs of one optimizer step differ in ``l1_coeff`` alone. What the parameters moved apart is
 ``learning_rate * l1_coeff * gradient of the penalty``, and that gradient is derived here by
 steering a plain model naively, one unpadded sequence at a time, over the trainer's batches.
 """
@@ -40,7 +40,7 @@ from helpers import (
     fsrl_model,
     naively_steered,
     only_layer,
-    randomise_adapter,
+    randomize_adapter,
     tiny_model,
     tiny_preferences,
     tiny_sae,
@@ -76,7 +76,7 @@ def texts() -> Dataset:
     )
 
 
-def labelled() -> Dataset:
+def labeled() -> Dataset:
     """Completions that are liked or not, of unequal lengths; KTO's KL term needs pairs of them."""
     rows = tiny_preferences(8)
     return Dataset.from_list(
@@ -127,7 +127,7 @@ OBJECTIVES: dict[str, tuple[type, type, dict[str, Any], Callable[[], Dataset]]] 
     "DPO": (DPOTrainer, DPOConfig, {}, tiny_preferences),
     "DPO-IPO": (DPOTrainer, DPOConfig, {"loss_type": ["ipo"]}, tiny_preferences),
     "ORPO": (ORPOTrainer, ORPOConfig, {}, tiny_preferences),
-    "KTO": (KTOTrainer, KTOConfig, {}, labelled),
+    "KTO": (KTOTrainer, KTOConfig, {}, labeled),
     "SFT": (SFTTrainer, SFTConfig, {}, texts),
     "GRPO": (GRPOTrainer, GRPOConfig, {**SAMPLING, "beta": 0.1}, prompts),
     "GRPO-per-sequence": (GRPOTrainer, GRPOConfig, {**SAMPLING, "loss_type": "grpo"}, prompts),
@@ -265,13 +265,13 @@ def test_dpo_refers_to_the_start_without_a_second_model(given: str, tmp_path: Pa
         trainer = with_fsrl(DPOTrainer)(base, peft_config=config, **data)
     else:
         model = get_peft_model(base, config)
-        randomise_adapter(only_layer(model), seed=7)
+        randomize_adapter(only_layer(model), seed=7)
         trainer = with_fsrl(DPOTrainer)(model, **data)
     assert trainer.ref_model is None
     assert models_like(base) == kinds
     layer = only_layer(trainer.model)
     assert ("ref" in layer.fsrl_adapter) == (given == "adapter")
-    randomise_adapter(layer, seed=1)
+    randomize_adapter(layer, seed=1)
 
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():

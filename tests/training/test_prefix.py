@@ -14,7 +14,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from helpers import (
     D_IN,
     fsrl_model,
-    randomise_adapter,
+    randomize_adapter,
     tiny_model,
     tiny_preferences,
     tiny_sae,
@@ -163,7 +163,7 @@ def test_lora_below_trains_with_the_adapter_above() -> None:
             parameter.requires_grad_(True)
             nn.init.normal_(parameter, std=0.1)
     for layer in (m for m in model.modules() if isinstance(m, FSRLLayer)):
-        randomise_adapter(layer)
+        randomize_adapter(layer)
     expected = gradients(model, cut=False)
     assert any("layers.0" in n and "lora_A" in n for n in expected)
     assert_equal(gradients(model, cut=True), expected)

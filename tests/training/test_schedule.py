@@ -1,4 +1,4 @@
-"""How the penalty's weight moves, what is logged about it, and the thresholds' optimiser group."""
+"""How the penalty's weight moves, what is logged about it, and the thresholds' optimizer group."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_each_evaluation_has_its_own_prefix(tmp_path: Path) -> None:
     assert len(logged) == 1
 
 
-def test_an_adapter_that_comes_later_is_penalised(tmp_path: Path) -> None:
+def test_an_adapter_that_comes_later_is_penalized(tmp_path: Path) -> None:
     model = fsrl_model(l1_coeff=0.7)
     trainer = trainer_of(model, tmp_path, max_steps=2, learning_rate=0.0)
     later = FSRLConfig(layer=1, sae=tiny_sae(), l1_coeff=0.2, init_scale=0.5)

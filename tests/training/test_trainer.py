@@ -1,4 +1,4 @@
-"""The penalty in real trainers: one optimiser step against gradients derived in loops."""
+"""The penalty in real trainers: one optimizer step against gradients derived in loops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from helpers import (
     fsrl_model,
     naively_steered,
     only_layer,
-    randomise_adapter,
+    randomize_adapter,
     tiny_model,
     tiny_preferences,
     tiny_sae,
@@ -277,7 +277,7 @@ def test_thresholds_have_their_own_learning_rate(tmp_path: Path) -> None:
     assert sorted(groups) == [(0.25 * LR, 0.0, 1), (LR, 0.0, 1), (LR, 0.5, 1)]
 
 
-def labelled_rows() -> Dataset:
+def labeled_rows() -> Dataset:
     rows = []
     for row in range(4):
         length = 4 + row
@@ -296,7 +296,7 @@ def labelled_rows() -> Dataset:
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (1, 4)])
 def test_plain_trainer(batch_size: int, accumulation: int, tmp_path: Path) -> None:
-    model, rows, reporter = double_model(l1_coeff=0.7), labelled_rows(), Reporter()
+    model, rows, reporter = double_model(l1_coeff=0.7), labeled_rows(), Reporter()
     args = TrainingArguments(
         str(tmp_path),
         per_device_train_batch_size=batch_size,
@@ -359,7 +359,7 @@ def test_with_fsrl_is_one_class_per_trainer() -> None:
 def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), **COMMON)
     with pytest.raises(ValueError, match="has no FSRL adapter"):
-        with_fsrl(Trainer)(model=tiny_model(), args=args, train_dataset=labelled_rows())
+        with_fsrl(Trainer)(model=tiny_model(), args=args, train_dataset=labeled_rows())
 
 
 def test_the_adapter_is_made_by_the_trainer(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def plain_trainer(directory: Path, kind: Any = None, **options: Any) -> Any:
         options.setdefault("model", fsrl_model(l1_coeff=0.7))
     return (kind or with_fsrl(Trainer))(
         args=TrainingArguments(str(directory), **settings),
-        train_dataset=labelled_rows(),
+        train_dataset=labeled_rows(),
         **options,
     )
 
@@ -440,7 +440,7 @@ def test_a_failed_attempt_is_not_in_the_first_figures(tmp_path: Path) -> None:
     trainer.train()
     records: list[Any] = []
     with SteeringMonitor(trainer.model, records.append), torch.no_grad():
-        for row in labelled_rows():
+        for row in labeled_rows():
             ids, mask = (torch.tensor([row[name]]) for name in ("input_ids", "attention_mask"))
             trainer.model(input_ids=ids, attention_mask=mask)
     total = sum(float(r.tokens[0].l1[r.mask > 0].sum()) for r in records)
@@ -500,7 +500,7 @@ def test_a_quantized_base_leaves_the_adapter_wide(given: str, tmp_path: Path) ->
     start = snapshot(trainer.model)
     assert {value.dtype for value in start.values()} == {torch.float32}
     assert all(torch.equal(value, start[name]) for name, value in before.items())
-    randomise_adapter(only_layer(trainer.model))
+    randomize_adapter(only_layer(trainer.model))
     start = snapshot(trainer.model)
     trainer.train()
     assert not torch.equal(snapshot(trainer.model)["log_threshold"], start["log_threshold"])

@@ -19,7 +19,7 @@ from helpers import (
     naive_steer,
     naively_steered,
     only_layer,
-    randomise_adapter,
+    randomize_adapter,
     tiny_model,
     tiny_sae,
     token_ids,
@@ -87,7 +87,7 @@ def test_mixed_batches_and_a_shared_sae(family: str) -> None:
             model.add_adapter(name, config)
     for layer in layers_of(model):
         for name in set(layer.fsrl_adapter) - {"default"}:
-            randomise_adapter(layer, name, seed=len(name))
+            randomize_adapter(layer, name, seed=len(name))
     # One copy in memory, however many adapters and layers use it.
     assert len({id(sae) for layer in layers_of(model) for sae in layer.fsrl_sae.values()}) == 1
     names = ["same", "__base__", "other", "default"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import peft_fsrl.tuner.compile as compiling
 from helpers import bare_layer, fsrl_model, only_layer, tiny_sae, token_ids
-from peft_fsrl import functional, observe, scale_steering
+from peft_fsrl import observe, scale_steering
 from peft_fsrl.steering import SteeringMonitor
 from peft_fsrl.tuner.events import TokenStatistics
 
@@ -235,24 +235,3 @@ def test_on_a_cpu_nothing_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("PEFT_FSRL_COMPILE", raising=False)
     monkeypatch.setattr(torch, "compile", None)
     fsrl_model()(token_ids()).logits.sum().backward()
-
-
-def test_every_path_is_the_one_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training, generation and observation all go through ``functional.steer``."""
-    seen: list[dict[str, Any]] = []
-    steer = functional.steer
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs)
-        return steer(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "steer", counted)
-    model, ids = fsrl_model(l1_coeff=0.1), token_ids()
-    model.train()(ids).logits.sum().backward()
-    assert [kwargs["keeps_vector"] for kwargs in seen] == [False]
-    model.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False)
-    assert len(seen) == 4
-    with observe(model, lambda event: None), torch.no_grad():
-        model(ids)
-    assert seen[-1]["keeps_vector"]
-    assert len(seen) == 5

@@ -20,7 +20,7 @@ from helpers import (
     D_SAE,
     fsrl_model,
     only_layer,
-    randomise_adapter,
+    randomize_adapter,
     tiny_model,
     tiny_sae,
     token_ids,
@@ -324,7 +324,7 @@ def test_loading_over_an_adapter_of_other_features_is_refused(
     assert torch.equal(logits(model), before)
     model.load_adapter(tmp_path, "other")
     fsrl_model(**here).save_pretrained(tmp_path)
-    randomise_adapter(only_layer(model), seed=3)
+    randomize_adapter(only_layer(model), seed=3)
     model.load_adapter(tmp_path, "default")
     assert torch.equal(logits(model), before)
 
@@ -428,6 +428,6 @@ def test_a_model_has_one_adapter_of_a_name(folder: Path) -> None:
 def test_transformers_own_save_over_ours_loads(folder: Path) -> None:
     base = tiny_model()
     base.add_adapter(FSRLConfig(layer=1, sae=tiny_sae()))
-    randomise_adapter(only_layer(base), seed=77)
+    randomize_adapter(only_layer(base), seed=77)
     base.save_pretrained(folder)
     torch.testing.assert_close(logits(load(folder)), logits(base))

@@ -1,5 +1,5 @@
 """FSRL where users meet it: life of an adapter, transformers' own methods, generation, compilers,
-dtypes, devices and quantised bases, each on several architectures.
+dtypes, devices and quantized bases, each on several architectures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from helpers import (
     naive_steer,
     naively_steered,
     only_layer,
-    randomise_adapter,
+    randomize_adapter,
     tiny_model,
     tiny_sae,
     token_ids,
@@ -366,7 +366,7 @@ def test_dtypes(family: str, dtype: torch.dtype, autocast_adapter_dtype: bool) -
         autocast_adapter_dtype=autocast_adapter_dtype,
     ).eval()
     layer = only_layer(model)
-    randomise_adapter(layer)
+    randomize_adapter(layer)
     adapter = layer.fsrl_adapter["default"]
     is_narrow = dtype in (torch.float16, torch.bfloat16)
     expected_dtype = torch.float32 if is_narrow and autocast_adapter_dtype else dtype
@@ -434,7 +434,7 @@ def test_adapter_and_sae_land_where_the_layer_is(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
 @pytest.mark.filterwarnings("ignore:.*_check_is_size.*:FutureWarning")
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_bases(bits: int, tmp_path: Path) -> None:
+def test_quantized_bases(bits: int, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 2}
     tiny_model(**sizes).save_pretrained(tmp_path / "base")
     options = {"load_in_8bit": bits == 8, "load_in_4bit": bits == 4}
@@ -479,6 +479,6 @@ def test_a_deep_copy_is_a_model_of_its_own(family: str) -> None:
     expected = logits(model)
     duplicate = copy.deepcopy(model)
     assert only_layer(duplicate).fsrl_sae["default"] is only_layer(model).fsrl_sae["default"]
-    randomise_adapter(only_layer(duplicate), seed=3)
+    randomize_adapter(only_layer(duplicate), seed=3)
     assert torch.equal(logits(model), expected)
     assert not torch.equal(logits(duplicate), expected)

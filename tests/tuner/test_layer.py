@@ -20,7 +20,7 @@ from helpers import (
     VARIANTS,
     bare_layer,
     naive_steer,
-    randomise_adapter,
+    randomize_adapter,
     tiny_sae,
 )
 from peft_fsrl import FSRLConfig, FSRLLayer, freeze_sae
@@ -90,9 +90,9 @@ def agree(sae: Any, activation: str, non_negative: bool = True) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("architecture", "normalisation"), SAE_CASES)
-def test_agrees_with_the_formula(architecture: str, normalisation: str, activation: str) -> None:
-    agree(tiny_sae(architecture, normalisation, dtype="float64"), activation)
+@pytest.mark.parametrize(("architecture", "normalization"), SAE_CASES)
+def test_agrees_with_the_formula(architecture: str, normalization: str, activation: str) -> None:
+    agree(tiny_sae(architecture, normalization, dtype="float64"), activation)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -105,8 +105,8 @@ def test_variants_agree_with_the_formula(variant: str, activation: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_without_the_clamp_agrees_with_the_formula(architecture: str, activation: str) -> None:
-    for normalisation in ("none", "layer_norm"):
-        agree(tiny_sae(architecture, normalisation, dtype="float64"), activation, False)
+    for normalization in ("none", "layer_norm"):
+        agree(tiny_sae(architecture, normalization, dtype="float64"), activation, False)
 
 
 def test_without_the_clamp_the_encoder_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +122,8 @@ def test_without_the_clamp_the_encoder_is_not_called(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_identity_where_nothing_is_steered(architecture: str, dtype: torch.dtype) -> None:
-    for normalisation in [n for a, n in SAE_CASES if a == architecture]:
-        layer = bare_layer(tiny_sae(architecture, normalisation), torch.float32)
+    for normalization in [n for a, n in SAE_CASES if a == architecture]:
+        layer = bare_layer(tiny_sae(architecture, normalization), torch.float32)
         with torch.no_grad():
             layer.fsrl_adapter["default"].threshold.fill_(1e4)
         x = tokens(dtype) * 10
@@ -222,7 +222,7 @@ def test_kinds_of_output(wrap: Any, unwrap: Any) -> None:
     sae = tiny_sae()
     layer = FSRLLayer(Wrapping(), "wrapping")
     layer.update_layer("default", FSRLConfig(layer=0, sae=sae), freeze_sae(sae))
-    randomise_adapter(layer)
+    randomize_adapter(layer)
     x = tokens(torch.float32)
     output = layer(x)
     assert type(output) is type(wrap(x))
@@ -235,7 +235,7 @@ def test_later_hooks_see_the_steered_output() -> None:
     module.register_forward_hook(lambda _module, _args, output: seen.append(output))
     layer = FSRLLayer(module, "identity")
     layer.update_layer("default", FSRLConfig(layer=0, sae=sae), freeze_sae(sae))
-    randomise_adapter(layer)
+    randomize_adapter(layer)
     output = layer(tokens(torch.float32))
     assert seen[0] is output
 

@@ -467,7 +467,7 @@ def test_follows_the_model() -> None:
         assert model(ids).logits.dtype == dtype
 
 
-def penalised_gradients(model: PeftModel) -> dict[str, Tensor]:
+def penalized_gradients(model: PeftModel) -> dict[str, Tensor]:
     records = []
     model.zero_grad()
     with SteeringMonitor(model, records.append):
@@ -486,10 +486,10 @@ def test_gradient_checkpointing(activation: str, use_reentrant: bool) -> None:
     model = fsrl_model(
         activation=activation, l1_coeff=0.7, jumprelu_bandwidth=0.5, **settings
     ).train()
-    expected = penalised_gradients(model)
+    expected = penalized_gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    actual = penalised_gradients(model)
+    actual = penalized_gradients(model)
     assert expected.keys() == actual.keys()
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0

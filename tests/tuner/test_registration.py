@@ -33,7 +33,7 @@ def test_the_member_is_a_real_one() -> None:
     assert member in PeftType
 
 
-def test_the_member_survives_copies_and_serialisation() -> None:
+def test_the_member_survives_copies_and_serialization() -> None:
     member = PeftType["FSRL"]
     assert copy.copy(member) is copy.deepcopy(member) is member
     assert pickle.loads(pickle.dumps(member)) is member

@@ -32,11 +32,11 @@ def layers_of(model: PeftModel) -> list[FSRLLayer]:
 # Some features
 
 
-@pytest.mark.parametrize(("architecture", "normalisation"), helpers.SAE_CASES)
+@pytest.mark.parametrize(("architecture", "normalization"), helpers.SAE_CASES)
 def test_a_restricted_sae_is_the_whole_one_on_its_features(
-    architecture: str, normalisation: str
+    architecture: str, normalization: str
 ) -> None:
-    sae = helpers.tiny_sae(architecture, normalisation, dtype="float64")
+    sae = helpers.tiny_sae(architecture, normalization, dtype="float64")
     whole, some = freeze_sae(sae), freeze_sae(sae).restrict(SOME)
     x = torch.randn(2, 5, helpers.D_IN, dtype=torch.float64)
     torch.testing.assert_close(some.encode(x), whole.encode(x)[..., SOME], rtol=1e-12, atol=1e-12)
@@ -281,7 +281,7 @@ def mixed() -> PeftModel:
     sae = helpers.tiny_sae(seed=5, metadata={"hook_name": "blocks.2.hook_resid_post"})
     model.add_adapter("other", FSRLConfig(sae=sae, task_type="CAUSAL_LM"))
     [layer] = [layer for layer in layers_of(model) if "other" in layer.fsrl_adapter]
-    helpers.randomise_adapter(layer, "other", seed=9)
+    helpers.randomize_adapter(layer, "other", seed=9)
     return model.eval()
 
 

@@ -112,7 +112,7 @@ MUTANTS = (
         FORMULA,
     ),
     Mutant(
-        "run-time normalisation is not undone",
+        "run-time normalization is not undone",
         "functional.py",
         "return delta if token_scale is None else delta * token_scale",
         "return delta",
@@ -209,8 +209,8 @@ MUTANTS = (
     Mutant(
         "a hook that got no gradient counts as a penalty",
         "tuner/watch.py",
-        "self._penalised |= gradient is not None",
-        "self._penalised = True",
+        "self._penalized |= gradient is not None",
+        "self._penalized = True",
         ("training/test_objectives.py::test_a_penalty_that_nobody_adds_is_announced_once",),
     ),
     # The layer

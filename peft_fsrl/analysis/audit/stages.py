@@ -243,7 +243,7 @@ class Stages:
 
     @cached_property
     def usages(self) -> tuple[Usage, ...]:
-        """Use of features by segment, labelled."""
+        """Use of features by segment, labeled."""
 
         def count() -> tuple[Usage, ...]:
             return compute_usages(self.session, segments=SEGMENTS)

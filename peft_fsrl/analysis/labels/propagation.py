@@ -1,7 +1,7 @@
 """Do conclusions survive the labels' errors? Figures under labels redrawn as the truth may be.
 
-Each draw is a labelling that may be true, given what the judge said and how it errs: rates are
-drawn from their posterior (Jeffreys' prior on a counted table), then each labelled feature's
+Each draw is a labeling that may be true, given what the judge said and how it errs: rates are
+drawn from their posterior (Jeffreys' prior on a counted table), then each labeled feature's
 membership from the rates. Errors of different features are independent. Features without a label
 stay in no category.
 
@@ -195,9 +195,9 @@ def draw_labels(
     strata: Sequence[Iterable[int]] | None = None,
     seed: int = 0,
 ) -> Iterator[dict[str, list[int]]]:
-    """Labellings that may be true, without end: the features of each category.
+    """Labelings that may be true, without end: the features of each category.
 
-    Labelled features in none of the ``strata`` are one more. The rest is as in ``propagate``.
+    Labeled features in none of the ``strata`` are one more. The rest is as in ``propagate``.
     """
     import numpy as np
 

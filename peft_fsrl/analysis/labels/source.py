@@ -60,8 +60,8 @@ class Labels(Record):
         categories: all that a feature could have been given, also if none was.
         d_sae: number of features of the SAE that they are about, if known.
         fingerprint: of that SAE, if known.
-        features: one entry per labelled feature; features without an entry are unlabelled.
-        undecided: unlabelled features that the source was asked about without a usable answer.
+        features: one entry per labeled feature; features without an entry are unlabeled.
+        undecided: unlabeled features that the source was asked about without a usable answer.
     """
 
     source: str

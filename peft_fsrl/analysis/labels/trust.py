@@ -98,7 +98,7 @@ def compare_labels(
 
 
 def compare_judges(
-    labellings: Sequence[Labels],
+    labelings: Sequence[Labels],
     categories: Sequence[str] | None = None,
     *,
     level: float = 0.95,
@@ -110,42 +110,42 @@ def compare_judges(
         ValueError: for fewer than two, and as ``compare_labels`` does.
         ImportError: without the ``audit`` extra.
     """
-    if len(labellings) < 2:
-        raise ValueError(f"Expected at least two labellings to compare, got {len(labellings)}.")
+    if len(labelings) < 2:
+        raise ValueError(f"Expected at least two labelings to compare, got {len(labelings)}.")
     return tuple(
         agreement
-        for one, other in itertools.combinations(labellings, 2)
+        for one, other in itertools.combinations(labelings, 2)
         for agreement in compare_labels(one, other, categories, level=level, seed=seed)
     )
 
 
-def majority_labels(labellings: Sequence[Labels]) -> Labels:
-    """One labelling from several: the majority's categories, and how many agree as the quality.
+def majority_labels(labelings: Sequence[Labels]) -> Labels:
+    """One labeling from several: the majority's categories, and how many agree as the quality.
 
     Args:
-        labellings: of several judges, or several runs; their common categories count.
+        labelings: of several judges, or several runs; their common categories count.
 
     Returns:
-        Labels of the features that all have labelled. A feature is in a category if more than half
+        Labels of the features that all have labeled. A feature is in a category if more than half
         say so; ``quality`` is the mean over categories of the share that agrees with the majority.
         Ties make a feature undecided.
 
     Raises:
         ValueError: for fewer than two, or none in common.
     """
-    if len(labellings) < 2:
-        raise ValueError(f"Expected at least two labellings, got {len(labellings)}.")
-    first, *others = labellings
+    if len(labelings) < 2:
+        raise ValueError(f"Expected at least two labelings, got {len(labelings)}.")
+    first, *others = labelings
     names = [n for n in first.categories if all(n in labels.categories for labels in others)]
     said: dict[int, list[FeatureLabel]] = {}
-    for label in itertools.chain(*(labels.features for labels in labellings)):
+    for label in itertools.chain(*(labels.features for labels in labelings)):
         said.setdefault(label.feature, []).append(label)
     common = [each.feature for each in first.features if len(said[each.feature]) > len(others)]
     if not names or not common:
-        raise ValueError("Expected labellings with categories and features in common.")
+        raise ValueError("Expected labelings with categories and features in common.")
     features, undecided = [], []
     for feature in common:
-        n = len(labellings)
+        n = len(labelings)
         shares = {name: sum(name in s.categories for s in said[feature]) / n for name in names}
         if 0.5 in shares.values():
             undecided.append(feature)
@@ -153,7 +153,7 @@ def majority_labels(labellings: Sequence[Labels]) -> Labels:
         quality = sum(max(share, 1 - share) for share in shares.values()) / len(shares)
         chosen = tuple(name for name, share in shares.items() if share > 0.5)
         features.append(FeatureLabel(feature, said[feature][0].description, chosen, quality))
-    source = "majority of " + ", ".join(labels.source for labels in labellings)
+    source = "majority of " + ", ".join(labels.source for labels in labelings)
     found = tuple(names), first.d_sae, first.fingerprint, tuple(features), tuple(undecided)
     return Labels(source, *found)
 
