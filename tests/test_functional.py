@@ -193,8 +193,14 @@ def steer(x: Tensor, weight: Tensor, bias: Tensor, theta: Tensor, **changes: Any
 @pytest.mark.parametrize("activation", ["soft_threshold", "relu"])
 def test_steer_passes_gradcheck(activation: str) -> None:
     # Random points in float64: the chance that a kink lies within 1e-6 of one is nil.
-    x, weight, bias = random(3, 4), random(6, 4, scale=0.5), random(6, scale=0.1)
+    x, weight, bias = random(5, 4), random(6, 4, scale=2.0), random(6, scale=0.1)
     inputs = [x, weight, bias, random(6, scale=0.3).abs()]
+    v, _ = functional.steering_vector(
+        x @ weight.T + bias, inputs[-1], activation=activation, bandwidth=0.1
+    )
+    f = LinearSAE(4, 6).encode(x)
+    # Where a feature is suppressed below zero, the output depends on x through f.
+    assert activation == "relu" or ((v < -f) & (f > 0)).sum() >= 3
     for tensor in inputs:
         tensor.requires_grad_()
     assert torch.autograd.gradcheck(

@@ -46,9 +46,8 @@ class PenaltyWatch:
             if term is not None and term.requires_grad:
                 term.register_hook(self._see_penalty)
 
-    def _see_training(self, gradient: Tensor | None) -> None:
-        self._trained |= gradient is not None
+    def _see_training(self, _: Tensor) -> None:
+        self._trained = True
 
-    def _see_penalty(self, gradient: Tensor | None) -> None:
-        # A hook on one of a function's outputs is called, with None, when another was used.
-        self._penalized |= gradient is not None
+    def _see_penalty(self, _: Tensor) -> None:
+        self._penalized = True

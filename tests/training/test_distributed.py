@@ -124,6 +124,7 @@ JOBS = [
         "jumprelu",
         adapter={"activation": "jumprelu", "l0_coeff": 0.02, "jumprelu_bandwidth": 0.5},
     ),
+    Job("compiled", adapter={"compile": True}),
     Job("trainer", trainer="trainer"),
     Job("trainer, accumulation", trainer="trainer", settings={"gradient_accumulation_steps": 2}),
     Job("sft", trainer="sft"),

@@ -41,6 +41,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def programs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """One entry for each program that is compiled; compiling by aot_eager, which is quick."""
     made: list[Any] = []
+    real = torch.compile
 
     def backend(graph: Any, inputs: Any) -> Any:
         from torch._dynamo.backends.debugging import aot_eager
@@ -48,14 +49,10 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(graph)
         return aot_eager(graph, inputs)
 
-    def compiled(function: Any) -> Any:
-        return torch.compile(function, dynamic=True, backend=backend, recompile_limit=64)
+    def quick(*args: Any, **kwargs: Any) -> Any:
+        return real(*args, **{"backend": backend, **kwargs})
 
-    cache: dict[Any, Any] = {}
-    monkeypatch.setattr(
-        compiling, "_compiled", lambda f: cache.setdefault(f, compiled(f)), raising=True
-    )
-    monkeypatch.setattr(compiling._compiled, "cache_clear", cache.clear, raising=False)
+    monkeypatch.setattr(torch, "compile", quick)
     return made
 
 
@@ -147,6 +144,19 @@ def test_lengths_do_not_make_programs(programs: list[Any]) -> None:
             layer(torch.randn(batch, 1, 16))
     # Training and generation, each for one token and for several.
     assert len(programs) <= 4
+
+
+def test_a_penalty_that_nobody_adds_is_seen(programs: list[Any]) -> None:
+    layer = bare_layer(tiny_sae(), torch.float32, l1_coeff=0.1, compile=True).train()
+    found: list[TokenStatistics] = []
+    layer.statistics_observers[:] = [found.append]
+    x = torch.randn(2, 3, 16)
+    for _ in range(2):
+        (layer(x).sum() + found.pop().l1.sum()).backward()
+    layer(x).sum().backward()
+    with pytest.warns(UserWarning, match="sparsity penalty in its config"):
+        layer(x)
+    assert programs
 
 
 @pytest.mark.parametrize("what", ["observer", "edit", "temporal", "frozen"])

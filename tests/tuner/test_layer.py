@@ -25,7 +25,7 @@ from helpers import (
 )
 from peft_fsrl import FSRLConfig, FSRLLayer, freeze_sae
 from peft_fsrl.functional import ACTIVATIONS
-from peft_fsrl.tuner.layer import SteeringEvent
+from peft_fsrl.tuner.events import SteeringEvent, TokenStatistics
 
 BANDWIDTH = 0.4
 
@@ -390,3 +390,31 @@ def test_public_attributes_are_forwarded_and_private_ones_are_not() -> None:
     for name in ("_hf_hook", "absent"):
         with pytest.raises(AttributeError):
             getattr(layer, name)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nothing_as_wide_as_the_sae_is_kept(activation: str) -> None:
+    """Under gradient checkpointing, what the backward pass keeps does not grow with the SAE."""
+    layer = bare_layer(tiny_sae(), activation=activation, l1_coeff=0.1).train()
+    x = torch.randn(2, 5, D_IN, dtype=torch.float64, requires_grad=True)
+    events: list[TokenStatistics] = []
+    layer.statistics_observers.append(events.append)
+    parameters = {parameter.data_ptr() for parameter in layer.parameters()}
+
+    def largest_kept() -> int:
+        sizes = [0]
+
+        def note(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = layer(x)
+            (output.sum() + events.pop().l1.sum()).backward()
+        return max(sizes)
+
+    wide = 2 * 5 * D_SAE
+    assert largest_kept() >= wide
+    layer.base_layer.gradient_checkpointing = True
+    assert largest_kept() < wide

@@ -204,14 +204,14 @@ MUTANTS = (
         "tuner/layer.py",
         "        if self._recomputes():",
         "        if False:",
-        ("tuner/test_layer.py",),
+        ("tuner/test_layer.py::test_nothing_as_wide_as_the_sae_is_kept",),
     ),
     Mutant(
-        "a hook that got no gradient counts as a penalty",
+        "a penalty that is added is taken for one that is not",
         "tuner/watch.py",
-        "self._penalized |= gradient is not None",
-        "self._penalized = True",
-        ("training/test_objectives.py::test_a_penalty_that_nobody_adds_is_announced_once",),
+        "        self._penalized = True\n",
+        "        pass\n",
+        ("tuner/test_compile.py::test_a_penalty_that_nobody_adds_is_seen",),
     ),
     # The layer
     Mutant(
@@ -240,7 +240,7 @@ MUTANTS = (
         "tuner/layer.py",
         "clamps=adapter.non_negative and not sae.signed,",
         "clamps=adapter.non_negative,",
-        ("test_properties.py::test_steered_output_is_the_formula",),
+        ("tuner/test_layer.py::test_agrees_with_the_formula",),
     ),
     Mutant(
         "disable_adapter is ignored",
