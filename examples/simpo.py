@@ -203,10 +203,11 @@ def main(
                 beta=args.beta,
                 gamma=args.simpo_gamma,
                 batch_size=args.per_device_eval_batch_size,
-                seed=7,
             ),
             labels=labels,
             categories=categories,
+            # At this one the organism's base model begins plainly: a change of style shows.
+            generation_seed=7,
         )
         text = render_summary(summary)
         Path(args.output_dir, "summary.json").write_text(summary.to_json())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..records import Record
 from . import statistics
@@ -40,6 +40,7 @@ def compute_summary(
     categories: Mapping[str, Sequence[int]] | None = None,
     n_features: int | None = None,
     n_generations: int = 2,
+    generation_seed: int | None = None,
 ) -> Summary:
     """Score base and trained model, measure feature use, ablate categories, sample texts.
 
@@ -49,6 +50,7 @@ def compute_summary(
         categories: feature indices by category, best first; None skips the ablation.
         n_features: features zeroed per category; None takes all.
         n_generations: prompts to continue.
+        generation_seed: of these continuations; None takes the session's.
 
     Raises:
         ValueError: for an empty data set, and with categories for fewer than two pairs.
@@ -67,5 +69,6 @@ def compute_summary(
         )
     without = {ablation.name: ablation.features for ablation in ablations}
     prompts = [row["prompt"] for row in session.rows[:n_generations]]
-    generations = compare_generations(session, prompts, without=without)
+    seed = session.seed if generation_seed is None else generation_seed
+    generations = compare_generations(replace(session, seed=seed), prompts, without=without)
     return Summary(base, trained, usage, ablations, generations)

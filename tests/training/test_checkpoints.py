@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,18 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from helpers import fsrl_model, only_layer, tiny_model, tiny_sae, token_ids
+from helpers import (
+    fsrl_model,
+    only_layer,
+    randomize_adapter,
+    tiny_model,
+    tiny_sae,
+    token_ids,
+)
 from peft_fsrl import with_fsrl
 from peft_fsrl.files import move_file
 from peft_fsrl.training import checkpoints, complete_checkpoints, find_checkpoint, trainer
+from peft_fsrl.training.checkpoints import replacing_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -124,3 +133,37 @@ def test_a_live_sae_lies_beside_the_adapter_and_is_replaced_with_it(tmp_path: Pa
         for name in ("weight", "bias", "threshold", "identity")
     }
     assert not list(tmp_path.glob("_unfinished_*"))
+
+
+def test_two_savers_and_a_reader_in_one_folder(tmp_path: Path) -> None:
+    """Nobody raises, and what is read is what one of the two has saved."""
+    models = [fsrl_model(sae=tiny_sae()) for _ in range(2)]
+    for seed, model in enumerate(models):
+        randomize_adapter(only_layer(model), seed=seed)
+    with replacing_adapter(tmp_path) as staging:
+        models[0].save_pretrained(staging)
+    saved = [dict(only_layer(model).fsrl_adapter["default"].state_dict()) for model in models]
+    failures: list[BaseException] = []
+
+    def save(model: PeftModel) -> None:
+        try:
+            for _ in range(15):
+                with replacing_adapter(tmp_path) as staging:
+                    model.save_pretrained(staging)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+        found = only_layer(loaded).fsrl_adapter["default"].state_dict()
+        assert any(all(torch.equal(found[n], one[n]) for n in one) for one in saved)
+    assert failures == []
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "sae",
+    }
