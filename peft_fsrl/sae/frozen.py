@@ -226,6 +226,28 @@ class FrozenSAE:
         self._forget_normalization_state()
         return feature_acts if self._columns is None else feature_acts[..., self._columns]
 
+    def encoder_rows(self) -> tuple[Float[Tensor, "n_features d_in"], Float[Tensor, "n_features"]]:
+        """``W`` and ``b`` with ``process_in(x) @ W.T + b > 0`` exactly where a feature is active.
+
+        For ``gated`` SAEs they are those of the gate.
+
+        Raises:
+            ValueError: for an SAE whose features compete for their activation.
+        """
+        if not _is_featurewise(self.info):
+            raise ValueError(
+                "init_weights='encoder' needs an SAE whose features have an encoder of their own "
+                f"({', '.join(sorted(_FEATUREWISE_ARCHITECTURES))}), found "
+                f"{self.info.architecture!r}, whose features compete for their activation. Use "
+                "init_weights='uniform'."
+            )
+        if self.info.architecture == "gated":
+            return self._module.W_enc.T, self._module.b_gate
+        if self.info.architecture == "standard":
+            return self._module.W_enc.T, self._module.b_enc
+        # A feature is never negative, whatever its threshold.
+        return self._module.W_enc.T, self._module.b_enc - self._module.threshold.relu()
+
     def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor]:
         """Feature activations of ``x`` and what SAELens's own ``decode`` makes of them."""
         feature_acts: Tensor = self._module.encode(x)

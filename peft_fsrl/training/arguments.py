@@ -23,6 +23,7 @@ _SCRIPT_OPTIONS = (
     "penalty_warmup_ratio",
     "target_l0",
     "threshold_lr_multiplier",
+    "init_weights",
     "init_scale",
     "init_threshold",
     "jumprelu_bandwidth",

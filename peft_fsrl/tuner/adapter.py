@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import FSRLConfig
 from .folder import compute_identity
 
-_SMALL_START = 1e-9
+_SMALL_START, _ENCODER_START = 1e-9, 0.02
 _THRESHOLD_NAMES = {"soft_threshold": "threshold", "jumprelu": "log_threshold"}
 
 
@@ -84,6 +84,19 @@ class SteeringAdapter(nn.Module):
         identity = compute_identity(fingerprint, features, self.activation, self.non_negative)
         device = self.weight.device
         self.identity = identity if device.type == "meta" else identity.to(device)
+
+    @torch.no_grad()
+    def start_from_encoder(self, weight: Tensor, bias: Tensor, scale: float | None) -> None:
+        """Start as a share of the SAE's own encoder.
+
+        Args:
+            weight: from ``FrozenSAE.encoder_rows``, shape of ``self.weight``.
+            bias: from there, shape ``(n_features,)``.
+            scale: the share; None for 0.02.
+        """
+        scale = scale or _ENCODER_START
+        self.weight.copy_(weight).mul_(scale)
+        self.bias.copy_(bias).mul_(scale)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all features but those at some positions, in their order; parameters are new."""

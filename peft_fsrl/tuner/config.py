@@ -44,6 +44,7 @@ _MEANING = (
     "sae_info",
 )
 _REDUCTIONS = ("sequence", "token")
+_INIT_WEIGHTS = ("uniform", "encoder")
 
 
 @dataclass
@@ -72,10 +73,16 @@ class FSRLConfig(PeftConfig):
             only) or ``"jumprelu"`` (promotes only, learned jump).
         non_negative: Keep ``f + v`` non-negative: a feature can be lowered to zero, not below. Off,
             ``x' = x + decode(v)``, linear in ``v``, and the SAE's encoder is not needed.
-        init_scale: Half-width of the uniform start of the adapter's weight, in units of the
-            pre-activation per unit of SAE input. Not zero: the soft threshold has no slope at zero.
-            Defaults to 1e-9, and for ``jumprelu`` to the first threshold over ``sqrt(d_in)``: a
-            gate that never opens passes no gradient to the weight behind it.
+        init_weights: ``"uniform"`` (noise) or ``"encoder"``: the SAE's own encoder rows times
+            ``init_scale``, with its biases and thresholds, so that a feature is steered where it is
+            active. The latter needs ``"relu"`` or ``"jumprelu"`` as activation, a full rank, and an
+            SAE whose features have an encoder of their own (standard, gated, jumprelu).
+        init_scale: For ``"uniform"`` the half-width of the start of the adapter's weight, in units
+            of the pre-activation per unit of SAE input. Not zero: the soft threshold has no slope
+            at zero. Defaults to 1e-9, and for ``jumprelu`` to the first threshold over
+            ``sqrt(d_in)``: a gate that never opens passes no gradient to the weight behind it. For
+            ``"encoder"`` the share of its excess over its threshold by which an active feature is
+            steered at the start; defaults to 0.02.
         init_threshold: Start of every threshold, in units of the pre-activation. Defaults to 0 for
             ``soft_threshold`` and to ``jumprelu_bandwidth`` for ``jumprelu``.
         jumprelu_bandwidth: Width of the rectangle kernel of the straight-through gradient, in
@@ -144,8 +151,13 @@ class FSRLConfig(PeftConfig):
         metadata={"help": f"Activation of the steering vector, one of {ACTIVATIONS}."},
     )
     non_negative: bool = field(default=True, metadata={"help": "Keep f + v non-negative."})
+    init_weights: str = field(
+        default="uniform",
+        metadata={"help": "Start of the weight: 'uniform' noise, or the SAE's own 'encoder'."},
+    )
     init_scale: float | None = field(
-        default=None, metadata={"help": "Half-width of the uniform start of the weight."}
+        default=None,
+        metadata={"help": "Half-width of the uniform start, or factor of the encoder's rows."},
     )
     init_threshold: float | None = field(
         default=None, metadata={"help": "Start of every threshold."}
@@ -362,6 +374,7 @@ class FSRLConfig(PeftConfig):
             )
         _require_one_of("activation", self.activation, ACTIVATIONS)
         _require_one_of("penalty_reduction", self.penalty_reduction, _REDUCTIONS)
+        _require_start(self)
         _require_bool("non_negative", self.non_negative)
         if self.compile is not None:
             _require_bool("compile", self.compile)
@@ -468,6 +481,24 @@ def _require_one_sae_per_layer(config: Any) -> None:
         raise ValueError(
             f"Several layers need an SAE each: pass `sae` as a mapping from layer to SAE, got "
             f"one SAE for {layers}."
+        )
+
+
+def _require_start(config: Any) -> None:
+    """Check that the encoder can start what is asked for."""
+    _require_one_of("init_weights", config.init_weights, _INIT_WEIGHTS)
+    if config.init_weights != "encoder":
+        return
+    if config.rank is not None:
+        raise ValueError(
+            "init_weights='encoder' needs a weight of full rank, for the encoder's rows are; got "
+            f"rank={config.rank}. Leave `rank` out, or use init_weights='uniform'."
+        )
+    if config.activation == "soft_threshold":
+        raise ValueError(
+            "init_weights='encoder' needs activation='relu' or 'jumprelu', got 'soft_threshold'. "
+            "It is negative wherever a feature is not active, which a two-sided activation would "
+            "steer down at every token."
         )
 
 

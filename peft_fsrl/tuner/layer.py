@@ -88,6 +88,8 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         """Add an adapter, or replace the one of that name, and make it active."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         adapter = SteeringAdapter(sae.info.d_in, sae.n_features, config, device, dtype)
+        if config.init_weights == "encoder":
+            adapter.start_from_encoder(*sae.encoder_rows(), config.init_scale)
         adapter.identify(sae.info.fingerprint, sae.features)
         self.fsrl_adapter[adapter_name] = adapter
         self.fsrl_sae[adapter_name] = sae

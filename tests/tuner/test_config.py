@@ -61,6 +61,15 @@ def test_wrong_kinds(settings: dict[str, Any], match: str) -> None:
         ({"layer": -1}, "`layer` must be 0 or more, got -1"),
         ({"layer": 1, "target_modules": ["x"]}, "give one of them.*layer=1"),
         ({"activation": "gelu"}, "`activation` must be one of .*'soft_threshold'.*got 'gelu'"),
+        ({"init_weights": True}, "`init_weights` must be one of .*'encoder'.*got True"),
+        (
+            {"init_weights": "encoder", "activation": "relu", "rank": 4},
+            "init_weights='encoder' needs a weight of full rank.*got rank=4. Leave `rank` out",
+        ),
+        (
+            {"init_weights": "encoder"},
+            "init_weights='encoder' needs activation='relu' or 'jumprelu', got 'soft_threshold'",
+        ),
         ({"penalty_reduction": "batch"}, "`penalty_reduction` must be one of .*got 'batch'"),
         ({"init_scale": 0.0}, "`init_scale` must be finite and positive, got 0"),
         ({"jumprelu_bandwidth": -1.0}, "`jumprelu_bandwidth` must be finite and positive"),
@@ -181,6 +190,7 @@ EVERY_FIELD = {
     "rank": 4,
     "activation": "jumprelu",
     "non_negative": False,
+    "init_weights": "uniform",
     "init_scale": 0.5,
     "init_threshold": 0.25,
     "jumprelu_bandwidth": 0.125,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from helpers import (
@@ -28,6 +29,7 @@ from peft_fsrl.functional import ACTIVATIONS
 from peft_fsrl.tuner.events import SteeringEvent, TokenStatistics
 
 BANDWIDTH = 0.4
+FEATUREWISE = {"standard", "gated", "jumprelu"}
 
 
 def tokens(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -291,6 +293,100 @@ def test_jumprelu_starts_with_open_gates(settings: dict[str, Any], scale: float)
     assert 0.05 < (v != 0).float().mean() < 0.95
     # Every feature whose gate was open at some token learns.
     assert torch.equal(adapter.weight.grad.abs().sum(1) > 0, (v != 0).flatten(0, 1).any(0))
+
+
+def started_from_encoder(sae: Any, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+    """A layer as the encoder starts it, and how it steers some tokens."""
+    settings = {"activation": "relu", "init_weights": "encoder"} | settings
+    model = nn.Sequential(nn.Linear(D_IN, D_IN, dtype=dtype))
+    config = FSRLConfig(target_modules=["0"], sae=sae, **settings)
+    layer = get_peft_model(model, config).base_model.model[0]
+    events: list[SteeringEvent] = []
+    layer.observers.append(events.append)
+    layer(tokens(dtype))
+    return layer, events[0]
+
+
+def test_the_encoder_start_by_hand() -> None:
+    sae = tiny_sae("jumprelu", dtype="float64", d_in=2, d_sae=2)
+    values = {
+        "W_enc": [[1.0, 0.0], [0.0, 2.0]],
+        "b_enc": [0.5, -1.0],
+        # Below zero a feature has no activation, whatever its threshold.
+        "threshold": [1.0, -3.0],
+        "b_dec": [1.0, 1.0],
+    }
+    for name, value in values.items():
+        getattr(sae, name).data.copy_(torch.tensor(value))
+    layer = FSRLLayer(nn.Identity(), "identity")
+    config = FSRLConfig(layer=0, sae=sae, activation="relu", init_weights="encoder", init_scale=0.1)
+    layer.update_layer("default", config, freeze_sae(sae))
+    layer.double()
+    events: list[SteeringEvent] = []
+    layer.observers.append(events.append)
+    # Without b_dec: (2, 1) and (0.5, 0.25); pre-activations (2.5, 1) and (1, -0.5).
+    layer(torch.tensor([[3.0, 2.0], [1.5, 1.25]], dtype=torch.float64))
+    expected = torch.tensor([[0.15, 0.1], [0.0, 0.0]], dtype=torch.float64)
+    # The layer made the weights in float32.
+    torch.testing.assert_close(events[0].steering_vector, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("features", [None, [1, 5, 20]])
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("standard", {}), ("standard", {"apply_b_dec_to_input": False}), ("jumprelu", {})],
+)
+def test_the_encoder_start_steers_what_is_active(
+    architecture: str, settings: dict[str, Any], features: list[int] | None
+) -> None:
+    sae = tiny_sae(architecture, dtype="float64", **settings)
+    _, event = started_from_encoder(sae, features=features)
+    f = sae.encode(event.hidden_states)
+    threshold = getattr(sae, "threshold", torch.zeros(D_SAE, dtype=torch.float64))
+    v = 0.02 * torch.where(f > 0, f - threshold, 0.0)
+    v = v if features is None else v[..., features]
+    assert (v > 0).any()
+    assert (v == 0).any()
+    torch.testing.assert_close(event.steering_vector, v, rtol=1e-10, atol=1e-12)
+
+
+def test_the_encoder_start_of_a_gated_sae_is_its_gate() -> None:
+    sae = tiny_sae("gated", dtype="float64")
+    _, event = started_from_encoder(sae)
+    gate = sae.process_sae_in(event.hidden_states) @ sae.W_enc + sae.b_gate
+    torch.testing.assert_close(event.steering_vector, 0.02 * gate.relu())
+
+
+def test_jumprelu_from_the_encoder_opens_above_its_own_threshold() -> None:
+    sae = tiny_sae("jumprelu", dtype="float64")
+    _, event = started_from_encoder(sae, activation="jumprelu", init_scale=1.0, init_threshold=0.2)
+    excess = sae.encode(event.hidden_states) - sae.threshold
+    expected = torch.where(excess > 0.2, excess, 0.0)
+    assert ((excess > 0) & (expected == 0)).any()
+    torch.testing.assert_close(event.steering_vector, expected)
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - FEATUREWISE))
+def test_competing_features_have_no_encoder_to_start_from(architecture: str) -> None:
+    model = nn.Sequential(nn.Linear(D_IN, D_IN))
+    config = FSRLConfig(
+        target_modules=["0"],
+        sae=tiny_sae(architecture),
+        activation="relu",
+        init_weights="encoder",
+    )
+    with pytest.raises(ValueError, match=f"found '{architecture}'.*Use init_weights='uniform'"):
+        get_peft_model(model, config)
+    assert type(model[0]) is nn.Linear
+
+
+def test_the_encoder_start_does_not_hold_the_sae() -> None:
+    layer, _ = started_from_encoder(tiny_sae("jumprelu"), torch.float32)
+    before = layer.fsrl_sae["default"].module.W_enc.clone()
+    with torch.no_grad():
+        layer.fsrl_adapter["default"].weight.add_(1.0)
+        layer.fsrl_adapter["default"].bias.add_(1.0)
+    assert torch.equal(layer.fsrl_sae["default"].module.W_enc, before)
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,26 @@ def test_loading(settings: dict[str, Any], tmp_path: Path) -> None:
     assert len(trainable) == (3 if settings.get("is_trainable") else 0)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_what_the_encoder_started(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    settings = {"activation": "relu", "init_weights": "encoder", "sae": tiny_sae("jumprelu")}
+    # Its weights are random by now, not what the encoder would give.
+    model, ids = fsrl_model(**settings), token_ids()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert adapter_configs(loaded)["default"].init_weights == "encoder"
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_the_encoder_start_on_meta_stays_there() -> None:
+    config = FSRLConfig(
+        layer=1, sae=tiny_sae("jumprelu"), activation="relu", init_weights="encoder"
+    )
+    model = get_peft_model(tiny_model(), config, low_cpu_mem_usage=True)
+    assert only_layer(model).fsrl_adapter["default"].weight.is_meta
+    assert not only_layer(model).fsrl_sae["default"].W_dec.is_meta
+
+
 def test_loading_under_another_name(tmp_path: Path) -> None:
     model, ids = fsrl_model(), token_ids()
     model.save_pretrained(tmp_path)

@@ -279,6 +279,27 @@ MUTANTS = (
         ("tuner/test_model.py::test_sixteen_bit_start_is_not_dead",),
     ),
     Mutant(
+        "the encoder start forgets the SAE's thresholds",
+        "sae/frozen.py",
+        "self._module.b_enc - self._module.threshold.relu()",
+        "self._module.b_enc",
+        ("tuner/test_layer.py::test_the_encoder_start_by_hand",),
+    ),
+    Mutant(
+        "the encoder start opens features below zero",
+        "sae/frozen.py",
+        "self._module.b_enc - self._module.threshold.relu()",
+        "self._module.b_enc - self._module.threshold",
+        ("tuner/test_layer.py::test_the_encoder_start_by_hand",),
+    ),
+    Mutant(
+        "the encoder start scales the weight alone",
+        "tuner/adapter.py",
+        "self.bias.copy_(bias).mul_(scale)",
+        "self.bias.copy_(bias)",
+        ("tuner/test_layer.py::test_the_encoder_start_by_hand",),
+    ),
+    Mutant(
         "the base layer's attributes are not forwarded",
         "tuner/layer.py",
         "            return getattr(self.base_layer, name)\n",
