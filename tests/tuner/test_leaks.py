@@ -66,6 +66,12 @@ def alive() -> dict[str, int]:
         }
 
 
+def assert_nothing_stays(before: dict[str, int]) -> None:
+    """No more of anything than before; fewer is what other tests of the process had left."""
+    found = alive()
+    assert {name: n for name, n in found.items() if n > before[name]} == {}
+
+
 def state_of(model: PeftModel) -> dict[str, Any]:
     layers = [m for m in model.modules() if isinstance(m, FSRLLayer)]
     return {
@@ -121,16 +127,16 @@ def test_a_thousand_swaps(references: list[Any]) -> None:
         swap(model, references[step % 4], ids)
     state, counted = state_of(model), alive()
     grown = []
-    # Twice, for the allocator of a process that has done other things may still fill a pool once.
-    for _ in range(2):
+    # In parts, for the allocator of a process that has done other things may still fill a pool.
+    for _ in range(4):
         memory = resident_kib() if sys.platform == "linux" else 0
-        for step in range(SWAPS // 2):
+        for step in range(SWAPS // 4):
             swap(model, references[step % 4], ids)
         grown.append((resident_kib() if sys.platform == "linux" else 0) - memory)
     assert state_of(model) == state
-    assert alive() == counted
-    # An adapter and its SAE have 1,200 floats: kept, five hundred of them would be 2.3 MiB.
-    assert min(grown) < 1.5 * 1024
+    assert_nothing_stays(counted)
+    # An adapter and its SAE have 1,200 floats: kept, 250 of them would be 1.2 MiB, every time.
+    assert min(grown) < 0.8 * 1024
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, expected)
 
@@ -174,7 +180,7 @@ def test_saved_and_loaded_again_and_again(tmp_path: Path) -> None:
     for _ in range(30):
         reload()
     assert state_of(model) == state
-    assert alive() == counted
+    assert_nothing_stays(counted)
 
 
 def test_controls_and_monitors_leave_nothing() -> None:
@@ -198,7 +204,7 @@ def test_controls_and_monitors_leave_nothing() -> None:
     for _ in range(30):
         use_everything()
     assert state_of(model) == state
-    assert alive() == counted
+    assert_nothing_stays(counted)
     assert state["attached"] == [(0, 0)]
 
 
@@ -219,7 +225,7 @@ def test_unloading_leaves_nothing(architecture: str) -> None:
         added = {name: set(vars(m)) - attributes[name] for name, m in base.named_modules()}
         # PEFT sets the names of the base model's path.
         assert {name for names in added.values() for name in names} <= {"name_or_path"}
-        assert alive() == counted
+        assert_nothing_stays(counted)
     with torch.no_grad():
         assert torch.equal(base(input_ids=ids).logits, expected)
 
@@ -236,4 +242,4 @@ def test_moving_an_sae_about_keeps_one_copy() -> None:
     assert after["saes"] == before["saes"] + 1
     assert after["registered"] == before["registered"] + 1
     del frozen
-    assert alive() == before
+    assert_nothing_stays(before)
