@@ -105,15 +105,13 @@ class Scoped:
 
 def open_values(attached: Iterable[Any]) -> list[Any]:
     """What counts here of a layer's list: values that stand in it for good, and open scopes'."""
-    values = (
-        item.value if isinstance(item, Scoped) else item for item in attached if is_open(item)
-    )
-    return list(values)
-
-
-def is_open(item: Any) -> bool:
-    """Whether an entry of a layer's list counts here."""
-    return not isinstance(item, Scoped) or item.is_open
+    found = []
+    for item in attached:
+        if not isinstance(item, Scoped):
+            found.append(item)
+        elif item.is_open:
+            found.append(item.value)
+    return found
 
 
 def token_statistics(event: SteeringEvent) -> TokenStatistics:
