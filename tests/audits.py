@@ -162,6 +162,8 @@ def make_audit(
         n_pairs=n_pairs,
         created="2026-01-02T03:04:05+00:00",
         versions=("peft-fsrl 0.1.0", "torch 2.13.0"),
+        inputs=(Setting("adapter", "1" * 64), Setting("base", "2" * 64)),
+        content="3" * 64,
         findings=(
             Finding("Does it beat the base model?", "yes", say("Loss 4.99 to 1.35.")),
             Finding("Is it coherent?", "unsure", say("Perplexity 10.2 against 9.1.")),

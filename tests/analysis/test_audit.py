@@ -229,6 +229,30 @@ def test_changed_inputs_are_noticed(
     assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
 
 
+def test_the_content_hash_names_what_changed(model: PeftModel, tmp_path: Path) -> None:
+    first = audit_of(model, tmp_path)
+
+    def changed(**options: Any) -> list[str]:
+        other = audit_of(model, tmp_path, **options)
+        before = {each.name: each.value for each in first.inputs}
+        found = [each.name for each in other.inputs if before[each.name] != each.value]
+        assert (other.content == first.content) == (not found)
+        return found
+
+    assert changed() == []
+    assert changed(labels=replace(LABELS, features=LABELS.features[:7])) == ["labels"]
+    other = replace(LABELS, features=LABELS.features[:-1], source="others")
+    assert changed(reference_labels=other) == ["reference labels"]
+    assert changed(rows=ROWS[:5]) == ["dataset"]
+    assert changed(settings=replace(QUICK, n_single=3)) == ["settings"]
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].mlp.up_proj.weight[0, 1] += 1e-3
+    assert changed() == ["base"]
+    names = {each.name for each in first.inputs}
+    assert names > {"adapter", "sae", "tokenizer", "versions"}
+    assert all(len(each.value) == 64 for each in first.inputs)
+
+
 @pytest.mark.parametrize("damage", ["", "{", '{"key": 1}', '{"key": "same", "value": {}}'])
 def test_a_damaged_part_is_made_again(
     model: PeftModel, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture

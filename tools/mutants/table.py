@@ -949,7 +949,7 @@ MUTANTS = (
     # Audit
     Mutant(
         "a stage that was made for other rows is taken",
-        "analysis/audit/stages.py",
+        "analysis/parts.py",
         'if stored["key"] == key:',
         "if key:",
         ("analysis/test_audit.py::test_changed_inputs_are_noticed",),
@@ -969,8 +969,15 @@ MUTANTS = (
         ("analysis/test_audit.py::test_changed_inputs_are_noticed",),
     ),
     Mutant(
-        "a finished stage is not kept",
+        "the content hash of an audit forgets the labels",
         "analysis/audit/stages.py",
+        '"labels": digest_json(to_plain(labels)),',
+        '"labels": digest_json(None),',
+        ("analysis/test_audit.py::test_the_content_hash_names_what_changed",),
+    ),
+    Mutant(
+        "a finished stage is not kept",
+        "analysis/parts.py",
         'write_text_atomically(path, json.dumps({"key": key, "value": to_plain(value)}, indent=1))',
         "pass",
         ("analysis/test_audit.py::test_a_killed_audit_goes_on_where_it_was",),

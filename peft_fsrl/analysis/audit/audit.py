@@ -12,6 +12,7 @@ from ...training.coherence import VariantCoherence
 from ..ablation import Ablation
 from ..buckets import LengthBucket, compute_gain, score_by_length
 from ..composition import Composition
+from ..content import digest_json
 from ..curves import TrainingCurves, load_training_curves
 from ..findings import Finding, judge_ablations, judge_coherence, judge_gain, judge_labels
 from ..generations import Generation
@@ -37,6 +38,9 @@ class Audit(Record):
         n_pairs: preference pairs of it that were used.
         created: date, ISO 8601.
         versions: of the libraries.
+        inputs: SHA-256 of each thing that the figures depend on: adapter, SAE, base model (tensors
+            and settings), tokenizer, data, labels, settings of the audit, versions.
+        content: SHA-256 of ``inputs``: the same for two audits of the same.
         findings: the verdict, in the order to show it.
         base: scores of the base model.
         trained: scores with the adapter.
@@ -65,6 +69,8 @@ class Audit(Record):
     n_pairs: int
     created: str
     versions: tuple[str, ...]
+    inputs: tuple[Setting, ...]
+    content: str
     findings: tuple[Finding, ...]
     base: PreferenceScores
     trained: PreferenceScores
@@ -136,12 +142,16 @@ def compute_audit(
     gain = compute_gain(base, trained, seed=session.seed)
     promoted, suppressed = stages.cards()
     robustness = stages.robustness()
+    versions = tuple(f"{package} {version_of(package)}" for package in _PACKAGES)
+    inputs = {**stages.digests, "versions": digest_json(versions)}
     return Audit(
         info=stages.info,
         dataset=dataset_name,
         n_pairs=trained.n,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions=tuple(f"{package} {version_of(package)}" for package in _PACKAGES),
+        versions=versions,
+        inputs=tuple(Setting(name, digest) for name, digest in inputs.items()),
+        content=digest_json(inputs),
         findings=(
             judge_gain(base, trained, gain),
             judge_coherence(stages.coherence),

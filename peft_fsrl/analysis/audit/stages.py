@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...files import require_folder, write_text_atomically
-from ...records import Record, from_plain, to_plain
+from ...records import Record, to_plain
 from ...steering import ablate_features
 from ...training.coherence import VariantCoherence, compare_coherence
 from ..ablation import Ablation, measure_categories
@@ -33,6 +30,7 @@ from ..labels import (
     propagate_composition,
     require_fit,
 )
+from ..parts import Parts
 from ..preferences import PreferenceScores, score_preferences
 from ..session import Session
 from ..single import FeatureAblations, measure_features
@@ -40,7 +38,6 @@ from ..static_dynamic import StaticDynamic, compare_static_dynamic
 from ..usage import FeatureUse, Usage, compute_usages
 from .info import describe_adapter, feature_url, short_texts, version_of
 
-logger = logging.getLogger(__name__)
 SEGMENTS = ("chosen", "prompt", "prompt_chosen", "prompt_rejected")
 # An ablation under redrawn labels runs the model: fewer draws, on fewer pairs.
 _DRAWS_PER_ABLATION = 10
@@ -115,47 +112,6 @@ class FeatureCard(Record):
     url: str | None
 
 
-class Parts:
-    """Makes each part once: a later run with the same inputs reads what an earlier one finished.
-
-    Args:
-        folder: where parts are kept; None keeps none.
-        inputs: everything that all parts depend on, as JSON.
-
-    Raises:
-        OSError: if nothing can be kept in the folder; before anything is made.
-    """
-
-    def __init__(self, folder: Path | None, inputs: Any) -> None:
-        self._folder, self._inputs = folder, inputs
-        if folder is not None:
-            require_folder(folder)
-
-    def make(self, name: str, kind: Any, compute: Callable[[], Any], *inputs: Any) -> Any:
-        """A part, from disk if it is there and nothing that it depends on has changed.
-
-        Args:
-            name: of the part and of its file.
-            kind: its type, a record or a tuple of records.
-            compute: makes it.
-            inputs: what this part depends on beside what all do, as JSON.
-        """
-        if self._folder is None:
-            return compute()
-        path, key = self._folder / f"{name}.json", digest_json([name, self._inputs, inputs])
-        try:
-            stored = json.loads(path.read_text("utf-8"))
-            if stored["key"] == key:
-                return from_plain(kind, stored["value"])
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError) as error:
-            logger.warning("%s cannot be read (%s): this part is made again.", path, error)
-        value = compute()
-        write_text_atomically(path, json.dumps({"key": key, "value": to_plain(value)}, indent=1))
-        return value
-
-
 class Stages:
     """The stages of an audit, each made once."""
 
@@ -175,13 +131,22 @@ class Stages:
         for each in (labels, reference):
             if each is not None:
                 require_fit(each, fingerprint=self.info.fingerprint, d_sae=self.info.d_sae)
+        run = [session.seed, session.beta, session.gamma, session.max_length]
         inputs = {
             "version": version_of("peft-fsrl"),
             "adapter": self.weights,
             "base": digest_base(session.model),
             "tokenizer": digest_tokenizer(session.tokenizer),
             "dataset": digest_json(session.rows),
-            "session": [session.seed, session.beta, session.gamma, session.max_length],
+            "session": run,
+        }
+        # SHA-256 by name of all that the audit depends on.
+        self.digests = {
+            **{name: inputs[name] for name in ("adapter", "base", "tokenizer", "dataset")},
+            "sae": self.info.fingerprint,
+            "labels": digest_json(to_plain(labels)),
+            "reference labels": digest_json(to_plain(reference)),
+            "settings": digest_json([asdict(settings), run]),
         }
         self.parts = Parts(None if out is None else Path(out) / "parts", inputs)
         self.notes: dict[str, str] = {}
