@@ -141,8 +141,8 @@ class Stages:
             "session": run,
         }
         # SHA-256 by name of all that the audit depends on.
-        self.digests = {
-            **{name: inputs[name] for name in ("adapter", "base", "tokenizer", "dataset")},
+        self.digests: dict[str, str] = {
+            **{name: str(inputs[name]) for name in ("adapter", "base", "tokenizer", "dataset")},
             "sae": self.info.fingerprint,
             "labels": digest_json(to_plain(labels)),
             "reference labels": digest_json(to_plain(reference)),
