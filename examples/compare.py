@@ -3,18 +3,23 @@ r"""FSRL against what else could be trained: same data, same steps, same figures
     python examples/compare.py
 
 compares, on the model organism: FSRL; FSRL with a random dictionary in place of the SAE; LoRA with
-as many parameters; LoRA at FSRL's layer alone, of the rank that FSRL has there; full fine-tuning;
-and, without training, one steering vector for all tokens (the difference of the mean activations of
-chosen and rejected answers) and the same among the SAE's features. With SimPO and with DPO. Another
-model, and data in any of TRL's preference formats:
+as many parameters; LoRA at FSRL's layer alone, of the rank that FSRL has there; ReFT there; full
+fine-tuning; one vector for all tokens and one of SAE features, trained to serve the preference with
+one sign and its reverse with the other (BiPO, YaPO); and, without training, such vectors as the
+difference of the mean activations of chosen and rejected answers, and that difference given each of
+a token's active features, added to what is active there (after DSPA). With SimPO and with DPO.
+Another model, and data in any of TRL's preference formats:
 
     python examples/compare.py --model google/gemma-2-2b-it --layer 12 \
         --sae gemma-scope-2b-pt-res/layer_12/width_65k/average_l0_72 --dataset ... --dtype bfloat16
 
-Every trained method has its own learning rate. Of a grid, tried by the objective on validation
-pairs after short runs, it is the smallest within a standard error of the best; where that stands
-at the edge, the grid grows. The scale of the two vectors is chosen in the same way on training
-pairs. Rows are written as they come: started again, the comparison goes on where it was stopped.
+Every trained method has its own learning rate, and the same budget to find it. Of a grid of three,
+tried by the objective on validation pairs after short runs, it is the smallest within a standard
+error of the best; where that stands at the edge, the grid grows. What is not trained has a scale,
+which is chosen in the same way on training pairs. With `--seeds 0 1 2` all of it is done for each,
+and the table has means and standard deviations. Held-out losses on the way are kept in `curves`,
+and drawn with the `plots` extra. Rows are written as they come: started again, the comparison goes
+on where it was stopped.
 """
 
 from __future__ import annotations
@@ -28,19 +33,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from peft_fsrl import FSRLConfig, load_sae, organism, with_fsrl
-from peft_fsrl.analysis import Session, compute_divergence, compute_usage
+from peft_fsrl.analysis import Session, compute_divergence, compute_usage, load_training_curves
 from peft_fsrl.files import write_text_atomically
 from peft_fsrl.records import Record
 from peft_fsrl.steering import edit_steering, observe
@@ -66,6 +73,7 @@ class Row(Record):
     Attributes:
         objective: ``"simpo"`` or ``"dpo"``.
         method: its name.
+        seed: of data, order, start and sampling.
         parameters: that were trained, or estimated.
         setting: its learning rate or scale, and how the method was set up.
         loss: the objective, without any penalty.
@@ -82,6 +90,7 @@ class Row(Record):
 
     objective: str
     method: str
+    seed: int
     parameters: int
     setting: str
     loss: float
@@ -99,8 +108,8 @@ class Row(Record):
 class Bench:
     """Model, data and figures that all methods share."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, seed: int) -> None:
+        self.args, self.seed = args, seed
         name = args.model
         if name == "organism":
             creature = organism.load()
@@ -122,7 +131,7 @@ class Bench:
         args = self.args
         if args.dataset == "organism":
             splits = [
-                organism.preferences(n, seed=f"{name}-{args.seed}")
+                organism.preferences(n, seed=f"{name}-{self.seed}")
                 for name, n in (
                     ("train", args.train_pairs),
                     ("valid", args.valid_pairs),
@@ -130,7 +139,7 @@ class Bench:
                 )
             ]
         else:
-            train = load_dataset(args.dataset, split=args.train_split).shuffle(args.seed)
+            train = load_dataset(args.dataset, split=args.train_split).shuffle(self.seed)
             n = args.valid_pairs
             test = load_dataset(args.dataset, split=args.test_split)
             splits = [
@@ -148,18 +157,21 @@ class Bench:
 
     def margins(self, model: nn.Module, rows: Sequence[Any], objective: str) -> Tensor:
         """Margin of the objective's reward for each pair, shape ``(pairs,)``."""
-        found = []
         session = Session(model, self.tokenizer, rows, batch_size=self.args.eval_batch_size)
         with torch.no_grad():
-            for texts in session.batches("margins"):
-                padded = pad(texts, self.base.device)
-                rewards = mean_log_probability(model.eval(), padded)
-                if objective == "dpo":
-                    rewards = rewards - mean_log_probability(self.base, padded)
-                    rewards = rewards * padded.answer_mask.sum(dim=1)
-                chosen, rejected = (BETA[objective] * rewards).float().cpu().chunk(2)
-                found.append(chosen - rejected)
-        return torch.cat(found)
+            found = [self.reward(model, t, objective) for t in session.batches("margins")]
+        return torch.cat(found).float().cpu()
+
+    def reward(self, model: nn.Module, texts: Sequence[Any], objective: str) -> Tensor:
+        """The same of one batch of chosen, then rejected texts; with its graph, if it has one."""
+        padded = pad(texts, self.base.device)
+        rewards = mean_log_probability(model.eval(), padded)
+        if objective == "dpo":
+            with torch.no_grad():
+                reference = mean_log_probability(self.base, padded)
+            rewards = (rewards - reference) * padded.answer_mask.sum(dim=1)
+        chosen, rejected = (BETA[objective] * rewards).chunk(2)
+        return chosen - rejected
 
     def losses(self, margins: Tensor, objective: str) -> Tensor:
         """The objective of each pair, shape ``(pairs,)``."""
@@ -171,11 +183,12 @@ class Bench:
         args, margins = self.args, self.margins(model, self.test, objective)
         prompts = [row["prompt"] for row in self.test[: args.prompts]]
         answers = sample_answers(
-            model, prompts, self.tokenizer, max_new_tokens=args.new_tokens, seed=args.seed
+            model, prompts, self.tokenizer, max_new_tokens=args.new_tokens, seed=self.seed
         )
         coherence = measure_answers(self.base, answers)
         return Row(
             objective=objective,
+            seed=self.seed,
             loss=self.losses(margins, objective).mean().item(),
             accuracy=((margins > 0).float() + (margins == 0).float() / 2).mean().item(),
             margin=margins.mean().item(),
@@ -186,12 +199,26 @@ class Bench:
             **known,
         )
 
-    def fit(self, peft_config: Any, objective: str, rate: float, steps: int) -> nn.Module:
-        """Train a fresh base model, whole where there is no adapter."""
-        args = self.args
+    def fit(
+        self, method: Any, objective: str, rate: float, steps: int, curve: str | None = None
+    ) -> nn.Module:
+        """Train a fresh base model.
+
+        Args:
+            method: the config of an adapter; a function that puts something else that trains into
+                a model; or None, for the whole model.
+            objective: see ``Row``.
+            rate: the learning rate.
+            steps: optimizer steps.
+            curve: where to keep the losses of training and, ten times, of validation pairs.
+        """
+        args, model = self.args, self.load_base()
+        config = method if isinstance(method, PeftConfig) else None
+        if config is None and method is not None:
+            method(model)
         n_pairs = steps * args.batch_size * args.accumulation
         settings = {
-            "output_dir": str(args.out / "trainer"),
+            "output_dir": str(args.out / (curve or "trainer")),
             "beta": BETA[objective],
             "max_length": args.max_length,
             "learning_rate": rate,
@@ -202,31 +229,39 @@ class Bench:
             "gradient_accumulation_steps": args.accumulation,
             "gradient_checkpointing": False,
             "bf16": False,
-            "seed": args.seed,
+            "seed": self.seed,
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
-            "logging_strategy": "no",
+            "logging_strategy": "steps" if curve else "no",
+            "logging_steps": max(1, steps // 10),
+            "eval_strategy": "steps" if curve else "no",
+            "eval_steps": max(1, steps // 10),
+            "per_device_eval_batch_size": args.eval_batch_size,
             "remove_unused_columns": False,
             "use_cpu": args.device == "cpu",
         }
         if objective == "simpo":
-            kind, config = SimPOTrainer, SimPOConfig(**settings, simpo_gamma=GAMMA)
+            kind, arguments = SimPOTrainer, SimPOConfig(**settings, simpo_gamma=GAMMA)
         else:
-            kind, config = DPOTrainer, DPOConfig(**settings)
-        if isinstance(peft_config, FSRLConfig):
+            kind, arguments = DPOTrainer, DPOConfig(**settings)
+        if isinstance(config, FSRLConfig):
             kind = with_fsrl(kind)
-        more = {"ref_model": self.load_base()} if objective == "dpo" and peft_config is None else {}
+        more = {"ref_model": self.load_base()} if objective == "dpo" and config is None else {}
+        if curve:
+            more["eval_dataset"] = Dataset.from_list(self.valid)
         trainer = kind(
-            model=self.load_base(),
-            args=config,
+            model=model,
+            args=arguments,
             train_dataset=self.train.select(range(min(n_pairs, len(self.train)))),
             processing_class=self.tokenizer,
-            peft_config=peft_config,
+            peft_config=config,
             **more,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        if curve:
+            trainer.save_state()
         return trainer.model
 
 
@@ -298,6 +333,11 @@ def trained(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def slug(*words: object) -> str:
+    """A file's name."""
+    return ".".join("".join(c if c.isalnum() else "_" for c in str(word)) for word in words)
+
+
 def trained_method(
     bench: Bench, name: str, config: Any, objective: str, grid: Sequence[float], note: str
 ) -> Row:
@@ -312,7 +352,8 @@ def trained_method(
     tried = search(grid, try_one) if args.search_steps else {}
     rate = choose(tried) if tried else grid[0]
     started = time.monotonic()
-    model = bench.fit(copy.deepcopy(config), objective, rate, args.steps)
+    curve = f"curves/{slug(objective, name, bench.seed)}"
+    model = bench.fit(copy.deepcopy(config), objective, rate, args.steps, curve)
     seconds = time.monotonic() - started
     l0 = None
     if isinstance(config, FSRLConfig):
@@ -329,15 +370,17 @@ def trained_method(
     )
 
 
-def mean_difference(bench: Bench, read: Callable[[Tensor], Tensor], steered: Any) -> Tensor:
-    """Mean over the tokens of chosen answers less that of rejected ones, of what ``read`` gives.
+def side_sums(
+    bench: Bench, reduce: Callable[[Tensor], Tensor], steered: Any
+) -> tuple[Tensor, Tensor]:
+    """Sums of ``reduce`` over the tokens of chosen answers, and over those of rejected ones.
 
     Args:
         bench: with the training pairs.
-        read: maps hidden states ``(tokens, d_in)`` to ``(tokens, width)``.
+        reduce: maps hidden states ``(tokens, d_in)`` to what is summed.
         steered: the base model with an FSRL adapter, whose observers see the layer's own output.
     """
-    sums, counts = [0.0, 0.0], [0, 0]
+    sums: list[Any] = [0.0, 0.0]
     seen: list[Tensor] = []
     rows = bench.train.select(range(min(bench.args.static_pairs, len(bench.train))))
     session = Session(steered, bench.tokenizer, rows, batch_size=bench.args.eval_batch_size)
@@ -347,9 +390,25 @@ def mean_difference(bench: Bench, read: Callable[[Tensor], Tensor], steered: Any
             steered(input_ids=padded.input_ids, attention_mask=padded.attention_mask)
             halves = zip(seen.pop().chunk(2), padded.answer_mask.bool().chunk(2), strict=True)
             for side, (hidden, mask) in enumerate(halves):
-                sums[side] = sums[side] + read(hidden[mask]).double().sum(dim=0)
-                counts[side] += int(mask.sum())
-    return (sums[0] / counts[0] - sums[1] / counts[1]).to(bench.base.dtype)
+                sums[side] = sums[side] + reduce(hidden[mask])
+    return sums[0], sums[1]
+
+
+def mean_difference(bench: Bench, read: Callable[[Tensor], Tensor], steered: Any) -> Tensor:
+    """Mean over the tokens of chosen answers less that of rejected ones, of what ``read`` gives.
+
+    Args:
+        bench: see ``side_sums``.
+        read: maps hidden states ``(tokens, d_in)`` to ``(tokens, width)``.
+        steered: see ``side_sums``.
+    """
+
+    def reduce(hidden: Tensor) -> Tensor:
+        total = read(hidden).double().sum(dim=0)
+        return torch.cat([total, total.new_tensor([len(hidden)])])
+
+    chosen, rejected = (total[:-1] / total[-1] for total in side_sums(bench, reduce, steered))
+    return (chosen - rejected).to(bench.base.dtype)
 
 
 @contextmanager
@@ -366,46 +425,207 @@ def added(model: nn.Module, layer: int, vector: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def static_method(bench: Bench, name: str, objective: str) -> Row:
-    """One steering vector for all tokens, scaled by what is best on training pairs."""
+class Reft(nn.Module):
+    """LoReFT (arXiv 2404.03592): ``x + (W x + b - R x) R``, the rows of ``R`` orthonormal.
+
+    Args:
+        width: of ``x``.
+        rank: number of rows.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.rotation = nn.utils.parametrizations.orthogonal(nn.Linear(width, rank, bias=False))
+        self.source = nn.Linear(width, rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``, moved in the subspace of the rows of ``R`` alone; shape ``(..., width)``."""
+        return x + (self.source(x) - self.rotation(x)) @ self.rotation.weight
+
+
+def install_reft(model: nn.Module, layer: int, rank: int) -> None:
+    """Freeze a model, and let ReFT act on the output of one of its layers at every token."""
+    model.requires_grad_(False)
+    model.reft = Reft(model.config.hidden_size, rank).to(model.device, model.dtype)
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return model.reft(output)
+        return (model.reft(output[0]), *output[1:])
+
+    model.get_submodule(decoder_layers(model)[layer]).register_forward_hook(hook)
+
+
+class Steering:
+    """The base model with something that is added at its layer, which a number scales.
+
+    Args:
+        bench: with model, layer and SAE.
+        in_features: what is added stands among the SAE's features, where none may fall below zero;
+            otherwise in the residual stream.
+        settings: of the adapter, whose steering vector an edit replaces.
+    """
+
+    def __init__(self, bench: Bench, in_features: bool, **settings: Any) -> None:
+        shared = {"layer": bench.layer, "sae": bench.sae, "task_type": "CAUSAL_LM"}
+        config = FSRLConfig(**shared, **settings)
+        self.bench, self.in_features = bench, in_features
+        self.steered = get_peft_model(bench.load_base(), config).eval().requires_grad_(False)
+        self.plain = bench.load_base().requires_grad_(False)
+        self.model = self.steered if in_features else self.plain
+        self.sae = load_sae(bench.sae).to(bench.base.device, bench.base.dtype)
+        self.width = self.sae.n_features if in_features else self.sae.info.d_in
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """What a vector is compared with: hidden states ``(..., d_in)``, or their features."""
+        return self.sae.encode(hidden) if self.in_features else hidden
+
+    def adding(self, vector: Tensor) -> Any:
+        """Add one vector, shape ``(width,)``, at every token."""
+        if self.in_features:
+            return edit_steering(self.steered, lambda v, _: vector.expand_as(v))
+        return added(self.plain, self.bench.layer, vector)
+
+    def measure(self, name: str, objective: str, acting: Any, parameters: int, **known: Any) -> Row:
+        """All figures with what is added."""
+        with acting:
+            session = Session(self.steered, self.bench.tokenizer, self.bench.test)
+            l0 = compute_usage(session).l0 if self.in_features else None
+            return self.bench.measure(
+                self.model, objective, method=name, parameters=parameters, l0=l0, **known
+            )
+
+
+def scaled_method(
+    bench: Bench, name: str, objective: str, make: Callable[[], tuple[Steering, Any, int]]
+) -> Row:
+    """What is estimated and not trained, scaled by what is best on training pairs.
+
+    Args:
+        bench: with the training pairs.
+        name: the method.
+        objective: see ``Row``.
+        make: gives the model, a function from a scale to a context, and how much was estimated.
+    """
     started = time.monotonic()
-    config = FSRLConfig(layer=bench.layer, sae=bench.sae, task_type="CAUSAL_LM")
-    steered = get_peft_model(bench.load_base(), config).eval()
-    sae = load_sae(bench.sae).to(bench.base.device, bench.base.dtype)
-    in_features = name == "static SAE features"
-    read = sae.encode if in_features else (lambda hidden: hidden)
-    with edit_steering(steered, lambda v, _: torch.zeros_like(v)):
-        vector = mean_difference(bench, read, steered)
-    plain = bench.load_base()
-    model = steered if in_features else plain
-
-    def acting(scale: float) -> Any:
-        if in_features:
-            return edit_steering(steered, lambda v, _: (scale * vector).expand_as(v))
-        return added(plain, bench.layer, scale * vector)
-
+    steering, acting, parameters = make()
     rows = bench.train.select(range(min(bench.args.static_pairs, len(bench.train))))
 
     def try_one(scale: float) -> Tensor:
         with acting(scale):
-            return bench.losses(bench.margins(model, rows, objective), objective)
+            return bench.losses(bench.margins(steering.model, rows, objective), objective)
 
     tried = search(SCALES, try_one)
     scale = choose(tried)
-    seconds = time.monotonic() - started
-    with acting(scale):
-        session = Session(steered, bench.tokenizer, bench.test)
-        l0 = compute_usage(session).l0 if in_features else None
-        return bench.measure(
-            model,
-            objective,
-            method=name,
-            parameters=vector.numel(),
-            setting=f"scale {scale:.2g}",
-            l0=l0,
-            seconds=seconds,
-            search=describe(tried),
-        )
+    known = {"seconds": time.monotonic() - started, "search": describe(tried)}
+    setting = f"scale {scale:.2g}"
+    return steering.measure(name, objective, acting(scale), parameters, setting=setting, **known)
+
+
+def static_vector(bench: Bench, in_features: bool) -> tuple[Steering, Any, int]:
+    """The difference of means, added at every token."""
+    steering = Steering(bench, in_features)
+    with edit_steering(steering.steered, lambda v, _: torch.zeros_like(v)):
+        vector = mean_difference(bench, steering.read, steering.steered)
+    return steering, lambda scale: steering.adding(scale * vector), vector.numel()
+
+
+def conditional_differences(bench: Bench) -> tuple[Steering, Any, int]:
+    """The difference of means given what is active, added to what is active.
+
+    Row ``i`` of the map is the mean of all features over the tokens of chosen answers at which
+    feature ``i`` is active, less that over rejected ones. A token has the mean of the rows of its
+    active features, at these features alone. DSPA (arXiv 2603.21461) conditions on the features of
+    the prompt instead, which are gone when one token is generated at a time.
+    """
+    steering = Steering(bench, in_features=True, activation="relu", init_weights="encoder")
+    sae, model = steering.sae, steering.steered
+    with edit_steering(model, lambda v, _: torch.zeros_like(v)):
+        size = mean_difference(bench, steering.read, model).abs()
+        kept = size.topk(min(bench.args.map_features, len(size))).indices
+
+        def pairs(hidden: Tensor) -> Tensor:
+            f = sae.encode(hidden)[:, kept].double()
+            active = (f > 0).double()
+            return torch.cat([active.T @ f, active.sum(dim=0)[:, None]], dim=1)
+
+        sums = side_sums(bench, pairs, model)
+    chosen, rejected = (total[:, :-1] / total[:, -1:].clamp(min=1) for total in sums)
+    known = (sums[0][:, -1:] > 0) & (sums[1][:, -1:] > 0)
+    table = ((chosen - rejected) * known).to(bench.base.dtype)
+
+    def edit(scale: float, v: Tensor, _: Any) -> Tensor:
+        # From the encoder's own rows, v is positive where a feature is active.
+        active = (v[..., kept] > 0).to(table.dtype)
+        mean = active @ table / active.sum(dim=-1, keepdim=True).clamp(min=1)
+        return torch.zeros_like(v).index_copy(-1, kept, (scale * mean * active).to(v.dtype))
+
+    return steering, lambda scale: edit_steering(model, partial(edit, scale)), table.numel()
+
+
+def train_vector(
+    bench: Bench, objective: str, in_features: bool, rate: float, steps: int
+) -> tuple[Steering, Tensor]:
+    """A vector that serves the preference added, and its reverse subtracted, for all tokens.
+
+    In the residual stream as in BiPO (arXiv 2406.00045), among the SAE's features as in YaPO
+    (2601.08441), where a proximal step of FSRL's penalty keeps it sparse.
+
+    Returns:
+        The model, and the vector, shape ``(width,)``.
+    """
+    args, steering = bench.args, Steering(bench, in_features)
+    generator = torch.Generator().manual_seed(bench.seed)
+    # At zero, a silent feature has no slope.
+    start = 2e-3 * torch.rand(steering.width, generator=generator) - 1e-3
+    vector = nn.Parameter(start.to(bench.base.device, bench.base.dtype))
+    optimizer = torch.optim.AdamW([vector], lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    penalty = l1_coefficient(args, objective) if in_features else 0.0
+    size = args.batch_size * args.accumulation
+    order = torch.randperm(len(bench.train), generator=generator)
+    rows = bench.train.select(order.repeat(-(-steps * size // len(order)))[: steps * size])
+    session = Session(steering.model, bench.tokenizer, rows, batch_size=size)
+    for texts in session.batches("vector"):
+        sign = 1 if torch.rand(1, generator=generator) < 0.5 else -1
+        with steering.adding(sign * vector):
+            margins = sign * bench.reward(steering.model, texts, objective)
+        optimizer.zero_grad()
+        bench.losses(margins, objective).mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            step = penalty * optimizer.param_groups[0]["lr"]
+            vector.copy_(vector.sign() * F.relu(vector.abs() - step))
+        schedule.step()
+    return steering, vector.detach()
+
+
+def vector_method(
+    bench: Bench, name: str, objective: str, in_features: bool, grid: Sequence[float]
+) -> Row:
+    """Search a learning rate for ``train_vector``, train with it, measure."""
+    args = bench.args
+
+    def try_one(rate: float) -> Tensor:
+        steering, vector = train_vector(bench, objective, in_features, rate, args.search_steps)
+        with steering.adding(vector):
+            return bench.losses(bench.margins(steering.model, bench.valid, objective), objective)
+
+    tried = search(grid, try_one) if args.search_steps else {}
+    rate = choose(tried) if tried else grid[0]
+    started = time.monotonic()
+    steering, vector = train_vector(bench, objective, in_features, rate, args.steps)
+    known = {"seconds": time.monotonic() - started, "search": describe(tried)}
+    setting = f"learning rate {rate:.2g}"
+    if in_features:
+        setting += f", l1 {l1_coefficient(args, objective):g}"
+    acting = steering.adding(vector)
+    return steering.measure(name, objective, acting, vector.numel(), setting=setting, **known)
+
+
+def l1_coefficient(args: argparse.Namespace, objective: str) -> float:
+    """The weight of the penalty under an objective."""
+    return args.l1_coeff if objective == "simpo" else args.l1_coeff_dpo
 
 
 def base_method(bench: Bench, objective: str) -> Row:
@@ -422,7 +642,7 @@ def methods(
     args = bench.args
     shared = {
         "layer": bench.layer,
-        "l1_coeff": args.l1_coeff if objective == "simpo" else args.l1_coeff_dpo,
+        "l1_coeff": l1_coefficient(args, objective),
         "task_type": "CAUSAL_LM",
     }
 
@@ -443,7 +663,7 @@ def methods(
         "FSRL, random dictionary",
         lambda: train(
             "FSRL, random dictionary",
-            FSRLConfig(sae=random_dictionary(bench.sae, args.seed), **shared),
+            FSRLConfig(sae=random_dictionary(bench.sae, bench.seed), **shared),
             (1.6e-3, 5e-3, 1.6e-2),
             penalty,
         ),
@@ -467,26 +687,60 @@ def methods(
             layers_to_transform=[bench.layer],
         ),
     )
+    reft = partial(install_reft, layer=bench.layer, rank=args.reft_rank)
+    yield "ReFT", lambda: train("ReFT", reft, (1e-3, 3.2e-3, 1e-2), f"rank {args.reft_rank}")
     yield "full fine-tuning", lambda: train("full fine-tuning", None, (1e-4, 3.2e-4, 1e-3))
-    for name in ("static steering vector", "static SAE features"):
-        yield name, lambda name=name: static_method(bench, name, objective)
+    for name, in_features in (("trained vector (BiPO)", False), ("trained features (YaPO)", True)):
+        yield (
+            name,
+            lambda name=name, in_features=in_features: vector_method(
+                bench, name, objective, in_features, (3.2e-2, 1e-1, 3.2e-1)
+            ),
+        )
+    for name, make in (
+        ("static steering vector", lambda: static_vector(bench, False)),
+        ("static SAE features", lambda: static_vector(bench, True)),
+        ("conditional differences (after DSPA)", lambda: conditional_differences(bench)),
+    ):
+        yield name, lambda name=name, make=make: scaled_method(bench, name, objective, make)
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The rows of one objective as a Markdown table."""
+    """The rows of one objective as a Markdown table; of several seeds, mean and deviation."""
     lines = [
         "| | parameters | setting | loss | accuracy | margin | l0 | KL to base | perplexity | "
         "repetition | length | seconds |",
         "| --- |" + " --- |" * 11,
     ]
-    for row in rows:
-        l0 = "" if row.l0 is None else f"{row.l0:.1f}"
-        lines.append(
-            f"| {row.method} | {row.parameters:,} | {row.setting} | {row.loss:.3f} | "
-            f"{row.accuracy:.1%} | {row.margin:+.2f} | {l0} | {row.kl:.4f} | "
-            f"{row.perplexity:.2f} | {row.repetition:.1%} | {row.length:.1f} | {row.seconds:.0f} |"
-        )
+    for method in dict.fromkeys(row.method for row in rows):
+        mine = [row for row in rows if row.method == method]
+
+        def cell(name: str, form: str, mine: Sequence[Row] = mine) -> str:
+            values = [getattr(row, name) for row in mine if getattr(row, name) is not None]
+            if not values:
+                return ""
+            spread = f" ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+            return f"{fmean(values):{form}}{spread}"
+
+        settings = " / ".join(dict.fromkeys(row.setting for row in mine))
+        forms = {"loss": ".3f", "accuracy": ".1%", "margin": "+.2f", "l0": ".1f", "kl": ".4f"}
+        forms |= {"perplexity": ".2f", "repetition": ".1%", "length": ".1f", "seconds": ".0f"}
+        cells = [f"{mine[0].parameters:,}", settings, *(cell(*each) for each in forms.items())]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def draw_curves(out: Path, objective: str, rows: Sequence[Row]) -> None:
+    """The preference loss on validation pairs over the steps of training, a line per method."""
+    from peft_fsrl.analysis.plots import plot_losses
+
+    runs = {}
+    for row in rows:
+        folder = out / "curves" / slug(objective, row.method, row.seed)
+        if folder.exists():
+            runs.setdefault(row.method, []).append(load_training_curves(folder))
+    if runs:
+        plot_losses(runs).savefig(out / f"curves_{objective}.png", dpi=160)
 
 
 def write_table(out: Path, rows: Sequence[Row]) -> str:
@@ -509,7 +763,8 @@ def write_table(out: Path, rows: Sequence[Row]) -> str:
 
 def check_settings(args: argparse.Namespace) -> None:
     """Refuse a folder with rows of other settings."""
-    chosen = {k: str(v) for k, v in vars(args).items() if k not in ("out", "methods", "objective")}
+    others = ("out", "methods", "objective", "seeds")
+    chosen = {k: str(v) for k, v in vars(args).items() if k not in others}
     path = args.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != chosen:
         raise SystemExit(f"{args.out} holds rows of other settings: choose another --out.")
@@ -546,27 +801,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--new-tokens", type=int, default=48)
     add("--dtype", default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0)
+    add("--reft-rank", type=int, default=4)
+    add("--map-features", type=int, default=1024, help="features of the conditional differences")
+    add("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args(arguments)
     check_settings(args)
     disable_progress_bars()
-    bench = Bench(args)
     table: list[Row] = []
     for objective in ("simpo", "dpo") if args.objective == "both" else (args.objective,):
-        rows: dict[str, Row] = {}
-        for name, make in methods(bench, objective, rows):
-            if args.methods and name not in args.methods:
-                continue
-            slug = "".join(c if c.isalnum() else "_" for c in name)
-            path = args.out / "rows" / f"{objective}.{slug}.json"
-            if not path.exists():
-                torch.manual_seed(args.seed)
-                row = make()
-                write_text_atomically(path, row.to_json())
-            rows[name] = Row.from_json(path.read_text())
-            print(f"{objective:5} {name:30} loss {rows[name].loss:.3f} KL {rows[name].kl:.4f}")
-        table += rows.values()
+        of_objective: list[Row] = []
+        for seed in args.seeds:
+            bench, rows = Bench(args, seed), {}
+            for name, make in methods(bench, objective, rows):
+                if args.methods and name not in args.methods:
+                    continue
+                path = args.out / "rows" / f"{slug(objective, name, seed)}.json"
+                if not path.exists():
+                    torch.manual_seed(seed)
+                    write_text_atomically(path, make().to_json())
+                row = rows[name] = Row.from_json(path.read_text())
+                print(f"{objective:5} {seed} {name:36} loss {row.loss:.3f} KL {row.kl:.4f}")
+            of_objective += rows.values()
+        table += of_objective
         text = write_table(args.out, table)
+        draw_curves(args.out, objective, of_objective)
     print(f"\n{text}\n\nWritten to {args.out}: compare.md, compare.csv and compare.json.")
 
 

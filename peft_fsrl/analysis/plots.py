@@ -209,6 +209,31 @@ def plot_training_curves(curves: TrainingCurves) -> Figure:
     return figure
 
 
+def plot_losses(runs: Mapping[str, Sequence[TrainingCurves]]) -> Figure:
+    """The preference loss on held-out pairs over the steps of training, side by side.
+
+    Args:
+        runs: curves by method, one per seed: the line is their mean, thin lines are single ones.
+
+    Raises:
+        KeyError: for a run without an evaluation.
+    """
+    figure, panel = subplots(figsize=(5.6, 3.6))
+    for number, (name, found) in enumerate(runs.items()):
+        color = f"C{number}"
+        curves = [each.curve("eval_loss") for each in found]
+        for curve in curves if len(curves) > 1 else ():
+            panel.plot(curve.steps, curve.values, color=color, linewidth=0.6, alpha=0.5)
+        means = [sum(values) / len(curves) for values in zip(*(c.values for c in curves))]
+        panel.plot(curves[0].steps[: len(means)], means, color=color, label=name)
+    panel.set_xlabel("step")
+    panel.set_ylabel("preference loss on held-out pairs")
+    panel.legend(frameon=False, fontsize=7)
+    tidy([panel])
+    figure.tight_layout()
+    return figure
+
+
 def plot_sweep(points: Sequence[SweepPoint], x: str) -> Figure:
     """Held-out loss, and below it steered features per token, against a setting (figure 2).
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import helpers
-from peft_fsrl.steering import edit_steering
+from peft_fsrl.steering import edit_steering, observe
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "compare.py"
 FEW = {
@@ -156,6 +156,7 @@ def test_a_vector_is_added_to_the_output_of_a_layer(compare: ModuleType, family:
 
 def test_rewards_of_both_objectives(compare: ModuleType) -> None:
     bench = TinyBench()
+    bench.reward = lambda *given: compare.Bench.reward(bench, *given)
     steered = helpers.fsrl_model()
 
     def log_probabilities(model: Any, row: dict[str, str], side: str) -> torch.Tensor:
@@ -180,6 +181,102 @@ def test_rewards_of_both_objectives(compare: ModuleType) -> None:
         assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 
+def test_reft_moves_within_its_subspace_alone(compare: ModuleType) -> None:
+    torch.manual_seed(0)
+    reft, x = compare.Reft(5, 2), torch.randn(3, 5)
+    rows = reft.rotation.weight
+    assert torch.allclose(rows @ rows.T, torch.eye(2), atol=1e-5)
+    changed = reft(x)
+    assert torch.allclose(changed @ rows.T, reft.source(x), atol=1e-5)
+    # Whatever is orthogonal to both rows stays as it was.
+    basis = torch.linalg.qr(torch.cat([rows.T, torch.randn(5, 3)], 1)).Q
+    assert torch.allclose(changed @ basis[:, 2:], x @ basis[:, 2:], atol=1e-5)
+    model = helpers.tiny_model()
+    before = model(helpers.token_ids()).logits
+    compare.install_reft(model, 1, 2)
+    assert not torch.allclose(model(helpers.token_ids()).logits, before)
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"reft"}
+
+
+class SteeringBench(TinyBench):
+    """What training a vector needs of a bench, too."""
+
+    def __init__(self, compare: ModuleType, folder: Path) -> None:
+        super().__init__()
+        helpers.tiny_sae("jumprelu").save_model(folder)
+        self.sae, self.layer, self.seed = str(folder), 1, 0
+        for name in ("batch_size", "accumulation"):
+            setattr(self.args, name, 2)
+        self.args.l1_coeff, self.args.l1_coeff_dpo, self.args.map_features = 0.3, 0.3, 7
+        for name in ("reward", "losses"):
+            setattr(self, name, getattr(compare.Bench, name).__get__(self))
+
+    def load_base(self) -> Any:
+        return helpers.tiny_model()
+
+
+@pytest.mark.parametrize("in_features", [False, True])
+def test_a_vector_serves_the_preference_in_both_directions(
+    compare: ModuleType, tmp_path: Path, in_features: bool
+) -> None:
+    bench = SteeringBench(compare, tmp_path)
+    steering, vector = compare.train_vector(bench, "simpo", in_features, 0.3, 30)
+    margins = []
+    for sign in (1, 0, -1):
+        with steering.adding(sign * vector):
+            found = compare.Bench.margins(bench, steering.model, bench.train, "simpo")
+        margins.append(found.mean().item())
+    assert margins[0] > margins[1] + 0.1 > margins[2] + 0.2
+    assert bool((vector == 0).any()) == in_features
+    assert all(not p.requires_grad for p in steering.model.parameters())
+
+
+def test_conditional_differences_against_a_loop(compare: ModuleType, tmp_path: Path) -> None:
+    bench = SteeringBench(compare, tmp_path)
+    steering, acting, n = compare.conditional_differences(bench)
+    assert n == 7 * 7
+    sae, states = steering.sae, {"chosen": [], "rejected": []}
+    for row in bench.train.select(range(5)):
+        for side, found in states.items():
+            ids, n_prompt = sequences(row, side)
+            with torch.no_grad():
+                hidden = bench.base(torch.tensor([ids]), output_hidden_states=True).hidden_states
+            found.append(hidden[2][0, n_prompt:])
+    f = {side: sae.encode(torch.cat(found)) for side, found in states.items()}
+    kept = (f["chosen"].mean(0) - f["rejected"].mean(0)).abs().topk(7).indices.tolist()
+    x = bench.base(helpers.token_ids(), output_hidden_states=True).hidden_states[2]
+    expected = torch.zeros(*x.shape[:2], sae.n_features)
+    for place in [(b, t) for b in range(x.shape[0]) for t in range(x.shape[1])]:
+        active = [i for i in kept if sae.encode(x[place][None])[0, i] > 0]
+        for j in active:
+            total = 0.0
+            for i in active:
+                sides = [f[side][f[side][:, i] > 0, j] for side in ("chosen", "rejected")]
+                if all(map(len, sides)):
+                    total += float(sides[0].mean() - sides[1].mean())
+            expected[(*place, j)] = 2.0 * total / len(active)
+    seen = []
+    with torch.no_grad(), acting(2.0), observe(steering.steered, seen.append):
+        steering.steered(helpers.token_ids())
+    assert expected.abs().sum() > 0
+    assert torch.allclose(seen[0].steering_vector, expected, atol=1e-5)
+
+
+def test_several_seeds_are_a_mean_and_a_deviation(compare: ModuleType) -> None:
+    known = {"objective": "simpo", "method": "LoRA", "parameters": 7, "l0": None, "search": ""}
+    figures = {"accuracy": 0.5, "margin": -1.0, "kl": 0.0, "perplexity": 2.0, "seconds": 1.0}
+    figures |= {"repetition": 0.0, "length": 9.0}
+    rows = [
+        compare.Row(seed=seed, loss=1.0 + seed, setting=f"learning rate {seed}", **known, **figures)
+        for seed in (0, 2)
+    ]
+    line = compare.render(rows).splitlines()[2]
+    assert line.startswith("| LoRA | 7 | learning rate 0 / learning rate 2 | 2.000 ± 1.414 | ")
+    assert " | -1.00 ± 0.00 |  | " in line
+    assert " ± " not in compare.render(rows[:1])
+
+
 def test_a_comparison_of_a_few_steps(
     compare: ModuleType,
     tmp_path: Path,
@@ -202,6 +299,10 @@ def test_a_comparison_of_a_few_steps(
     assert text.strip() in capsys.readouterr().out
     for row in table:
         assert f"| {row['method']} | {int(row['parameters']):,} |" in text
+
+    curves = [path.name for path in (tmp_path / "curves").iterdir()]
+    assert sorted(curves) == ["simpo.FSRL.0", "simpo.LoRA__one_layer__FSRL_s_rank.0"]
+    assert (tmp_path / "curves_simpo.png").stat().st_size > 1000
 
     others = ["base", "full fine-tuning"]
     compare.main([*options(tmp_path, objective="dpo"), "--methods", *others])
