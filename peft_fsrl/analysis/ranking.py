@@ -91,7 +91,7 @@ def rank_layers(
     frozen = {key: take_sae(sae) for key, sae in config.resolve_saes().items()}
     targets = resolve_targets(config, frozen, model)
     effects = {path: _Effect(sae) for path, sae in targets.items()}
-    with _differentiable(model):
+    with differentiable(model):
         for texts in session.batches("gradients"):
             with _outputs(model, effects) as outputs:
                 margins = preference_margins(model, texts, session.beta)
@@ -160,7 +160,7 @@ class _Effect:
 
 
 @contextmanager
-def _differentiable(model: Any) -> Iterator[None]:
+def differentiable(model: Any) -> Iterator[None]:
     """Evaluation mode, gradients of activations alone; everything is put back on leaving."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training

@@ -4,16 +4,23 @@ Needs the ``audit`` extra. Shares have closed intervals, right also where no exa
 do. Every other interval of a mean, a difference or a ratio is a percentile bootstrap over examples
 (``scipy.stats.bootstrap``): linear in the number of examples, never outside of what the figure can
 be, and defined for every sample. BCa corrects for skew, but needs as many leave-one-out samples as
-there are examples, and is undefined where a resample cannot differ.
+there are examples, and is undefined where a resample cannot differ. Tens of thousands of features
+at once are tested with Student's t.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..records import Interval
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -160,7 +167,7 @@ def matthews_correlation(
         ValueError: below two items, or for labelings of unlike lengths.
         ImportError: without the ``audit`` extra.
     """
-    return _agreement(_sklearn().matthews_corrcoef, _mcc, a, b, level, seed)
+    return _agreement(_sklearn().metrics.matthews_corrcoef, _mcc, a, b, level, seed)
 
 
 def cohen_kappa(
@@ -172,7 +179,7 @@ def cohen_kappa(
         ValueError: below two items, or for labelings of unlike lengths.
         ImportError: without the ``audit`` extra.
     """
-    return _agreement(_sklearn().cohen_kappa_score, _kappa, a, b, level, seed)
+    return _agreement(_sklearn().metrics.cohen_kappa_score, _kappa, a, b, level, seed)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -187,6 +194,121 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
     if len(x) < 3 or _constant(x) or _constant(y):
         return None
     return float(_scipy().spearmanr(x, y).statistic)
+
+
+def spearman_interval(
+    first: Float[Tensor, "examples items"],
+    second: Float[Tensor, "examples items"],
+    *,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval | None:
+    """Spearman's correlation of two lists of items, each a mean over examples that are resampled.
+
+    Args:
+        first: one value per example and item.
+        second: likewise, of the same examples and items.
+        level: confidence.
+        seed: of the resampling.
+
+    Returns:
+        None below three items, or where one list is constant.
+
+    Raises:
+        ValueError: below two examples, or if a value is not finite.
+        ImportError: without the ``audit`` extra.
+    """
+    lists = [each.double().cpu().numpy() for each in (first, second)]
+    n, n_items = lists[0].shape
+    if n_items < 3 or any(_constant(each.mean(axis=0)) for each in lists):
+        return None
+    rank = _scipy().rankdata
+
+    def correlate(weights: Any) -> Any:
+        ranks = [rank(weights @ each, axis=1) for each in lists]
+        a, b = (each - each.mean(axis=1, keepdims=True) for each in ranks)
+        return (a * b).sum(axis=1) / ((a**2).sum(axis=1) * (b**2).sum(axis=1)) ** 0.5
+
+    return weighted_interval(correlate, n, size=n_items, level=level, seed=seed)
+
+
+def weighted_interval(
+    statistic: Callable[[Any], Any], n: int, *, size: int, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """Of whatever follows from the weights with which ``n`` examples count.
+
+    Args:
+        statistic: takes arrays of weights, ``(resamples, n)``, each row with the sum one, and gives
+            one figure a row.
+        n: number of examples.
+        size: how many numbers it holds per resample.
+        level: confidence.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: below two examples.
+        ImportError: without the ``audit`` extra.
+    """
+    import numpy as np
+
+    def resampled(drawn: Any, axis: int) -> Any:
+        rows = np.atleast_2d(drawn).astype(int)
+        weights = np.stack([np.bincount(row, minlength=n) for row in rows]) / n
+        return statistic(weights).reshape(drawn.shape[:-1])
+
+    return _bootstrap(resampled, (range(n),), level, seed, size=n + size)
+
+
+def two_sided_p(t: Float[Tensor, "tests"], freedom: int) -> Float[Tensor, "tests"]:
+    """Of Student's t.
+
+    Raises:
+        ImportError: without the ``audit`` extra.
+    """
+    return torch.from_numpy(2 * _scipy().t.sf(t.abs().cpu().numpy(), freedom))
+
+
+def t_quantile(freedom: int, level: float = LEVEL) -> float:
+    """How many standard errors an interval of Student's t reaches to either side."""
+    return float(_scipy().t.ppf((1 + level) / 2, freedom))
+
+
+def false_discovery_rates(p: Float[Tensor, "tests"]) -> Float[Tensor, "tests"]:
+    """The smallest rate of false discoveries at which each test is among them.
+
+    Source: Benjamini and Hochberg, "Controlling the False Discovery Rate" (1995).
+
+    Raises:
+        ImportError: without the ``audit`` extra.
+    """
+    stats = _scipy()
+    return torch.from_numpy(stats.false_discovery_control(p.cpu().numpy())) if len(p) else p
+
+
+def shrunk_second_moment(
+    rows: Float[Tensor, "examples columns"],
+) -> Float[Tensor, "columns columns"]:
+    """Mean of ``row row^T``, shrunk towards a multiple of the identity as Ledoit and Wolf do.
+
+    Raises:
+        ImportError: without the ``audit`` extra.
+    """
+    matrix, _ = _sklearn().covariance.ledoit_wolf(rows.cpu().numpy(), assume_centered=True)
+    return torch.from_numpy(matrix)
+
+
+def cluster(rows: Float[Tensor, "examples columns"], n: int, seed: int = 0) -> list[int]:
+    """Number of the group that each example is in, of ``n`` at most, by k-means.
+
+    Raises:
+        ImportError: without the ``audit`` extra.
+    """
+    n = min(n, len(rows.unique(dim=0)))
+    if n < 2:
+        return [0] * len(rows)
+    groups = _sklearn().cluster.KMeans(n, n_init=4, random_state=seed)
+    found: list[int] = groups.fit_predict(rows.double().cpu().numpy()).tolist()
+    return found
 
 
 class Line(NamedTuple):
@@ -230,7 +352,9 @@ def _bootstrap(
     columns: tuple[Sequence[float], ...],
     level: float,
     seed: int,
+    size: int | None = None,
 ) -> Interval:
+    """A percentile bootstrap; ``size`` is how many numbers one resample holds at once."""
     import numpy as np
 
     data = [np.asarray(column, dtype=np.float64) for column in columns]
@@ -252,7 +376,7 @@ def _bootstrap(
         paired=True,
         vectorized=True,
         n_resamples=RESAMPLES,
-        batch=max(1, _BATCH // n),
+        batch=max(1, _BATCH // (size or n)),
         confidence_level=level,
         method="percentile",
         random_state=np.random.default_rng(seed),
@@ -319,7 +443,8 @@ def _scipy() -> Any:
 
 def _sklearn() -> Any:
     try:
-        from sklearn import metrics
+        import sklearn
+        from sklearn import cluster, covariance, metrics  # noqa: F401
     except ImportError as error:
         raise ImportError(_MISSING.format("scikit-learn")) from error
-    return metrics
+    return sklearn

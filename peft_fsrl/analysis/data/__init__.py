@@ -1,0 +1,23 @@
+"""The lens on preference data: what they prefer, before training, and whether an adapter does."""
+
+from .contrast import (
+    CategoryContrast,
+    DataContrast,
+    FeatureContrast,
+    FeatureExamples,
+    compute_contrast,
+)
+from .curation import DROP, RELABEL, Curation, apply_curation, compute_curation
+
+__all__ = [
+    "DROP",
+    "RELABEL",
+    "CategoryContrast",
+    "Curation",
+    "DataContrast",
+    "FeatureContrast",
+    "FeatureExamples",
+    "apply_curation",
+    "compute_contrast",
+    "compute_curation",
+]
