@@ -1,0 +1,1 @@
+"""FSRL adapters where models are served: a plugin for vLLM."""

@@ -1,0 +1,196 @@
+"""vLLM says what transformers says with the same adapter. Runs where vLLM is: ``make serving``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make serving")
+
+import torch
+
+from peft_fsrl.steering import observe
+from serving_helpers import (
+    N_TOKENS,
+    SETTINGS,
+    ask,
+    assert_says,
+    engine,
+    load_reference,
+    prompts,
+    save_adapter,
+    save_model,
+    say,
+)
+
+# Of vLLM and what it is built on, which is not ours to mend.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("family", SETTINGS)
+def test_says_what_transformers_says(family: str, eager: bool, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", family)
+    adapter = save_adapter(tmp_path / "adapter", model)
+    reference = load_reference(model, adapter)
+    asked = prompts(50)
+    with engine(model, adapter, enforce_eager=eager) as llm:
+        answers = ask(llm, asked)
+        unsteered = ask(llm, asked, {"fsrl_strength": 0})
+    expected = [say(reference, prompt) for prompt in asked]
+    for answer, each in zip(answers, expected, strict=True):
+        assert_says(answer, each)
+    # The test would not notice a lost adapter if it changed nothing.
+    same = [
+        list(a.outputs[0].token_ids) == list(b.outputs[0].token_ids)
+        for a, b in zip(answers, unsteered, strict=True)
+    ]
+    assert sum(same) < 10
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("hook", ["mlp_out", "attn_out", "z"])
+def test_steers_the_same_module_inside_a_layer(family: str, hook: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", family)
+    adapter = save_adapter(tmp_path / "adapter", model, hook)
+    asked = prompts(4)
+    with engine(model, adapter) as llm:
+        answers = ask(llm, asked)
+        unsteered = ask(llm, asked, {"fsrl_strength": 0})
+    reference = load_reference(model, adapter)
+    for answer, prompt in zip(answers, asked, strict=True):
+        assert_says(answer, say(reference, prompt))
+    with pytest.raises(AssertionError):
+        assert_says(unsteered[0], say(reference, asked[0]))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A server of two adapters whose prompts come in pieces, with a cache of prefixes."""
+    folder = tmp_path_factory.mktemp("two")
+    model = save_model(folder / "model")
+    adapters = {name: save_adapter(folder / name, model, seed=len(name)) for name in ("one", "two")}
+    labels = folder / "labels.csv"
+    labels.write_text("feature,category\n3,style\n8,style\n5,honesty\n")
+    named = ",".join(f"{name}={path}" for name, path in adapters.items())
+    options = {"max_num_batched_tokens": 32, "max_num_seqs": 8, "block_size": 16}
+    with engine(model, None, **options) as llm:
+        base = ask(llm, prompts(12, seed=5))
+        with pytest.raises(ValueError, match="no FSRL adapter is loaded"):
+            ask(llm, prompts(1), {"fsrl_strength": 1})
+    with engine(model, named, labels=labels, **options) as llm:
+        references = {name: load_reference(model, path) for name, path in adapters.items()}
+        yield {"llm": llm, "base": base, **references}
+
+
+WISHES: tuple[dict[str, Any], ...] = (
+    {},
+    {"fsrl_strength": 0},
+    {"fsrl_strength": 0.5},
+    {"fsrl_strength": -1.5, "fsrl_adapter": "two"},
+    {"fsrl_adapter": "two"},
+    {"fsrl_ablate": list(range(0, 96, 2))},
+    {"fsrl_ablate": "style,5"},
+    {"fsrl_phase": "prompt"},
+    {"fsrl_phase": "generation", "fsrl_adapter": "two"},
+    {"fsrl_phase": "generation", "fsrl_strength": 2.0, "fsrl_ablate": [1, 2]},
+)
+
+
+def expect(two: dict[str, Any], prompt: list[int], wish: dict[str, Any]) -> Any:
+    ablated = wish.get("fsrl_ablate", ())
+    return say(
+        two[wish.get("fsrl_adapter", "one")],
+        prompt,
+        strength=wish.get("fsrl_strength", 1.0),
+        ablated=(3, 5, 8) if ablated == "style,5" else ablated,
+        phase=wish.get("fsrl_phase", "all"),
+    )
+
+
+def test_each_request_of_a_batch_gets_its_own(two: dict[str, Any]) -> None:
+    # One prompt for all of them: whoever read another's prefix would say what the other says.
+    shared = prompts(1, longest=60)[0] * 3
+    asked = [shared[:50]] * len(WISHES) + prompts(len(WISHES), seed=3, longest=60)
+    wishes = WISHES * 2
+    first, second = (ask(two["llm"], asked, *wishes) for _ in range(2))
+    # The second time, all of the prompts are found in the cache, by those who may.
+    assert all(answer.num_cached_tokens >= 48 for answer in second[: len(WISHES)])
+    said = set()
+    for prompt, wish, *answers in zip(asked, wishes, first, second, strict=True):
+        expected = expect(two, prompt, wish)
+        for answer in answers:
+            assert_says(answer, expected)
+        said.add((tuple(prompt), tuple(expected[0])))
+    assert len({tokens for prompt, tokens in said if prompt == tuple(shared[:50])}) >= 8
+
+
+def test_strength_zero_is_the_base_bit_for_bit(two: dict[str, Any]) -> None:
+    found = ask(two["llm"], prompts(12, seed=5), {"fsrl_strength": 0})
+    for answer, other in zip(found, two["base"], strict=True):
+        assert answer.outputs[0].token_ids == other.outputs[0].token_ids
+        values = [
+            [(token, each.logprob) for token, each in row.items()]
+            for each_answer in (answer, other)
+            for row in each_answer.outputs[0].logprobs
+        ]
+        assert values[:N_TOKENS] == values[N_TOKENS:]
+
+
+def test_reports_the_features_of_each_token(two: dict[str, Any]) -> None:
+    prompt = prompts(1, seed=9)[0]
+    plain, seen = ({}, {"fsrl_features": 4})
+    ask(two["llm"], [prompt])
+    [without, answer] = ask(two["llm"], [prompt, prompt], plain, seen)
+    assert without.kv_transfer_params is None
+    report = answer.kv_transfer_params["peft_fsrl"]
+    assert (report["adapter"], report["strength"], report["phase"]) == ("one", 1.0, "all")
+    tokens = [*prompt, *answer.outputs[0].token_ids]
+    # Of the cache, in which the whole prompt is, nothing was taken; the last token was not read.
+    assert [token["position"] for token in report["tokens"]] == list(range(len(tokens) - 1))
+    vectors = []
+    with torch.no_grad(), observe(two["one"], lambda event: vectors.append(event.steering_vector)):
+        two["one"](input_ids=torch.tensor([tokens[:-1]]))
+    for token, v in zip(report["tokens"], vectors[0][0], strict=True):
+        assert token["l0"] == int((v != 0).sum())
+        expected = v.abs().topk(4).indices.tolist()
+        assert [each["index"] for each in token["features"]] == expected
+        for each in token["features"]:
+            assert each["value"] == pytest.approx(float(v[each["index"]]), abs=1e-5)
+            label = {3: "style", 8: "style", 5: "honesty"}.get(each["index"])
+            assert each["label"] == label
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"fsrl_strength": float("nan")},
+        {"fsrl_strength": "much"},
+        {"fsrl_ablate": [96]},
+        {"fsrl_ablate": "tone"},
+        {"fsrl_adapter": "three"},
+        {"fsrl_phase": "decode"},
+        {"fsrl_features": 1000},
+        {"fsrl_typo": 1},
+    ],
+)
+def test_a_request_that_means_nothing_fails_alone(two: dict[str, Any], wish: Any) -> None:
+    prompt = prompts(1)[0]
+    with pytest.raises(ValueError, match="fsrl_"):
+        ask(two["llm"], [prompt], wish)
+    assert_says(ask(two["llm"], [prompt])[0], say(two["one"], prompt))
+
+
+def test_steering_that_does_not_run_is_an_error(two: dict[str, Any]) -> None:
+    worker = two["llm"].llm_engine.model_executor.driver_worker.worker
+    layer = worker.model_runner.model.model.layers[1]
+    hooks = dict(layer._forward_hooks)
+    layer._forward_hooks.clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"without its steering at .*layers\.1"):
+            ask(two["llm"], prompts(1))
+    finally:
+        layer._forward_hooks.update(hooks)
