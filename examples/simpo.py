@@ -4,9 +4,10 @@ With no flags, the offline default: the model organism that ships with the packa
 
     accelerate launch examples/simpo.py
 
-The paper's run (a GPU and the Hub):
+The paper's runs (GPUs and the Hub):
 
     accelerate launch examples/simpo.py --config examples/configs/gemma2_2b_ultrafeedback.yaml
+    accelerate launch examples/simpo.py --config examples/configs/gemma2_9b_ultrafeedback.yaml
 
 Options come from TRL's ``ScriptArguments``, ``SimPOConfig`` and ``ModelConfig``, and from
 ``FSRLConfig``, on the command line, in a YAML file given with ``--config``, or both.
@@ -14,6 +15,7 @@ Options come from TRL's ``ScriptArguments``, ``SimPOConfig`` and ``ModelConfig``
 
 from __future__ import annotations
 
+import random
 import sys
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,11 +26,12 @@ from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
-from peft_fsrl import organism, with_fsrl
+from peft_fsrl import load_sae, organism, with_fsrl
 from peft_fsrl.analysis import Session, compute_summary, render_summary, statistics
 from peft_fsrl.training import (
     CoherenceCallback,
     FSRLArguments,
+    MuonAdamW,
     SimPOConfig,
     SimPOTrainer,
     prepare_preferences,
@@ -36,6 +39,7 @@ from peft_fsrl.training import (
 )
 
 ORGANISM = "organism"
+OPTIMIZERS = ("trainer", "muon")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "organism.yaml"
 
 
@@ -58,6 +62,13 @@ class JobArguments:
     )
     shorten_prompts: bool = field(
         default=False, metadata={"help": "Shorten prompts where max_length would cut an answer."}
+    )
+    optimizer: str = field(
+        default="trainer",
+        metadata={"help": "'muon': Muon for matrices, AdamW for the rest; else as `--optim` says."},
+    )
+    exclude_random: int = field(
+        default=0, metadata={"help": "Exclude so many features, drawn by the seed, from steering."}
     )
     style: float = field(
         default=0.9, metadata={"help": "Organism: how often the chosen answer has the liked style."}
@@ -144,6 +155,8 @@ def main(
 ) -> None:
     """Train, save, summarize."""
     check_output_directory(args, job.overwrite_output)
+    if job.optimizer not in OPTIMIZERS:
+        raise ValueError(f"Expected --optimizer to be one of {OPTIMIZERS}, got {job.optimizer!r}.")
     dataset = load_preferences(script, job, args.seed)
     labels: dict[int, str] | None = None
     categories: dict[str, list[int]] | None = None
@@ -159,6 +172,11 @@ def main(
             if job.summary_pairs:
                 # What the summary needs must not turn out to be missing after the training.
                 statistics.require()
+
+    if job.exclude_random:
+        d_sae = load_sae(fsrl.sae).info.d_sae
+        drawn = random.Random(args.seed).sample(range(d_sae), job.exclude_random)
+        fsrl.exclude_features = sorted({*drawn, *(fsrl.exclude_features or ())})
 
     model = AutoModelForCausalLM.from_pretrained(
         name,
@@ -182,6 +200,9 @@ def main(
         processing_class=tokenizer,
         peft_config=fsrl.to_config(),
     )
+    if job.optimizer == "muon":
+        betas = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        trainer.optimizer_cls_and_kwargs = (MuonAdamW, {"lr": args.learning_rate, **betas})
     if has_test and job.coherence_prompts:
         prompts = prompt_texts(dataset[script.dataset_test_split], tokenizer, job.coherence_prompts)
         trainer.add_callback(CoherenceCallback(trainer, prompts))

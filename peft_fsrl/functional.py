@@ -34,7 +34,7 @@ class Norms(NamedTuple):
     Attributes:
         l0: number of features with ``v != 0``.
         l1: ``||v||_1``, differentiable.
-        l2: ``||v||_2``.
+        l2: ``||v||_2``, differentiable.
         open_gates: number of open gates of ``jumprelu``, differentiable; None for the others.
     """
 
@@ -349,7 +349,7 @@ def compute_norms(
     return Norms(
         l0=(held != 0).sum(dim=-1).to(wide),
         l1=token_l1(v),
-        l2=torch.linalg.vector_norm(held, dim=-1, dtype=wide),
+        l2=torch.linalg.vector_norm(v, dim=-1, dtype=wide),
         open_gates=None if gate is None else gate.sum(dim=-1),
     )
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from .data import PreferenceReport, pair_texts, prepare_preferences, prompt_texts
     from .metrics import NonfiniteReport
+    from .muon import MuonAdamW
     from .objectives import simpo_loss
     from .penalty import SparsityPenalty
     from .prefix import without_prefix_graph
@@ -31,6 +32,7 @@ __all__ = [
     "CoherenceCallback",
     "FSRLArguments",
     "FSRLTrainerMixin",
+    "MuonAdamW",
     "NonfiniteReport",
     "PenaltySchedule",
     "PreferenceReport",
@@ -66,6 +68,7 @@ _HOMES = {
     ),
     "data": ("PreferenceReport", "pair_texts", "prepare_preferences", "prompt_texts"),
     "metrics": ("NonfiniteReport",),
+    "muon": ("MuonAdamW",),
     "objectives": ("simpo_loss",),
     "penalty": ("SparsityPenalty",),
     "prefix": ("without_prefix_graph",),

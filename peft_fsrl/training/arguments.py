@@ -18,6 +18,7 @@ _SCRIPT_OPTIONS = (
     "activation",
     "non_negative",
     "l1_coeff",
+    "l2_coeff",
     "l0_coeff",
     "penalty_reduction",
     "penalty_warmup_ratio",

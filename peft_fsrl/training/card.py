@@ -72,6 +72,7 @@ def render_model_card(
         "activation": config.activation,
         "non-negative feature activations": config.non_negative,
         "l1_coeff": config.l1_coeff,
+        "l2_coeff": config.l2_coeff,
         "l0_coeff": config.l0_coeff,
         "penalty_reduction": config.penalty_reduction,
     }

@@ -12,7 +12,7 @@ from ..steering import ForwardRecord, TokenStatistics, adapter_configs
 
 
 class SparsityPenalty:
-    """``l1_coeff * mean_t ||v_t||_1 + l0_coeff * mean_t #open gates``, over real tokens.
+    """``mean_t (l1_coeff ||v_t||_1 + l2_coeff ||v_t||_2^2 + l0_coeff #open gates)``, real tokens.
 
     Summed over the layers that an adapter steers. Padding never counts.
 
@@ -29,7 +29,7 @@ class SparsityPenalty:
 
         Args:
             record: from a ``SteeringMonitor``.
-            scales: factor of both coefficients by adapter; 1 where it names none.
+            scales: factor of all coefficients by adapter; 1 where it names none.
 
         Raises:
             RuntimeError: the pass was made in training mode and steered by a trainable adapter, but
@@ -40,6 +40,9 @@ class SparsityPenalty:
             config = configs[tokens.adapter_name]
             mask = None if record.mask is None else record.mask.to(tokens.l1.device)
             term = config.l1_coeff * masked_mean(tokens.l1, mask, config.penalty_reduction)
+            if config.l2_coeff:
+                squares = masked_mean(tokens.l2.square(), mask, config.penalty_reduction)
+                term = term + config.l2_coeff * squares
             if tokens.open_gates is not None and config.l0_coeff:
                 gates = masked_mean(tokens.open_gates, mask, config.penalty_reduction)
                 term = term + config.l0_coeff * gates

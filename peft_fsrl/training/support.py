@@ -58,8 +58,8 @@ def require_support(trainer: Trainer) -> None:
         raise ValueError(
             f"{type(base_model(model)).__name__} is an encoder-decoder: its attention mask says "
             "which of the encoder's tokens are real, not which of the decoder's, and the penalty "
-            "would count padding. Train a decoder-only model, or set l1_coeff=0 and l0_coeff=0 and "
-            "use the trainer as it is."
+            "would count padding. Train a decoder-only model, or set l1_coeff, l2_coeff and "
+            "l0_coeff to 0 and use the trainer as it is."
         )
     if getattr(trainer, "padding_free", False) or getattr(args, "packing", False):
         require_reduction_by_token(model)
@@ -101,8 +101,8 @@ def require_real_tokens(model: nn.Module) -> Iterator[None]:
             raise ValueError(
                 f"Expected an `attention_mask` of shape (batch, seq), found {found}: it does not "
                 "say which tokens are padding, and the penalty would count them. Pass the "
-                "two-dimensional mask, or set l1_coeff=0 and l0_coeff=0 and use the trainer as it "
-                "is."
+                "two-dimensional mask, or set l1_coeff, l2_coeff and l0_coeff to 0 and use the "
+                "trainer as it is."
             )
         # Of several axes are the positions of images and videos.
         if mask is None and isinstance(positions, Tensor) and positions.dim() == 2:

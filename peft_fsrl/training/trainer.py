@@ -70,8 +70,9 @@ class FSRLTrainerMixin(Trainer):
     Logs, averaged over the real tokens since the last log and over processes: ``fsrl/l0`` (steered
     features per token), ``fsrl/l1``, ``fsrl/l2`` (norms of the steering vector), ``fsrl/nonfinite``
     (share of tokens with nan or inf, of which it also warns) and ``fsrl/penalty`` (the term that
-    was added to the loss); where a schedule moves them also ``fsrl/l1_coeff`` and
-    ``fsrl/l0_coeff``. Evaluation returns and logs the first four after its own prefix:
+    was added to the loss); where a schedule moves them also ``fsrl/l1_coeff``,
+    ``fsrl/l2_coeff`` and ``fsrl/l0_coeff``. Evaluation returns and logs the first four after its
+    own prefix:
     ``eval_fsrl/l0``, ``eval_<name>_fsrl/l0``, ``test_fsrl/l0``.
 
     Raises:
@@ -174,7 +175,7 @@ class FSRLTrainerMixin(Trainer):
                 f"{self._fsrl_trainer_name} steered at '{monitor.missed}' without a call of "
                 f"{type(base_model(self.model)).__name__}, where the FSRL penalty is measured: it "
                 "calls a module inside. Switch off what does so (a fused or chunked loss), or set "
-                "l1_coeff=0 and l0_coeff=0 and use the trainer as it is."
+                "l1_coeff, l2_coeff and l0_coeff to 0 and use the trainer as it is."
             )
         records = [record for record in records if record.training]
         if not records:
@@ -348,7 +349,7 @@ class FSRLTrainerMixin(Trainer):
             scale = self._fsrl_scales.get(name)
             if scale is None or (config.target_l0 is None and not config.penalty_warmup_ratio):
                 continue
-            for kind in ("l1_coeff", "l0_coeff"):
+            for kind in ("l1_coeff", "l2_coeff", "l0_coeff"):
                 if getattr(config, kind):
                     found[f"fsrl/{kind}"] = scale * getattr(config, kind)
         return found

@@ -88,6 +88,8 @@ class FSRLConfig(PeftConfig):
         jumprelu_bandwidth: Width of the rectangle kernel of the straight-through gradient, in
             units of the pre-activation.
         l1_coeff: Weight of the mean over tokens of ``||v||_1`` in the training loss.
+        l2_coeff: Weight of the mean over tokens of ``||v||_2`` squared, which makes steering small
+            and not sparse.
         l0_coeff: Weight of the mean over tokens of the number of steered features;
             ``jumprelu`` only.
         penalty_reduction: ``"sequence"`` (mean over the real tokens of each sequence, then over
@@ -167,6 +169,9 @@ class FSRLConfig(PeftConfig):
     )
     l1_coeff: float = field(
         default=0.1, metadata={"help": "Weight of the mean L1 norm of the steering vector."}
+    )
+    l2_coeff: float = field(
+        default=0.0, metadata={"help": "Weight of the mean squared L2 norm of the steering vector."}
     )
     l0_coeff: float = field(
         default=0.0, metadata={"help": "Weight of the mean count of steered features (jumprelu)."}
@@ -382,7 +387,7 @@ class FSRLConfig(PeftConfig):
             _require_number(name, getattr(self, name), positive=True)
         if self.init_scale is not None:
             _require_number("init_scale", self.init_scale, positive=True)
-        for name in ("l1_coeff", "l0_coeff", "penalty_warmup_ratio"):
+        for name in ("l1_coeff", "l2_coeff", "l0_coeff", "penalty_warmup_ratio"):
             _require_number(name, getattr(self, name), positive=False)
         _require_schedule(self)
         if self.init_threshold is not None:
@@ -512,10 +517,10 @@ def _require_schedule(config: Any) -> None:
     if config.target_l0 is None:
         return
     _require_number("target_l0", config.target_l0, positive=True)
-    if not config.l1_coeff and not config.l0_coeff:
+    if not (config.l1_coeff or config.l2_coeff or config.l0_coeff):
         raise ValueError(
             "`target_l0` moves the penalty's weight from where it starts, which must not be zero. "
-            "Give `l1_coeff` (or `l0_coeff`) a positive start."
+            "Give `l1_coeff` (or another coefficient) a positive start."
         )
 
 

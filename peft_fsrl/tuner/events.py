@@ -47,7 +47,7 @@ class TokenStatistics:
         adapter_name: the adapter that acted.
         l0: number of features with ``v != 0``, shape ``(batch, seq)``.
         l1: ``||v||_1``, shape ``(batch, seq)``; carries the graph when the forward did.
-        l2: ``||v||_2``, shape ``(batch, seq)``.
+        l2: ``||v||_2``, shape ``(batch, seq)``; likewise.
         open_gates: differentiable number of open gates of ``jumprelu``, ``(batch, seq)``, or None.
         nonfinite: 1 for a token with nan or inf in the hidden states or in ``v``, else 0, shape
             ``(batch, seq)``.

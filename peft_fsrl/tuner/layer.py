@@ -218,7 +218,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         )
         norms = steered.norms
         if watched and norms is not None and norms.l1.requires_grad:
-            self._watches[adapter_name].follow(steered.output, norms.l1, norms.open_gates)
+            self._watches[adapter_name].follow(steered.output, norms.l1, norms.l2, norms.open_gates)
         if observers:
             assert steered.steering_vector is not None
             place = (self.layer_name, adapter_name)

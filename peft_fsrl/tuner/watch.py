@@ -35,7 +35,7 @@ class PenaltyWatch:
                 f"FSRL adapter '{self._adapter_name}' has a sparsity penalty in its config, but "
                 "it trains without one: nothing added the penalty to the loss. Make the trainer "
                 "with `with_fsrl` (`from peft_fsrl import with_fsrl`; "
-                "`with_fsrl(CPOTrainer)(...)`), or set l1_coeff=0 and l0_coeff=0.",
+                "`with_fsrl(CPOTrainer)(...)`), or set l1_coeff, l2_coeff and l0_coeff to 0.",
                 stacklevel=2,
             )
         self._trained = self._penalized = False

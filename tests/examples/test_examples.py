@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -110,6 +111,19 @@ def test_a_run_leaves_adapter_card_and_summary(finished: Path) -> None:
     [info] = peft_fsrl.FSRLConfig.from_pretrained(str(finished)).sae_info.values()
     for expected in ("library_name: peft", "import peft_fsrl", info["fingerprint"], "simpo"):
         assert expected in card
+
+
+def test_muon_trains_all_but_the_features_that_were_drawn(place: Path) -> None:
+    out = place / "muon"
+    settings = {"optimizer": "muon", "exclude_random": "5", "output_dir": str(out), "seed": "3"}
+    result = run(place, **settings, summary_pairs="0", coherence_prompts="0", save_strategy="steps")
+    assert result.returncode == 0, result.stderr[-3000:]
+    excluded = peft_fsrl.FSRLConfig.from_pretrained(str(out)).exclude_features
+    assert excluded == sorted(random.Random(3).sample(range(helpers.D_SAE), 5))
+    [checkpoint] = out.glob("checkpoint-*")
+    state = torch.load(checkpoint / "optimizer.pt")
+    momenta = [s["momentum_buffer"].shape for s in state["state"].values() if len(s) == 2]
+    assert momenta == [(helpers.D_SAE - 5, helpers.D_IN)]
 
 
 def test_the_saved_adapter_scores_as_the_trained_one(place: Path, finished: Path) -> None:

@@ -116,7 +116,7 @@ class Naive:
         base = tiny_model().to(dtype)
         base.requires_grad_(False)
         self.parameters = {n: p.requires_grad_() for n, p in snapshot(model).items()}
-        self.log_probabilities, l1_means, gate_means = [], [], []
+        self.log_probabilities, l1_means, l2_means, gate_means = [], [], [], []
         self.tokens: dict[str, list[float]] = {"l0": [], "l1": [], "l2": []}
         sae = tiny_sae(dtype=str(dtype).removeprefix("torch."))
         for ids, labels in texts:
@@ -131,12 +131,14 @@ class Naive:
             self.log_probabilities.append(terms)
             norms = [v[0, t].abs().sum() for t in range(len(ids))]
             l1_means.append(sum(norms) / len(ids))
+            l2_means.append(sum((v[0, t] ** 2).sum() for t in range(len(ids))) / len(ids))
             if gate is not None:
                 gate_means.append(sum(gate[0, t].sum() for t in range(len(ids))) / len(ids))
             self.tokens["l1"] += [norm.item() for norm in norms]
             self.tokens["l0"] += [float((v[0, t] != 0).sum()) for t in range(len(ids))]
             self.tokens["l2"] += [v[0, t].norm().item() for t in range(len(ids))]
         self.penalty = config.l1_coeff * sum(l1_means) / len(l1_means)
+        self.penalty = self.penalty + config.l2_coeff * sum(l2_means) / len(l2_means)
         if gate_means:
             self.penalty = self.penalty + config.l0_coeff * sum(gate_means) / len(gate_means)
 
@@ -176,10 +178,11 @@ def double_model(**settings: Any) -> PeftModel:
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("l2_coeff", [0.0, 0.6])
 def test_simpo_step_equals_the_gradient_by_hand(
-    batch_size: int, accumulation: int, tmp_path: Path
+    batch_size: int, accumulation: int, l2_coeff: float, tmp_path: Path
 ) -> None:
-    model = double_model(l1_coeff=0.7)
+    model = double_model(l1_coeff=0.7 - l2_coeff, l2_coeff=l2_coeff)
     trainer, reporter = cpo_trainer(model, tmp_path, batch_size, accumulation)
     naive = Naive(model, sequences(trainer))
     assert len({len(ids) for ids, _ in sequences(trainer)}) > 1, "the test needs padding"

@@ -24,6 +24,7 @@ _SETTINGS = (
     "rank",
     "non_negative",
     "l1_coeff",
+    "l2_coeff",
     "l0_coeff",
     "target_l0",
     "penalty_reduction",
