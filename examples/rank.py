@@ -14,7 +14,7 @@ from pathlib import Path
 from sweep import organism_sae
 
 from peft_fsrl import organism
-from peft_fsrl.analysis import Session, load_sweep, rank_layers
+from peft_fsrl.analysis import Session, load_sweep, probe_layers, rank_layers
 
 
 def main() -> None:
@@ -26,26 +26,33 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     creature = organism.load()
-    effects = rank_layers(
-        Session(
-            creature.load_model(),
-            creature.load_tokenizer(),
-            creature.preferences(args.pairs, seed=f"train-{args.seed}"),
-            batch_size=16,
-            progress=True,
-        ),
-        {layer: organism_sae(layer, args.out) for layer in args.layers},
+    session = Session(
+        creature.load_model(),
+        creature.load_tokenizer(),
+        creature.preferences(args.pairs, seed=f"train-{args.seed}"),
+        batch_size=16,
+        progress=True,
     )
+    effects = rank_layers(session, {layer: organism_sae(layer, args.out) for layer in args.layers})
+    probes = {
+        pooling: {p.layer: p for p in probe_layers(session, args.layers, pooling=pooling)}
+        for pooling in ("last", "mean")
+    }
     table = args.out / "sweep.csv"
     points = load_sweep(table) if table.exists() else ()
     trained = {point.layer: point for point in points if point.stage == "layers" and point.finished}
-    names = ["layer", "per token", "constant", "best constant feature"]
+    names = ["layer", "probe, last token", "probe, mean of the answer"]
+    names += ["per token", "constant", "best constant feature"]
     names += ["trained loss", "l1", "loss + penalty"] if trained else []
     print("| " + " | ".join(names) + " |")
     print("|" + " --- |" * len(names))
     for effect in effects:
         best = effect.features[0]
-        cells = [f"{effect.layer}", f"{effect.per_token:.2f}", f"{effect.constant:.3f}"]
+        cells = [f"{effect.layer}"]
+        for found in probes.values():
+            accuracy = found[effect.layer].accuracy
+            cells.append(f"{accuracy.value:.1%} ({accuracy.low:.1%} to {accuracy.high:.1%})")
+        cells += [f"{effect.per_token:.2f}", f"{effect.constant:.3f}"]
         cells.append(f"{best.feature} ({best.slope:+.3f} ± {best.error:.3f})")
         point = trained.get(effect.layer)
         if point is not None:

@@ -62,7 +62,10 @@ class Table:
     def run(self, stage: str, layer: int, seed: int, options: Mapping[str, object]) -> SweepPoint:
         """One run, made now unless it was made before; other options are another run."""
         chosen = {"layer": layer, **options, "seed": seed}
-        flags = [*self._shared, *(f"--{name}={value}" for name, value in chosen.items())]
+        flags = list(self._shared)
+        for name, value in chosen.items():
+            several = isinstance(value, list | tuple)
+            flags += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
         digest = hashlib.sha256(shlex.join(flags).encode()).hexdigest()[:8]
         name = f"layer{layer}-seed{seed}-{digest}"
         point = self.points.get((stage, name))

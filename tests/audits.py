@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from peft_fsrl.analysis import (
     Ablation,
     AdapterInfo,
     Audit,
+    CategoryMass,
     CategoryShare,
     Coherence,
     Composition,
+    Concentration,
     Continuation,
     Curve,
     FeatureAblation,
@@ -20,6 +23,7 @@ from peft_fsrl.analysis import (
     Finding,
     Generation,
     LengthBucket,
+    Magnitudes,
     PreferenceScores,
     RankFrequency,
     Setting,
@@ -28,6 +32,7 @@ from peft_fsrl.analysis import (
     SteeredToken,
     SteeringLevel,
     StratumEffect,
+    TopFeatures,
     TrainingCurves,
     Usage,
     VariantCoherence,
@@ -195,7 +200,30 @@ def make_audit(
             RankFrequency(s, ranks, tuple(0.6 * r**-0.8 for r in ranks), d_sae, 0.6, 0.03, 0.97)
             for s in ("chosen", "prompt")
         ),
+        concentration=Concentration(
+            "chosen",
+            d_sae,
+            n_features,
+            0.97,
+            0.71,
+            tuple(
+                TopFeatures(
+                    share,
+                    math.ceil(share * d_sae),
+                    share**0.1,
+                    tuple(
+                        CategoryMass(name, math.ceil(share * n), share**0.1 / 2)
+                        for name, n in ((category, 14), ("honesty", 56))
+                    ),
+                )
+                for share in (0.01, 0.1, 1.0)
+            ),
+        ),
         compositions=tuple(Composition(s, 9000, 400, shares) for s in ("chosen", "prompt")),
+        magnitudes=tuple(
+            Magnitudes(name, n, 0.6, 0.4, (0.01, 0.1, 0.3, 0.6, 1.2) if n else ())
+            for name, n in ((category, 1300), ("honesty", 0), ("other", 70))
+        ),
         ablations=ablations,
         single=FeatureAblations(
             n_pairs,

@@ -246,11 +246,15 @@ def test_norms_by_loops(dtype: torch.dtype) -> None:
         assert norms.l2[row, column].item() == pytest.approx(norm, rel=1e-6)
         assert norms.open_gates[row, column].item() == sum(value > 0 for value in values)
     assert norms.l1.dtype == torch.promote_types(dtype, torch.float32)
-    (norms.l1.sum() + 2 * norms.open_gates.sum()).backward()
+    (norms.l1.sum() + 2 * norms.open_gates.sum()).backward(retain_graph=True)
     assert torch.equal(v.grad, v.sign())
     assert torch.equal(gate.grad, torch.full_like(gate, 2))
     assert not norms.l0.requires_grad
-    assert not norms.l2.requires_grad
+    [slope] = torch.autograd.grad(norms.l2.square().sum(), v)
+    assert torch.allclose(slope, 2 * v, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    silent = torch.zeros(2, 5, dtype=dtype, requires_grad=True)
+    functional.compute_norms(silent, None).l2.square().sum().backward()
+    assert torch.equal(silent.grad, torch.zeros_like(silent))
 
 
 def naive_masked_mean(values: list[list[float]], mask: list[list[int]], reduction: str) -> float:

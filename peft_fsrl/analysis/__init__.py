@@ -10,13 +10,24 @@ from ..training.coherence import (
 from .ablation import Ablation, StratumEffect, measure_categories
 from .audit import AdapterInfo, Audit, AuditSettings, FeatureCard, Setting, compute_audit
 from .buckets import LengthBucket, compute_gain, score_by_length
+from .choices import choice_rows
 from .composition import (
     CategoryShare,
     Composition,
     FeatureCounts,
+    Firing,
     composition_of,
     compute_compositions,
     count_features,
+    measure_firing,
+)
+from .concentration import (
+    CategoryMass,
+    Concentration,
+    Magnitudes,
+    TopFeatures,
+    compute_concentration,
+    measure_magnitudes,
 )
 from .curves import Curve, TrainingCurves, load_training_curves
 from .diff import AdapterDifference, FeatureDifference, compute_difference
@@ -32,10 +43,13 @@ from .generations import (
 )
 from .labels import Agreement, Context, FeatureEvidence, FeatureLabel, Labels, Robustness
 from .preferences import PreferenceScores, score_preferences
-from .ranking import FeatureEffect, LayerEffect, rank_layers
+from .ranking import FeatureEffect, LayerEffect, LayerProbe, probe_layers, rank_layers
 from .report import (
     render_coherence,
+    render_concentration,
+    render_firing,
     render_generations,
+    render_magnitudes,
     render_steered_tokens,
     render_summary,
     render_variants,
@@ -63,10 +77,12 @@ __all__ = [
     "AnswerPair",
     "Audit",
     "AuditSettings",
+    "CategoryMass",
     "CategoryShare",
     "Checkup",
     "Coherence",
     "Composition",
+    "Concentration",
     "Context",
     "Continuation",
     "Curve",
@@ -80,11 +96,14 @@ __all__ = [
     "FeatureLabel",
     "FeatureUse",
     "Finding",
+    "Firing",
     "Generation",
     "Interval",
     "Labels",
     "LayerEffect",
+    "LayerProbe",
     "LengthBucket",
+    "Magnitudes",
     "PreferenceScores",
     "RankFrequency",
     "Record",
@@ -99,11 +118,13 @@ __all__ = [
     "StratumEffect",
     "Summary",
     "SweepPoint",
+    "TopFeatures",
     "TrainingCurves",
     "Usage",
     "VariantCoherence",
     "WinRate",
     "by_penalty",
+    "choice_rows",
     "compare_coherence",
     "compare_generations",
     "compare_static_dynamic",
@@ -112,6 +133,7 @@ __all__ = [
     "compute_checkup",
     "compute_coherence",
     "compute_compositions",
+    "compute_concentration",
     "compute_difference",
     "compute_divergence",
     "compute_gain",
@@ -125,9 +147,15 @@ __all__ = [
     "load_training_curves",
     "measure_categories",
     "measure_features",
+    "measure_firing",
+    "measure_magnitudes",
+    "probe_layers",
     "rank_layers",
     "render_coherence",
+    "render_concentration",
+    "render_firing",
     "render_generations",
+    "render_magnitudes",
     "render_steered_tokens",
     "render_summary",
     "render_variants",

@@ -69,6 +69,11 @@ class Ablation(Record):
     strata: tuple[StratumEffect, ...]
 
     @property
+    def rise_per_feature(self) -> float:
+        """``rise`` over the number of features in the category: the loss per feature removed."""
+        return self.rise.value / len(self.features)
+
+    @property
     def control_loss(self) -> float:
         """Mean SimPO loss over the draws of as many random features.
 

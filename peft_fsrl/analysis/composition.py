@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..functional import clamped_update
 from ..records import Interval, Record
 from ..sae.frozen import FrozenSAE
 from . import statistics
-from .segments import TokenChunk, active_sae, stream_tokens
+from .segments import TokenChunk, active_adapter, active_sae, only_layer, stream_tokens
 from .session import Session
 
 if TYPE_CHECKING:
@@ -96,18 +97,17 @@ def compute_compositions(
         ImportError: without the ``audit`` extra.
     """
     statistics.require()
-    _refuse_other(categories)
     sae = active_sae(session.model)
-    membership = _membership(sae, categories)
+    columns = membership(sae, categories)
     # Steered and active pairs of every example; one of which no token counts has zeros.
-    shape = (len(segments), 2, len(session.rows), membership.shape[1])
+    shape = (len(segments), 2, len(session.rows), columns.shape[1])
     pairs = torch.zeros(shape, dtype=torch.float64)
     n_tokens = torch.zeros(len(segments), dtype=torch.long)
 
     def add(chunk: TokenChunk) -> None:
-        members, columns = chunk.members.double(), membership.to(chunk.v.device)
+        members, of_features = chunk.members.double(), columns.to(chunk.v.device)
         for number, quantity in enumerate((chunk.v != 0, chunk.active())):
-            pairs[:, number, chunk.row] += (members @ (quantity.double() @ columns)).cpu()
+            pairs[:, number, chunk.row] += (members @ (quantity.double() @ of_features)).cpu()
         n_tokens.add_(chunk.members.sum(dim=1).cpu())
 
     stream_tokens(session, segments, add, "composition")
@@ -123,6 +123,90 @@ def compute_compositions(
         )
         compositions.append(Composition(segment, n, len(session.rows), shares))
     return tuple(compositions)
+
+
+@dataclass(frozen=True)
+class Firing(Record):
+    """How many features of a category are active at a token, before steering and after.
+
+    Attributes:
+        category: its name; ``"other"`` for features in no category.
+        n_features: features of the SAE in it.
+        base: mean number of them that the SAE finds at a token.
+        trained: the same after steering, counting ``f' != 0``.
+        change: ``trained - base``, of the same tokens.
+        base_share: share of the category among all active features, before.
+        trained_share: the same after.
+    """
+
+    category: str
+    n_features: int
+    base: Interval
+    trained: Interval
+    change: Interval
+    base_share: float
+    trained_share: float
+
+
+def measure_firing(
+    session: Session, categories: Mapping[str, Sequence[int]], *, segment: str = "prompt_chosen"
+) -> tuple[Firing, ...]:
+    """How often each category's features fire, in the base model and in the trained one.
+
+    At the steered layer both read the same ``x``: what differs is ``f`` against ``f' = f + v``,
+    kept from falling below zero where the adapter keeps it. Intervals are bootstrapped over texts.
+
+    Args:
+        session: its model has one FSRL layer. Its data may be plain texts; see ``Session``.
+        categories: feature indices by category.
+        segment: see ``Usage``.
+
+    Returns:
+        One record per category, ``"other"`` last.
+
+    Raises:
+        ValueError: for a category named ``"other"``, fewer than two texts, a segment without a
+            token that counts, and as ``stream_tokens`` does.
+        IndexError: for a feature that the SAE does not have.
+        ImportError: without the ``audit`` extra.
+    """
+    statistics.require()
+    sae, layer = active_sae(session.model), only_layer(session.model)
+    adapter: Any = layer.fsrl_adapter[active_adapter(layer)]
+    clamps, columns = adapter.non_negative and not sae.signed, membership(sae, categories)
+    # Before and after, of every text.
+    fired = torch.zeros(2, len(session.rows), columns.shape[1], dtype=torch.float64)
+    n_tokens = torch.zeros(len(session.rows), dtype=torch.float64)
+
+    def add(chunk: TokenChunk) -> None:
+        f = chunk.acts()
+        after = f + (clamped_update(chunk.v, f) if clamps else chunk.v)
+        members = chunk.members[0].double()
+        for number, acts in enumerate((f, after)):
+            counts = members @ ((acts != 0).double() @ columns.to(acts.device))
+            fired[number, chunk.row] += counts.cpu()
+        n_tokens[chunk.row] += members.sum().cpu()
+
+    stream_tokens(session, [segment], add, "firing")
+    if not n_tokens.sum():
+        raise ValueError(f"The segment {segment!r} has no token that counts.")
+    tokens, totals = n_tokens.tolist(), fired.sum(dim=1)
+
+    def rate(counts: Tensor) -> Interval:
+        return statistics.ratio_interval(counts.tolist(), tokens, seed=session.seed)
+
+    return tuple(
+        Firing(
+            category=name,
+            n_features=size,
+            base=rate(fired[0, :, place]),
+            trained=rate(fired[1, :, place]),
+            change=rate(fired[1, :, place] - fired[0, :, place]),
+            base_share=float(totals[0, place] / totals[0, -1].clamp(min=0.5)),
+            trained_share=float(totals[1, place] / totals[1, -1].clamp(min=0.5)),
+        )
+        for place, (name, size) in enumerate(_sizes(categories, sae.info.d_sae).items())
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,10 +351,16 @@ def _share(part: Sequence[float], whole: Sequence[float], seed: int) -> Interval
     return statistics.ratio_interval(part, whole, seed=seed)
 
 
-def _membership(
+def membership(
     sae: FrozenSAE, categories: Mapping[str, Sequence[int]]
 ) -> Float[Tensor, "n_features columns"]:
-    """A column per category, one for the features in none, and one for all."""
+    """A column per category, one for the features in none, and one for all.
+
+    Raises:
+        ValueError: for a category named ``"other"``.
+        IndexError: for a feature that the SAE does not have.
+    """
+    _refuse_other(categories)
     columns = torch.zeros(sae.n_features, len(categories) + 2, dtype=torch.float64)
     for number, features in enumerate(categories.values()):
         columns[sae.positions(features), number] = 1.0

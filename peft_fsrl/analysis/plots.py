@@ -223,8 +223,10 @@ def plot_losses(runs: Mapping[str, Sequence[TrainingCurves]]) -> Figure:
         color = f"C{number}"
         curves = [each.curve("eval_loss") for each in found]
         for curve in curves if len(curves) > 1 else ():
-            panel.plot(curve.steps, curve.values, color=color, linewidth=0.6, alpha=0.5)
-        means = [sum(values) / len(curves) for values in zip(*(c.values for c in curves))]
+            panel.plot(curve.steps, curve.values, color=color, linewidth=0.6, alpha=0.3)
+        means = [
+            sum(values) / len(curves) for values in zip(*(c.values for c in curves), strict=False)
+        ]
         panel.plot(curves[0].steps[: len(means)], means, color=color, label=name)
     panel.set_xlabel("step")
     panel.set_ylabel("preference loss on held-out pairs")

@@ -1,8 +1,8 @@
-"""Which layer is worth steering? A first-order answer, before any training."""
+"""Which layer is worth steering? A first-order answer and a probe, before any training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..records import Record
+from ..records import Interval, Record
 from ..sae.frozen import FrozenSAE
 from ..sae.loading import take_sae
 from ..training.objectives import simpo_loss
-from ..training.running import on_output
+from ..training.running import evaluating, on_output
 from ..tuner.config import FSRLConfig
-from ..tuner.placement import resolve_targets
+from ..tuner.placement import decoder_layers, resolve_targets
+from . import statistics
 from .preferences import preference_margins
 from .session import Session
 
@@ -104,6 +105,93 @@ def rank_layers(
         for layer, effect in zip(config.layers, effects.values(), strict=True)
     ]
     return tuple(sorted(ranked, key=lambda effect: -effect.per_token))
+
+
+@dataclass(frozen=True)
+class LayerProbe(Record):
+    """How well chosen and rejected texts can be told apart at the output of a layer.
+
+    Attributes:
+        layer: the layer.
+        accuracy: of a linear probe on held-out texts, bootstrapped over pairs; 0.5 is chance.
+        n_train: pairs that it was fitted to.
+        n_test: held-out pairs.
+    """
+
+    layer: int
+    accuracy: Interval
+    n_train: int
+    n_test: int
+
+
+def probe_layers(
+    session: Session, layers: Sequence[int], *, pooling: str = "last", test_share: float = 0.2
+) -> tuple[LayerProbe, ...]:
+    """Fit a linear probe of chosen against rejected at each layer: the paper's choice of a layer.
+
+    Both texts of a pair are fitted to, or both are held out: a probe that had seen the one could
+    know the other by its prompt.
+
+    Args:
+        session: its model is taken as it is, usually the base model. The paper takes 1,000 pairs.
+        layers: of decoder layers.
+        pooling: ``"last"`` reads the last token of each text, as the paper does; ``"mean"`` the
+            mean over the answer's tokens.
+        test_share: share of the pairs that is held out.
+
+    Returns:
+        One record per layer, in their order.
+
+    Raises:
+        ValueError: for a layer that does not exist, another pooling, or a share that leaves no pair
+            to fit to or fewer than two to test on.
+        ImportError: without the ``audit`` extra.
+    """
+    statistics.require()
+    paths = decoder_layers(session.model)
+    unknown = sorted(set(layers) - set(paths))
+    if unknown or not layers:
+        raise ValueError(f"Expected layers among {sorted(paths)}, got {unknown or 'none'}.")
+    if pooling not in ("last", "mean"):
+        raise ValueError(f"Expected `pooling` to be 'last' or 'mean', got {pooling!r}.")
+    n = len(session.rows)
+    n_test = round(test_share * n)
+    if not 2 <= n_test < n:
+        raise ValueError(
+            f"Expected test_share={test_share} of {n} pairs to hold out two at least and to leave "
+            f"one, it holds out {n_test}. Give more pairs."
+        )
+    read: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    with evaluating(session.model):
+        for texts in session.batches("probe"):
+            batch = session.pad(texts)
+            with _outputs(session.model, [paths[layer] for layer in layers]) as outputs:
+                session.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            weights = batch.answer_mask.double()
+            if pooling == "last":
+                last = batch.attention_mask.sum(dim=1, keepdim=True) - 1
+                weights = torch.zeros_like(weights).scatter(1, last, 1.0)
+            weights = weights / weights.sum(dim=1, keepdim=True)
+            for layer, found in read.items():
+                hidden = outputs[paths[layer]].double()
+                pooled = torch.einsum("bs,bsd->bd", weights.to(hidden.device), hidden)
+                # Chosen and rejected of a pair side by side.
+                found.append(torch.stack(pooled.chunk(2), dim=1).cpu())
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(session.seed))
+    test, train = order[:n_test], order[n_test:]
+    probes = []
+    for layer, found in read.items():
+        pairs = torch.cat(found)
+        correct = statistics.probe_correct(
+            pairs[train].flatten(0, 1).numpy(),
+            [True, False] * len(train),
+            pairs[test].flatten(0, 1).numpy(),
+            [True, False] * n_test,
+        )
+        shares = [(a + b) / 2 for a, b in zip(correct[::2], correct[1::2], strict=True)]
+        accuracy = statistics.mean_interval(shares, seed=session.seed)
+        probes.append(LayerProbe(layer, accuracy, len(train), n_test))
+    return tuple(probes)
 
 
 def steering_gradient(

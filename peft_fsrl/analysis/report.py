@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from ..records import Interval
@@ -9,6 +10,8 @@ from ..training.coherence import VariantCoherence
 from .ablation import Ablation
 from .audit.audit import Audit
 from .buckets import LengthBucket
+from .composition import Firing
+from .concentration import QUANTILES, Concentration, Magnitudes
 from .diff import AdapterDifference, FeatureDifference
 from .doctor import Checkup
 from .evaluation import Evaluation, TaskScores
@@ -129,6 +132,59 @@ def render_variants(
             cells.append("{:.3f} (l0 {:.2f})".format(*min(found)) if found else "-")
         rows.append([f"{limit:g}", *cells])
     return table(["l0 at most", *variants], rows)
+
+
+def render_concentration(found: Concentration) -> str:
+    """Gini coefficient, and what the most steered features are."""
+    names = [each.category for each in found.top[0].categories] if found.top else []
+    rows = []
+    for top in found.top:
+        cells = [f"{each.n} ({each.mass:.1%})" for each in top.categories]
+        if len(names) == 2:
+            cells.append(f"{top.ratio(*names):.2f}")
+        rows.append([f"{top.share:.1%}", str(top.n), f"{top.mass:.1%}", *cells])
+    ratio = [clean_text(f"{names[0]} : {names[1]}")] if len(names) == 2 else []
+    headers = ["top", "features", "of steering", *map(clean_text, names), *ratio]
+    heading = (
+        f"Gini coefficient {found.gini:.3f} over {found.d_sae:,} features, "
+        f"{found.gini_steered:.3f} over the {found.n_steered:,} that are steered."
+    )
+    return f"{heading}\n\n{table(headers, rows)}"
+
+
+def render_magnitudes(found: Sequence[Magnitudes]) -> str:
+    """How strongly each category is steered where it is, one category a line."""
+    rows = [
+        [
+            shorten(each.category, 24),
+            f"{each.n:,}",
+            f"{each.promoted:.1%}",
+            f"{each.mean:.3g}",
+            *(f"{value:.3g}" for value in each.quantiles or [math.nan] * len(QUANTILES)),
+        ]
+        for each in found
+    ]
+    headers = ["category", "steered", "promoted", "mean |v|"]
+    return table([*headers, *(f"{quantile:.0%}" for quantile in QUANTILES)], rows)
+
+
+def render_firing(found: Sequence[Firing]) -> str:
+    """How many features of each category are active at a token, before steering and after."""
+    rows = [
+        [
+            shorten(each.category, 24),
+            str(each.n_features),
+            f"{each.base.value:.3f}",
+            f"{each.trained.value:.3f}",
+            f"{each.change.value:+.3f}",
+            f"{each.change.low:+.3f} to {each.change.high:+.3f}",
+            f"{each.base_share:.1%}",
+            f"{each.trained_share:.1%}",
+        ]
+        for each in found
+    ]
+    headers = ["category", "features", "base", "trained", "change", "95 %"]
+    return table([*headers, "share, base", "trained"], rows)
 
 
 def _mean_rise(draws: Sequence[PreferenceScores], trained: PreferenceScores) -> str:

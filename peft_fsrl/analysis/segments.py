@@ -29,15 +29,19 @@ class TokenChunk(NamedTuple):
 
     Attributes:
         v: steering vectors, shape ``(tokens, n_features)``.
-        active: gives which features the SAE itself finds, shape ``(tokens, n_features)``.
+        acts: gives the SAE's own feature activations ``f``, shape ``(tokens, n_features)``.
         members: which of the segments each token belongs to, shape ``(segments, tokens)``.
         row: number of the row of the data set that the text comes from.
     """
 
     v: Float[Tensor, "tokens n_features"]
-    active: Callable[[], Bool[Tensor, "tokens n_features"]]
+    acts: Callable[[], Float[Tensor, "tokens n_features"]]
     members: Bool[Tensor, "segments tokens"]
     row: int
+
+    def active(self) -> Bool[Tensor, "tokens n_features"]:
+        """Which features the SAE itself finds."""
+        return self.acts() != 0
 
 
 def only_layer(model: nn.Module) -> FSRLLayer:
@@ -150,11 +154,10 @@ def _chunks(
         places = sequence.nonzero().flatten()
         for part in places.split(_CHUNK) if len(places) else ():
             v = event.steering_vector[number, part]
-            active = partial(_active, sae, event.hidden_states[number], part)
-            yield TokenChunk(v, active, members[:, number, part], first_row + number % n)
+            acts = partial(_encode, sae, event.hidden_states[number], part)
+            yield TokenChunk(v, acts, members[:, number, part], first_row + number % n)
 
 
-def _active(sae: FrozenSAE, x: Tensor, places: Tensor) -> Tensor:
+def _encode(sae: FrozenSAE, x: Tensor, places: Tensor) -> Tensor:
     # An encoder that looks back needs the text from its start.
-    f = sae.encode(x[None])[0][places] if sae.contextual else sae.encode(x[places])
-    return f != 0
+    return sae.encode(x[None])[0][places] if sae.contextual else sae.encode(x[places])

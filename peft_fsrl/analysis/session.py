@@ -39,7 +39,9 @@ class Session:
         dataset: preference pairs in any form that TRL takes: text or messages, with the prompt in a
             column of its own or as the common start of both answers. A stream is read to its end:
             take as many rows as you want with ``stream.take(n)``. Analyses that read one answer
-            alone take rows without the other, and text without a ``prompt``.
+            alone (use, composition, firing) take rows without the other, and any text: in a column
+            ``text``, as the whole of a chosen answer. ``choice_rows`` makes texts of
+            multiple-choice tasks.
         batch_size: rows per forward pass; a pair is two texts.
         max_length: cuts the end of a longer answer, never the prompt, as TRL's trainers do.
         seed: of every random choice: sampling, draws, bootstraps.
@@ -141,6 +143,8 @@ class Session:
     def _as_text(self, row: Mapping[str, Any]) -> dict[str, str]:
         if all(side in row for side in SIDES):
             return pair_texts([row], self.tokenizer)[0]
+        if CHOSEN not in row and "text" in row:
+            return {"prompt": "", CHOSEN: row["text"]}
         return {"prompt": "", **row}
 
     def _tokenize(self, row: Mapping[str, str], side: str) -> Tokenized:

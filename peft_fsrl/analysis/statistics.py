@@ -311,6 +311,34 @@ def cluster(rows: Float[Tensor, "examples columns"], n: int, seed: int = 0) -> l
     return found
 
 
+def probe_correct(
+    train: Any, train_labels: Sequence[bool], test: Any, test_labels: Sequence[bool]
+) -> list[bool]:
+    """Which texts a logistic regression, fitted to others, classifies right.
+
+    Coordinates are standardized by the fitted ones; scikit-learn's default regularization.
+
+    Args:
+        train: shape ``(texts, width)``.
+        train_labels: one per text.
+        test: shape ``(others, width)``.
+        test_labels: one per text.
+
+    Raises:
+        ValueError: for labels to fit to that are all alike.
+        ImportError: without the ``audit`` extra.
+    """
+    _sklearn()
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    probe.fit(train, [bool(label) for label in train_labels])
+    found = probe.predict(test)
+    return [bool(a) == bool(b) for a, b in zip(found, test_labels, strict=True)]
+
+
 class Line(NamedTuple):
     """``intercept + slope * x``, and the share of the variance that it explains."""
 

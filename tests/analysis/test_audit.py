@@ -55,6 +55,7 @@ CALLS = (
     "compare_coherence",
     "measure_categories",
     "compute_compositions",
+    "measure_magnitudes",
     "measure_features",
     "compare_static_dynamic",
     "compare_generations",
@@ -107,6 +108,11 @@ def test_an_audit_is_its_analyses(model: PeftModel) -> None:
     assert audit.usages[0] == usage
     assert [a.name for a in audit.ablations] == ["style", "tone"], "a category without features"
     assert [c.segment for c in audit.compositions] == [u.segment for u in audit.usages]
+    assert audit.concentration is not None
+    assert audit.concentration.n_steered == len(usage.features)
+    assert [each.category for each in audit.magnitudes] == ["style", "tone", "other"]
+    steered = sum(round(use.frequency * usage.n_tokens) for use in usage.features)
+    assert sum(each.n for each in audit.magnitudes) == steered
     assert {v.name for v in audit.coherence} == {"base", "trained", "without style", "without tone"}
     steering = {use.feature: use.mean_steering for use in usage.features}
     shown = [card.use.feature for card in audit.promoted]
@@ -194,7 +200,7 @@ def test_changed_inputs_are_noticed(
 
     fewer = replace(LABELS, features=LABELS.features[:7])
     labeled = {"measure_categories", "compute_compositions", "compare_coherence"}
-    labeled |= {"compare_generations", "measure_features"}
+    labeled |= {"compare_generations", "measure_features", "measure_magnitudes"}
     assert made_again(labels=fewer) == labeled
     assert made_again(labels=fewer, settings=replace(QUICK, n_single=3)) == {"measure_features"}
     assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
@@ -314,6 +320,18 @@ def test_labels_no_better_than_a_known_judge(model: PeftModel, tmp_path: Path) -
     assert max(spread) > 0.05
     with pytest.raises(ValueError, match=r"from 0 to 1, got 1\.5"):
         replace(QUICK, label_mcc=1.5)
+    with pytest.raises(ValueError, match=r"from 0 to 1, got -1"):
+        replace(QUICK, label_mcc={"style": 0.5, "tone": -1})
+
+
+def test_one_category_may_be_judged_worse_than_another(model: PeftModel) -> None:
+    settings = replace(QUICK, label_mcc={"style": 0.0, "tone": 1.0}, n_draws=20)
+    found = {f.figure: f.propagated for f in audit_of(model, settings=settings).robustness}
+    style, tone = (found[f"enrichment of {name}, chosen"] for name in ("style", "tone"))
+    assert tone.low == tone.high
+    assert style.low < style.high
+    with pytest.raises(ValueError, match=r"categories among \['style',.*got one for \['tune'\]"):
+        audit_of(model, settings=replace(QUICK, label_mcc={"tune": 0.5}))
 
 
 def test_a_reference_says_how_far_to_trust(

@@ -129,7 +129,9 @@ def test_parts_without_data_say_why() -> None:
     bare = replace(
         make_audit(),
         coherence=(),
+        concentration=None,
         compositions=(),
+        magnitudes=(),
         ablations=(),
         single=None,
         static_dynamic=None,

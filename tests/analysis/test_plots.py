@@ -34,6 +34,7 @@ from peft_fsrl.analysis import (
 )
 from peft_fsrl.analysis.plots import (
     plot_ablations,
+    plot_losses,
     plot_rank_frequencies,
     plot_static_dynamic,
     plot_training_curves,
@@ -292,3 +293,18 @@ def test_a_missing_matplotlib_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install peft-fsrl\[plots\]"):
         draw()
+
+
+def test_losses_of_several_methods_are_means_over_their_runs() -> None:
+    def run(*values: float) -> TrainingCurves:
+        return TrainingCurves((Curve("eval_loss", (10, 20), values), Curve("loss", (5,), (9.0,))))
+
+    figure = plot_losses({"FSRL": [run(3.0, 1.0), run(5.0, 2.0)], "LoRA": [run(4.0, 4.0)]})
+    [panel] = figure.axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+    assert lines["FSRL"] == [4.0, 1.5]
+    assert lines["LoRA"] == [4.0, 4.0]
+    assert len(panel.lines) == 4
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["FSRL", "LoRA"]
+    with pytest.raises(KeyError, match="eval_loss"):
+        plot_losses({"none": [TrainingCurves((Curve("loss", (5,), (9.0,)),))]})

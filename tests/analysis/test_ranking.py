@@ -16,7 +16,7 @@ from sae_lens import SAE
 from torch import Tensor, nn
 
 from helpers import FAMILIES, LAYERS, tiny_model, tiny_preferences, tiny_sae, tiny_tokenizer
-from peft_fsrl.analysis import LayerEffect, Session, rank_layers
+from peft_fsrl.analysis import LayerEffect, Session, probe_layers, rank_layers, statistics
 
 BETA, GAMMA = 4.0, 1.3
 PAIRS = 3
@@ -197,3 +197,66 @@ def test_bad_input() -> None:
         rank_layers(Session(model, tokenizer, tiny_preferences(2)), {9: tiny_sae()})
     with pytest.raises(ValueError, match=r"width 8.*hidden size 16"):
         rank_layers(Session(model, tokenizer, tiny_preferences(2)), {1: tiny_sae(d_in=8)})
+
+
+def last_and_mean(row: dict[str, str], side: str, layer: int) -> tuple[Tensor, Tensor]:
+    """What a probe reads of one text: its last token, and the mean of its answer."""
+    words = [[int(word[1:]) for word in row[name].split()] for name in ("prompt", side)]
+    ids = [1, *words[0], *words[1], 2]
+    with torch.no_grad():
+        states = tiny_model()(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    hidden = states[layer + 1][0].double()
+    return hidden[-1], hidden[1 + len(words[0]) :].mean(dim=0)
+
+
+@pytest.mark.parametrize(("pooling", "place"), [("last", 0), ("mean", 1)])
+def test_a_probe_is_a_logistic_regression_on_other_pairs(
+    pooling: str, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tiny_preferences(10)
+    seen: list[tuple[Any, ...]] = []
+
+    def correct(*given: Any) -> list[bool]:
+        seen.append(given)
+        return [True, False, True, True]
+
+    monkeypatch.setattr(statistics, "probe_correct", correct)
+    session = Session(tiny_model(), tiny_tokenizer(), rows, batch_size=3, seed=4)
+    probes = probe_layers(session, [1, 0], pooling=pooling)
+    assert [(p.layer, p.n_train, p.n_test) for p in probes] == [(1, 8, 2), (0, 8, 2)]
+    assert probes[0].accuracy == statistics.mean_interval([0.5, 1.0], seed=4)
+    for layer, (train, train_labels, test, test_labels) in zip((1, 0), seen, strict=True):
+        everything = {
+            (number, side): last_and_mean(row, side, layer)[place]
+            for number, row in enumerate(rows)
+            for side in ("chosen", "rejected")
+        }
+
+        def find(vector: Any, known: dict[Any, Tensor] = everything) -> tuple[int, str]:
+            given = torch.as_tensor(vector)
+            return min(known, key=lambda key: float((known[key] - given).abs().max()))
+
+        fitted, held_out = [find(x) for x in train], [find(x) for x in test]
+        for found, labels in ((fitted, train_labels), (held_out, test_labels)):
+            assert [side == "chosen" for _, side in found] == labels
+        assert not {number for number, _ in fitted} & {number for number, _ in held_out}
+        assert len(set(fitted)) == 16
+        assert torch.allclose(torch.as_tensor(test[0]), everything[held_out[0]], atol=1e-5)
+
+
+def test_a_probe_finds_what_can_be_told_apart() -> None:
+    # All chosen answers are of other words than all rejected ones.
+    rows = [
+        {"prompt": f"w{3 + i}", "chosen": f" w{10 + i % 5} w10", "rejected": f" w{20 + i % 5} w21"}
+        for i in range(20)
+    ]
+    session = Session(tiny_model(), tiny_tokenizer(), rows)
+    [mean_probe] = probe_layers(session, [0], pooling="mean")
+    assert mean_probe.accuracy.value == 1.0
+    alike = [{**row, "rejected": row["chosen"] + " w10"} for row in rows]
+    with pytest.raises(ValueError, match=r"Expected layers among \[0, 1, 2\], got \[7\]"):
+        probe_layers(session, [0, 7])
+    with pytest.raises(ValueError, match="'last' or 'mean', got 'max'"):
+        probe_layers(session, [0], pooling="max")
+    with pytest.raises(ValueError, match="holds out 1"):
+        probe_layers(Session(tiny_model(), tiny_tokenizer(), alike[:5]), [0])

@@ -25,6 +25,8 @@ from peft_fsrl.analysis import (
     compute_usage,
     compute_usages,
     count_features,
+    measure_firing,
+    render_firing,
     segments,
     session,
     statistics,
@@ -294,6 +296,50 @@ def test_composition_equals_a_count_by_hand(rows: Rows) -> None:
             assert tuple(points[share.category]) == pytest.approx(
                 (expected.value, share.active_share.value, ratio)
             )
+
+
+@pytest.mark.parametrize("non_negative", [True, False])
+@pytest.mark.parametrize("architecture", ["standard", "abstopk"])
+def test_firing_before_and_after_equals_a_count_by_hand(
+    rows: Rows, architecture: str, non_negative: bool
+) -> None:
+    tokenizer, sae = chat_tokenizer(), helpers.tiny_sae(architecture)
+    model = helpers.fsrl_model(sae=sae, non_negative=non_negative)
+    categories = {"style": [4, 2, 7, 12, 13, 14], "honesty": [4, 9, 15, 16, 17]}
+    found = measure_firing(
+        Session(model, tokenizer, rows, batch_size=2, seed=5), categories, segment="prompt_chosen"
+    )
+    others = sorted(set(range(helpers.D_SAE)) - {f for fs in categories.values() for f in fs})
+    members = {**categories, "other": others}
+    texts = by_token(model, sae, rows, tokenizer, "prompt_chosen")
+    n_tokens = [len(text) for text in texts]
+
+    def fires(f: float, v: float, steered: bool) -> bool:
+        if not steered:
+            return f != 0
+        # Below zero nothing can be pushed, unless a feature may have either sign.
+        return f + v > 0 if non_negative and architecture == "standard" else f + v != 0
+
+    def count(features: Sequence[int], steered: bool) -> list[int]:
+        return [
+            sum(fires(float(f[i]), float(v[i]), steered) for v, f in text for i in features)
+            for text in texts
+        ]
+
+    assert [each.category for each in found] == list(members)
+    everything = range(helpers.D_SAE)
+    for each in found:
+        features = members[each.category]
+        before, after = count(features, False), count(features, True)
+        assert each.n_features == len(features)
+        assert each.base == statistics.ratio_interval(before, n_tokens, seed=5)
+        assert each.trained == statistics.ratio_interval(after, n_tokens, seed=5)
+        changes = [b - a for a, b in zip(before, after, strict=True)]
+        assert each.change == statistics.ratio_interval(changes, n_tokens, seed=5)
+        share = sum(after) / sum(count(everything, True))
+        assert each.trained_share == pytest.approx(share)
+    assert any(each.base != each.trained for each in found)
+    assert "trained" in render_firing(found)
 
 
 def test_composition_where_nothing_is_steered_or_active(rows: Rows) -> None:

@@ -213,6 +213,41 @@ MUTANTS = (
         "        pass\n",
         ("tuner/test_compile.py::test_a_penalty_that_nobody_adds_is_seen",),
     ),
+    Mutant(
+        "the L2 penalty is not squared",
+        "training/penalty.py",
+        "tokens.l2.square()",
+        "tokens.l2",
+        ("training/test_trainer.py::test_simpo_step_equals_the_gradient_by_hand",),
+    ),
+    Mutant(
+        "AdamW moves what Muon has moved",
+        "training/muon.py",
+        "            parameter.grad = None\n",
+        "            pass\n",
+        ("training/test_muon.py::test_a_matrix_takes_an_orthogonal_step_and_a_bias_takes_adams",),
+    ),
+    Mutant(
+        "the Gini coefficient is off by a place",
+        "analysis/concentration.py",
+        "(2 * place - n + 1)",
+        "(2 * place - n)",
+        ("analysis/test_concentration.py::test_gini_is_half_the_mean_difference_over_the_mean",),
+    ),
+    Mutant(
+        "features fire below zero",
+        "analysis/composition.py",
+        "clamped_update(chunk.v, f) if clamps else chunk.v",
+        "chunk.v",
+        ("analysis/test_usage.py::test_firing_before_and_after_equals_a_count_by_hand",),
+    ),
+    Mutant(
+        "a probe is fitted to what it is tested on",
+        "analysis/ranking.py",
+        "test, train = order[:n_test], order[n_test:]",
+        "test, train = order[:n_test], order",
+        ("analysis/test_ranking.py::test_a_probe_is_a_logistic_regression_on_other_pairs",),
+    ),
     # The layer
     Mutant(
         "only the last token is steered",

@@ -12,6 +12,7 @@ from ...training.coherence import VariantCoherence
 from ..ablation import Ablation
 from ..buckets import LengthBucket, compute_gain, score_by_length
 from ..composition import Composition
+from ..concentration import Concentration, Magnitudes, compute_concentration
 from ..content import digest_json
 from ..curves import TrainingCurves, load_training_curves
 from ..findings import Finding, judge_ablations, judge_coherence, judge_gain, judge_labels
@@ -50,7 +51,9 @@ class Audit(Record):
         usages: use of features by segment, cut to the features with the most steering mass.
         n_steered: features that were steered at all, per entry of ``usages``.
         rank_frequencies: per segment.
+        concentration: on how few features the steering of the first segment lies, or None.
         compositions: per segment; empty without labels.
+        magnitudes: how strongly each category is steered where it is; empty without labels.
         ablations: per category; empty without labels.
         single: single features zeroed, or None.
         static_dynamic: or None.
@@ -80,7 +83,9 @@ class Audit(Record):
     usages: tuple[Usage, ...]
     n_steered: tuple[int, ...]
     rank_frequencies: tuple[RankFrequency, ...]
+    concentration: Concentration | None
     compositions: tuple[Composition, ...]
+    magnitudes: tuple[Magnitudes, ...]
     ablations: tuple[Ablation, ...]
     single: FeatureAblations | None
     static_dynamic: StaticDynamic | None
@@ -170,7 +175,13 @@ def compute_audit(
         rank_frequencies=tuple(
             compute_rank_frequency(usage) for usage in stages.usages if len(usage.features) > 1
         ),
+        concentration=(
+            compute_concentration(stages.chosen, stages.info.d_sae, stages.categories)
+            if stages.chosen.features
+            else None
+        ),
         compositions=stages.compositions,
+        magnitudes=stages.magnitudes,
         ablations=stages.ablations,
         single=stages.single,
         static_dynamic=stages.static_dynamic,

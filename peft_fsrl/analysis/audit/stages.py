@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from ...steering import ablate_features
 from ...training.coherence import VariantCoherence, compare_coherence
 from ..ablation import Ablation, measure_categories
 from ..composition import Composition, compute_compositions, count_features
+from ..concentration import Magnitudes, measure_magnitudes
 from ..content import digest_adapter, digest_base, digest_json, digest_tokenizer
 from ..generations import Generation, compare_generations
 from ..labels import (
@@ -67,7 +68,8 @@ class AuditSettings:
         n_listed: features to keep in each table of use.
         n_draws: draws of the labels' errors.
         label_mcc: Matthews correlation of the labels' source with the truth, where it is known from
-            elsewhere and there is no reference to find it by; None does not redraw the labels then.
+            elsewhere and there is no reference to find it by; one for all categories, or one for
+            each that is to be redrawn. None does not redraw the labels then.
 
     Raises:
         ValueError: for an amount out of range.
@@ -82,7 +84,7 @@ class AuditSettings:
     n_cards: int = 8
     n_listed: int = 200
     n_draws: int = 200
-    label_mcc: float | None = None
+    label_mcc: float | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         for least, names in ((1, _AT_LEAST_ONE), (0, _NONE_OR_MORE)):
@@ -91,8 +93,10 @@ class AuditSettings:
                     raise ValueError(
                         f"Expected {name} of {least} or more, got {getattr(self, name)}."
                     )
-        if self.label_mcc is not None and not 0 <= self.label_mcc <= 1:
-            raise ValueError(f"Expected a label_mcc from 0 to 1, got {self.label_mcc}.")
+        known = self.label_mcc.values() if isinstance(self.label_mcc, Mapping) else [self.label_mcc]
+        for mcc in known:
+            if mcc is not None and not 0 <= mcc <= 1:
+                raise ValueError(f"Expected a label_mcc from 0 to 1, got {mcc}.")
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,13 @@ class Stages:
             raise ValueError(
                 f"Expected categories that the labels know, {list(names)}; got {unknown}."
             )
+        mcc = self.settings.label_mcc
+        stray = sorted(set(mcc) - set(wanted or names)) if isinstance(mcc, Mapping) else []
+        if stray:
+            raise ValueError(
+                f"Expected a label_mcc for categories among {list(wanted or names)}, got one for "
+                f"{stray}."
+            )
         found = {name: self.labels.members(name) for name in wanted or names}
         return {name: members for name, members in found.items() if members}
 
@@ -237,6 +248,17 @@ class Stages:
             return compute_compositions(self.session, self.categories, segments=SEGMENTS)
 
         return self.parts.make("compositions", tuple[Composition, ...], compose, self.label_key)
+
+    @cached_property
+    def magnitudes(self) -> tuple[Magnitudes, ...]:
+        """How strongly each category is steered on the chosen answers."""
+        if not self.categories:
+            return self.skip("magnitudes", self.no_category)
+
+        def measure() -> tuple[Magnitudes, ...]:
+            return measure_magnitudes(self.session, self.categories)
+
+        return self.parts.make("magnitudes", tuple[Magnitudes, ...], measure, self.label_key)
 
     @cached_property
     def ablations(self) -> tuple[Ablation, ...]:
@@ -397,10 +419,11 @@ class Stages:
             return [error_rates(a) for a in self.agreements if a.category in self.categories]
         if mcc is None or self.labels is None:
             return []
+        known = mcc if isinstance(mcc, Mapping) else dict.fromkeys(self.categories, mcc)
         n = len(self.labels.features)
-        shares = {name: len(self.labels.members(name)) / n for name in self.categories}
+        shares = {name: len(self.labels.members(name)) / n for name in known}
         return [
-            error_rates_for_mcc(name, mcc, judged_share=share)
+            error_rates_for_mcc(name, known[name], judged_share=share)
             for name, share in shares.items()
             if 0 < share < 1
         ]
