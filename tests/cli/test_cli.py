@@ -24,6 +24,7 @@ from judge_server import Reply, serve
 from peft_fsrl import FSRLConfig, organism
 from peft_fsrl.analysis import AdapterDifference, Audit, Checkup, statistics
 from peft_fsrl.analysis.labels import load_labels, organism_labels, save_labels
+from peft_fsrl.cli.audit import add_arguments
 from peft_fsrl.cli.diff import require_same_saes
 from peft_fsrl.cli.main import COMMANDS, main, one_line, say
 
@@ -90,6 +91,26 @@ def test_audit(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     parts = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
     assert main(command) == 0
     assert parts == {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+
+
+def test_the_quality_of_labels_is_said_for_all_or_for_each(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = ["adapter", "--out", "out", "--dataset", "organism", "--label-mcc"]
+    assert parser.parse_args([*given, "0.448"]).label_mcc == 0.448
+    each = parser.parse_args([*given, "style=0.461, honesty=0.5"]).label_mcc
+    assert each == {"style": 0.461, "honesty": 0.5}
+    command = ["audit", str(adapter), "--out", str(tmp_path / "report"), *DATA, *QUICK]
+    command += ["--labels", "organism", "--categories", "style", "--label-mcc"]
+    assert main([*command, "honesty=0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "got one for ['honesty']" in error
+    for wrong in ("style=good", "good"):
+        with pytest.raises(SystemExit):
+            main([*command, wrong])
+        assert "--label-mcc" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet", ""])
