@@ -8,6 +8,7 @@ from .contrast import (
     compute_contrast,
 )
 from .curation import DROP, RELABEL, Curation, apply_curation, compute_curation
+from .mirror import Mirror, MirroredFeature, compute_mirror
 
 __all__ = [
     "DROP",
@@ -17,7 +18,10 @@ __all__ = [
     "DataContrast",
     "FeatureContrast",
     "FeatureExamples",
+    "Mirror",
+    "MirroredFeature",
     "apply_curation",
     "compute_contrast",
     "compute_curation",
+    "compute_mirror",
 ]
