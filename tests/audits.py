@@ -37,6 +37,7 @@ from peft_fsrl.analysis import (
     Usage,
     VariantCoherence,
 )
+from peft_fsrl.analysis.data import Mirror, MirroredFeature
 from peft_fsrl.analysis.labels import Agreement, Context, FeatureEvidence, FeatureLabel, Robustness
 from peft_fsrl.records import Interval
 
@@ -174,6 +175,7 @@ def make_audit(
             Finding("Is it coherent?", "unsure", say("Perplexity 10.2 against 9.1.")),
             Finding("Does a category carry it?", "yes", say("style: +3.62 [3.5, 3.7].")),
             Finding("Can that be trusted?", "no", say("MCC 0.2.")),
+            Finding("Does it mirror its data?", "unsure", say("90% of the steering.")),
         ),
         base=scores(0.0),
         trained=scores(4.5),
@@ -242,6 +244,28 @@ def make_audit(
             level(0.003, 1.35),
             tuple(level(0.001 * 2**i, 3.0 - 0.2 * i) for i in range(8)),
             tuple(level(0.001 * 2**i, 4.0 - 0.2 * i) for i in range(8)),
+        ),
+        mirror=Mirror(
+            n_pairs,
+            n_features,
+            near(0.5),
+            near(0.4),
+            0.1,
+            near(0.9, 0.02),
+            0.2,
+            tuple(
+                MirroredFeature(
+                    use.feature,
+                    use.mean_steering,
+                    0.4 / (1 + rank),
+                    0.2,
+                    1e-9,
+                    0.01,
+                    rank % 3 == 0,
+                    say("style"),
+                )
+                for rank, use in enumerate(uses)
+            ),
         ),
         generations=tuple(
             Generation(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..records import Interval, Record
 from ..training.coherence import Coherence, VariantCoherence
 from .ablation import Ablation
+from .data import Mirror
 from .labels import Agreement, Labels, Robustness
 from .preferences import PreferenceScores
 
@@ -29,6 +30,8 @@ ROBUST, FRAGILE = 0.95, 0.8
 ENOUGH_DRAWS = 20
 # Without redrawn labels, agreement with a reference.
 TRUSTED_MCC, DISTRUSTED_MCC = 0.7, 0.3
+# Steering mirrors the data if more than this share of its mass is explained by them.
+EXPLAINED = 0.5
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,34 @@ def judge_labels(
         verdict = "yes" if lowest >= TRUSTED_MCC else "unsure" if lowest >= DISTRUSTED_MCC else "no"
     text = "; ".join(parts)
     return Finding(question, verdict, f"{text[:1].upper()}{text[1:]}.")
+
+
+def judge_mirror(mirror: Mirror | None) -> Finding:
+    """Yes if most of the steering is explained; no if no more than by chance, or against it."""
+    question = "Does it mirror its data?"
+    if mirror is None or mirror.explained is None or mirror.cosine is None:
+        return Finding(question, "unsure", "There are too few pairs, or there is no steering.")
+    explained, cosine = mirror.explained, mirror.cosine
+    if explained.low > max(EXPLAINED, mirror.by_chance) and cosine.low > 0:
+        verdict = "yes"
+    elif explained.high <= mirror.by_chance or cosine.high < 0:
+        verdict = "no"
+    else:
+        verdict = "unsure"
+    unknown = mirror.unexplained
+    text = (
+        f"{explained.value:.0%} [{explained.low:.0%}, {explained.high:.0%}] of the steering is on "
+        "features that tell chosen from rejected answers in the direction in which they are "
+        f"steered ({mirror.by_chance:.0%} by chance); cosine with the data's contrast "
+        f"{_interval(cosine, '.2f')}"
+    )
+    if mirror.correlation is not None:
+        text += f", rank correlation {_interval(mirror.correlation, '.2f')}"
+    if unknown:
+        most = unknown[0]
+        known = f" ({most.label})" if most.label else ""
+        text += f". Of the rest, feature {most.feature}{known} has most: {most.share:.1%}"
+    return Finding(question, verdict, f"{text}.")
 
 
 def _concluded(

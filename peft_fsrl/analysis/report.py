@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 
 from ..records import Interval
 from ..training.coherence import VariantCoherence
@@ -12,13 +13,15 @@ from .audit.audit import Audit
 from .buckets import LengthBucket
 from .composition import Firing
 from .concentration import QUANTILES, Concentration, Magnitudes
+from .data import Curation, DataContrast
 from .diff import AdapterDifference, FeatureDifference
 from .doctor import Checkup
 from .evaluation import Evaluation, TaskScores
 from .findings import Finding
 from .generations import Continuation, Generation
 from .harness import TaskFigure
-from .layout import clean_text, paragraph, shorten, table, title
+from .labels import Context
+from .layout import WIDTH, clean_text, paragraph, shorten, table, title
 from .preferences import PreferenceScores
 from .summary import Summary
 from .sweeps import SweepPoint
@@ -388,6 +391,95 @@ def render_checkup(checkup: Checkup) -> str:
     headers = ["  place", "model", "unexplained", "active per token", "never active", "tokens"]
     heading = paragraph("", f"The SAE {checkup.sae} on {checkup.dataset}")
     return f"{heading}\n\n{table(headers, rows)}\n\n{render_findings(checkup.findings)}\n"
+
+
+def render_contrast(contrast: DataContrast, n_features: int = 15) -> str:
+    """What a preference set prefers: categories, features, examples.
+
+    Args:
+        contrast: from ``compute_contrast``.
+        n_features: how many features to list.
+    """
+    categories = [
+        [
+            shorten(each.category, 24),
+            str(each.n_features),
+            str(each.n_tested),
+            str(each.n_separating),
+            "-" if each.share is None else _share(each.share),
+            _share(each.accuracy),
+        ]
+        for each in contrast.categories
+    ]
+    features = [
+        [
+            str(each.feature),
+            shorten(each.label or "-", 22),
+            "{:+.3f} [{:+.3f}, {:+.3f}]".format(*astuple(each.difference)[:3]),
+            f"{each.effect:+.2f}",
+            f"{each.auroc.value:.2f}",
+            f"{each.q:.0e}" if each.q > 1e-99 else "<1e-99",
+            f"{each.pull.value:+.3f}",
+            f"{each.pull_per_token:.2f}",
+        ]
+        for each in contrast.features[:n_features]
+    ]
+    lines = [
+        paragraph(
+            "",
+            f"{contrast.n_pairs:,} pairs of {contrast.dataset}, {contrast.n_topics} topics. The "
+            f"chosen answer is the longer one in {_share(contrast.longer)}.",
+        ),
+        title(f"Features that separate: {contrast.n_separating} of {contrast.n_tested} tested"),
+        table(
+            ["category", "features", "tested", "separate", "of the contrast", "prefers the chosen"],
+            categories,
+        ),
+        title("Most clearly separating features"),
+        table(
+            [
+                "feature",
+                "detects",
+                "chosen - rejected",
+                "effect",
+                "AUROC",
+                "q",
+                "pull",
+                "per token",
+            ],
+            features,
+        ),
+    ]
+    for examples in contrast.examples:
+        lines.append(title(f"Feature {examples.feature}"))
+        for name, contexts in (("chosen", examples.chosen), ("rejected", examples.rejected)):
+            lines += [f"{name:8}  {shorten(_marked(context), WIDTH - 10)}" for context in contexts]
+    return "\n".join(lines) + "\n"
+
+
+def render_curation(curation: Curation) -> str:
+    """What a curated copy leaves of a preference, in a few sentences."""
+    done = {"drop": "dropped", "relabel": "flipped"}[curation.action]
+    named = ", ".join(map(str, curation.features[:10]))
+    more = len(curation.features) - 10
+    return paragraph(
+        "",
+        f"The features {named}{f' and {more} more' if more > 0 else ''} prefer the chosen answer "
+        f"in {curation.agree:,} of {curation.n_pairs:,} pairs and the rejected one in "
+        f"{curation.disagree:,}; in {curation.alone:,} the others do not support the chosen one. "
+        f"{len(curation.rows):,} pairs are {done}. The features then prefer the chosen answer in "
+        f"{_share(curation.after)} of the pairs instead of {_share(curation.before)}, the others "
+        f"in {_share(curation.rest_after)} instead of {_share(curation.rest_before)}.",
+    )
+
+
+def _marked(context: Context) -> str:
+    """A context with the token in brackets on which the feature is most active."""
+    strongest = max(range(len(context.tokens)), key=lambda i: abs(context.activations[i]))
+    return "".join(
+        f"{token[: len(token) - len(token.lstrip())]}[{token.strip()}]" if i == strongest else token
+        for i, token in enumerate(context.tokens)
+    )
 
 
 def render_difference(difference: AdapterDifference, n_features: int = 30) -> str:

@@ -20,17 +20,21 @@ _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet
 
 
 def add_data_arguments(
-    parser: argparse.ArgumentParser, n_pairs: int, required: bool = True
+    parser: argparse.ArgumentParser,
+    n_pairs: int,
+    required: bool = True,
+    split: str = "test",
+    held_out: bool = True,
 ) -> None:
     """Options for the data set of a command."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
         required=required,
-        help="held-out preference pairs: a name on the Hub, a folder, a .json, .jsonl, .csv or "
-        f".parquet file, or {ORGANISM!r} for the built-in model organism's",
+        help=f"{'held-out ' if held_out else ''}preference pairs: a name on the Hub, a folder, "
+        f"a .json, .jsonl, .csv or .parquet file, or {ORGANISM!r} for the built-in organism's",
     )
-    group.add_argument("--split", default="test", help="of a data set that has splits")
+    group.add_argument("--split", default=split, help=f"of a data set that has splits ({split})")
     group.add_argument("--n-pairs", type=int, default=n_pairs, help="only the first N; 0 takes all")
     group.add_argument("--max-length", type=int, help="leave out pairs whose prompt fills it")
     group.add_argument("--style", type=float, default=0.9, help="organism: see docs/organism.md")
@@ -121,21 +125,34 @@ def load_adapter(adapter: str, args: argparse.Namespace) -> Adapter:
 
 
 def load_rows(args: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, str]], str]:
-    """Held-out pairs as texts, and what to call them.
+    """Held-out pairs as texts, and what to call them; see ``load_preferences``."""
+    dataset, name = load_preferences(args, tokenizer)
+    return as_texts(dataset, tokenizer), name
+
+
+def load_preferences(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, str]:
+    """Pairs with all their columns and their prompts made explicit, and what to call them.
 
     Rows that nothing can be read from (no prompt, an empty answer, twice the same) are left out.
 
     Raises:
         ValueError: for a data set without pairs, without their columns or without a usable row.
     """
-    from ..training.data import check_columns, pair_texts, prepare_preferences
+    from ..training.data import check_columns, prepare_preferences
 
     dataset, name = _load_dataset(args)
     check_columns(dataset.column_names)
     prepared = prepare_preferences(
         _first(dataset, args.n_pairs), tokenizer, max_length=args.max_length, unusable="drop"
     )
-    return pair_texts(prepared.dataset, tokenizer), name
+    return prepared.dataset, name
+
+
+def as_texts(dataset: Any, tokenizer: Any) -> list[dict[str, str]]:
+    """Pairs as texts ``prompt``, ``chosen`` and ``rejected``."""
+    from ..training.data import pair_texts
+
+    return pair_texts(dataset, tokenizer)
 
 
 def load_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, str]], str]:
@@ -185,6 +202,15 @@ def open_session(
     )
 
 
+def sae_reference(name: str) -> str:
+    """What names an SAE; the organism's ships with the package."""
+    if name != ORGANISM:
+        return name
+    from ..organism import load
+
+    return str(load().sae_path)
+
+
 def _load_dataset(args: argparse.Namespace) -> tuple[Any, str]:
     dataset, name = _find_dataset(args)
     if not len(dataset):
@@ -200,8 +226,9 @@ def _find_dataset(args: argparse.Namespace) -> tuple[Any, str]:
         from ..organism import preferences
 
         knobs = {"style": args.style, "honesty": args.honesty}
-        # The seed with which examples/simpo.py holds out its pairs.
-        pairs = preferences(args.n_pairs or 400, seed=f"test-{args.seed}", **knobs)
+        # The seeds with which examples/simpo.py trains, and holds out pairs.
+        n_pairs = args.n_pairs or (4000 if args.split == "train" else 400)
+        pairs = preferences(n_pairs, seed=f"{args.split}-{args.seed}", **knobs)
         described = ", ".join(f"{name} {value:g}" for name, value in knobs.items())
         return pairs, f"the model organism ({described})"
     path = Path(args.dataset)

@@ -10,13 +10,13 @@ from ..analysis.doctor import compute_checkup
 from ..analysis.report import render_checkup
 from ..files import write_text_atomically
 from ._inputs import (
-    ORGANISM,
     add_data_arguments,
     add_model_arguments,
     load_model,
     load_texts,
     load_tokenizer,
     open_session,
+    sae_reference,
 )
 from .main import say
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             open_session(load_model(args.model, args), tokenizer, rows, args),
             max_length=args.max_length,
         ),
-        _sae(args.sae),
+        sae_reference(args.sae),
         layer=args.layer,
         compare_model=other,
         model_name=args.model,
@@ -57,11 +57,3 @@ def run(args: argparse.Namespace) -> int:
         write_text_atomically(args.json, checkup.to_json())
     say(render_checkup(checkup))
     return DOES_NOT_FIT if any(each.verdict == "no" for each in checkup.findings) else 0
-
-
-def _sae(name: str) -> str:
-    if name != ORGANISM:
-        return name
-    from ..organism import load
-
-    return str(load().sae_path)

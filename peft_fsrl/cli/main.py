@@ -17,6 +17,7 @@ OK, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
 # imported.
 COMMANDS = {
     "audit": "what an adapter changed, whether it helps, and what carries it",
+    "data": "what a preference set will teach, before any training, and a curated copy of it",
     "doctor": "whether an SAE fits a model and its data, before any training",
     "labels": "what the features that an adapter steers mean, by a judge",
     "diff": "two adapters on the same SAE, feature by feature",

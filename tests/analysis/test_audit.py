@@ -25,7 +25,13 @@ from peft_fsrl.analysis import (
     score_preferences,
 )
 from peft_fsrl.analysis.audit import AuditSettings, compute_audit, stages
-from peft_fsrl.analysis.findings import judge_ablations, judge_coherence, judge_gain, judge_labels
+from peft_fsrl.analysis.findings import (
+    judge_ablations,
+    judge_coherence,
+    judge_gain,
+    judge_labels,
+    judge_mirror,
+)
 from peft_fsrl.analysis.labels import FeatureLabel, Labels
 from peft_fsrl.analysis.rendering import add_audit, render_audit_html, render_card_section
 from peft_fsrl.analysis.report import render_audit
@@ -284,11 +290,49 @@ def test_an_adapter_that_steers_nothing(model: PeftModel) -> None:
     assert render_audit(audit)
 
 
+def test_the_mirror_needs_enough_pairs(model: PeftModel, tmp_path: Path) -> None:
+    few = audit_of(model)
+    assert few.mirror is None
+    assert "Fewer than 20 pairs" in few.note("mirror")
+    assert few.findings[4].verdict == "unsure"
+    rows = list(helpers.tiny_preferences(24))
+    audit = audit_of(model, tmp_path, rows=rows)
+    assert audit.mirror is not None
+    assert audit.mirror.n_pairs == 24
+    assert audit.mirror.n_steered == audit.n_steered[0]
+    assert f"{audit.mirror.explained.value:.0%}" in audit.findings[4].answer
+    assert (tmp_path / "parts" / "pairs-0000000.safetensors").is_file()
+    assert Audit.from_json(audit.to_json()) == audit
+
+
+@pytest.mark.parametrize(
+    ("explained", "cosine", "by_chance", "verdict"),
+    [
+        (0.9, 0.5, 0.3, "yes"),
+        (0.9, 0.5, 0.9, "unsure"),
+        (0.9, 0.04, 0.3, "unsure"),
+        (0.52, 0.5, 0.3, "unsure"),
+        (0.4, 0.5, 0.3, "unsure"),
+        (0.2, 0.5, 0.3, "no"),
+        (0.9, -0.1, 0.3, "no"),
+    ],
+)
+def test_verdict_on_the_mirror(
+    explained: float, cosine: float, by_chance: float, verdict: str
+) -> None:
+    near = [Interval(value, value - 0.05, value + 0.05) for value in (explained, cosine)]
+    mirror = replace(make_audit().mirror, explained=near[0], cosine=near[1], by_chance=by_chance)
+    found = judge_mirror(mirror)
+    assert found.verdict == verdict
+    first = next(each for each in mirror.features if not each.explained)
+    assert f"feature {first.feature} (style) has most" in found.answer
+
+
 def test_without_labels(model: PeftModel) -> None:
     audit = audit_of(model, labels=None)
     assert audit.ablations == audit.compositions == ()
     assert "no labels" in audit.note("ablations")
-    assert [finding.verdict for finding in audit.findings[2:]] == ["unsure", "unsure"]
+    assert [finding.verdict for finding in audit.findings[2:]] == ["unsure"] * 3
 
 
 @pytest.mark.parametrize(

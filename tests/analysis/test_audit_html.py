@@ -135,6 +135,7 @@ def test_parts_without_data_say_why() -> None:
         ablations=(),
         single=None,
         static_dynamic=None,
+        mirror=None,
         generations=(),
         promoted=(),
         suppressed=(),
@@ -147,8 +148,8 @@ def test_parts_without_data_say_why() -> None:
     )
     page = render_audit_html(bare, draw_audit(bare))
     assert "Nobody labeled &lt;anything&gt;." in page
-    assert page.count('class="absent"') == 9
-    assert Outline(page).tags.count("section") == 13
+    assert page.count('class="absent"') == 10
+    assert Outline(page).tags.count("section") == 14
 
 
 @needs_browser
@@ -356,7 +357,7 @@ def test_a_wide_sae_gives_a_small_page() -> None:
 def test_a_wide_sae_gives_a_page_that_opens(open_page: Callable[..., Any]) -> None:
     audit = wide_audit()
     page = open_page(render_audit_html(audit, draw_audit(audit)))
-    assert page.locator("section").count() == 13
+    assert page.locator("section").count() == 14
     assert page.locator("#known").evaluate("e => Object.keys(JSON.parse(e.textContent)).length") > 0
 
 

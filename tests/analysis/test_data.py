@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,16 +13,18 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from helpers import fsrl_model, tiny_model, tiny_preferences, tiny_sae, tiny_tokenizer
 from peft_fsrl import FSRLConfig, organism
-from peft_fsrl.analysis import Session, rank_layers
+from peft_fsrl.analysis import Session, compute_usage, rank_layers
 from peft_fsrl.analysis.data import (
     DataContrast,
     apply_curation,
     compute_contrast,
     compute_curation,
+    compute_mirror,
 )
 from peft_fsrl.analysis.data import reading as reading_module
 from peft_fsrl.analysis.data.contrast import contrast_features, describe_features
@@ -352,6 +355,45 @@ def test_dropping_and_flipping_balance_a_feature_and_keep_the_rest(tmp_path: Pat
             assert other["prompt"] == one["prompt"]
     with pytest.raises(ValueError, match="nothing is there to drop"):
         compute_curation(session, organism.load().features("verbosity"), "drop", out=tmp_path)
+
+
+def test_a_mirror_is_a_count_by_hand() -> None:
+    rows = list(tiny_preferences(40))
+    for row in rows:
+        # Half of the vocabulary is preferred to the other.
+        row["chosen"] = re.sub(r"\d+", lambda word: str(3 + int(word[0]) % 18), row["chosen"])
+        row["rejected"] = re.sub(r"\d+", lambda word: str(21 + int(word[0]) % 18), row["rejected"])
+    session = Session(fsrl_model(), tiny_tokenizer(), rows)
+    usage = compute_usage(session, labels={use: f"kind {use}" for use in range(24)})
+    mirror = compute_mirror(session, usage, n_features=100)
+    found = contrast_features(read_pairs(session), topics=None, n_topics=8, seed=0)
+    v, mass = {}, {}
+    for use in usage.features:
+        v[use.feature], mass[use.feature] = use.mean_steering, use.mean_abs_steering
+    features = sorted(v)
+    contrast = found.difference[features].numpy()
+    steering = np.array([v[feature] for feature in features])
+    assert mirror.n_steered == len(features)
+    assert mirror.correlation.value == pytest.approx(spearmanr(steering, contrast).statistic)
+    assert mirror.cosine.value == pytest.approx(
+        steering @ contrast / np.linalg.norm(steering) / np.linalg.norm(found.difference.numpy())
+    )
+    assert mirror.cosine.low < mirror.cosine.value < mirror.cosine.high
+    separates = found.separates
+    explained = {f for f in features if separates[f] and v[f] * float(found.difference[f]) > 0}
+    assert 0 < len(explained) < len(features)
+    share = sum(mass[f] for f in explained) / sum(mass.values())
+    assert mirror.explained.value == pytest.approx(share)
+    assert {each.feature for each in mirror.features if each.explained} == explained
+    assert {each.feature for each in mirror.unexplained} == set(features) - explained
+    assert mirror.by_chance == pytest.approx(int(separates.sum()) / int(found.tested.sum()) / 2)
+    first = max(features, key=lambda feature: mass[feature])
+    assert mirror.features[0].feature == first
+    assert mirror.features[0].label == f"kind {first}"
+    assert mirror.features[0].steering == pytest.approx(v[first])
+    assert mirror.features[0].share == pytest.approx(mass[first] / sum(mass.values()))
+    with pytest.raises(ValueError, match="chosen answers, got 'prompt'"):
+        compute_mirror(session, compute_usage(session, segment="prompt"))
 
 
 def test_bad_input() -> None:

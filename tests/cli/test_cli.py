@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from judge_server import Reply, serve
 from peft_fsrl import FSRLConfig, organism
 from peft_fsrl.analysis import AdapterDifference, Audit, Checkup, statistics
+from peft_fsrl.analysis.data import Curation, DataContrast
+from peft_fsrl.analysis.data import reading as data_reading
 from peft_fsrl.analysis.labels import load_labels, organism_labels, save_labels
 from peft_fsrl.cli.audit import add_arguments
 from peft_fsrl.cli.diff import require_same_saes
@@ -379,6 +381,66 @@ def test_an_interrupted_audit_keeps_what_it_has(
     kept = {path.stem for path in (out / "parts").iterdir()}
     assert {"scores_base", "scores_trained", "usages", "coherence", "single"} <= kept
     assert not (out / "audit.json").exists()
+
+
+LENS = ["data", "--model", "organism", "--sae", "organism", "--dataset", "organism"]
+
+
+def test_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What was curated is read from a file with all its columns, messages as they were.
+    rows = organism.preferences(120, seed="file", conversational=True)
+    rows.to_json(tmp_path / "pairs.jsonl")
+    command = [*LENS[:-1], str(tmp_path / "pairs.jsonl"), "--labels", "organism"]
+    command += ["--categories", "style,honesty", "--topic", "topic", "--out", str(tmp_path / "out")]
+    assert main([*command, "--n-examples", "1"]) == 0
+    said = capsys.readouterr().out
+    record = DataContrast.from_json((tmp_path / "out" / "data.json").read_text())
+    assert [each.category for each in record.categories] == ["all features", "style", "honesty"]
+    assert (record.n_pairs, record.n_topics) == (120, 4)
+    assert f"{record.n_separating} of {record.n_tested} tested" in said
+    assert f"\n{record.features[0].feature} " in said
+    assert "chosen    " in said
+    assert "rejected  " in said
+    assert max(map(len, said.splitlines())) <= 98
+    assert not (tmp_path / "out" / "curated.jsonl").exists()
+    # What was read is not read again.
+    monkeypatch.delattr(data_reading, "_read")
+    for action in ("drop", "relabel"):
+        assert main([*command, f"--{action}", "style, 137"]) == 0
+        assert "pairs are " + {"drop": "dropped", "relabel": "flipped"}[action] in " ".join(
+            capsys.readouterr().out.split()
+        )
+        copy = Dataset.from_json(str(tmp_path / "out" / "curated.jsonl"))
+        curation = Curation.from_json((tmp_path / "out" / "curation.json").read_text())
+        assert curation.features == tuple(sorted(organism.load().features("style")))
+        assert set(copy.column_names) == set(rows.column_names)
+        changed = len(curation.rows)
+        assert changed > 30
+        assert len(copy) == (120 - changed if action == "drop" else 120)
+        assert copy[0]["chosen"][0]["role"] == "assistant"
+        assert sum(copy["chosen_style"]) / len(copy) == pytest.approx(0.5, abs=0.03)
+
+
+def test_wrong_requests_about_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = [*LENS, "--out", tmp_path / "out", "--n-pairs", "24"]
+    for more, message in (
+        (["--topic", "mood"], "Expected a column 'mood' with topics, found ["),
+        (["--drop", "style"], "got 'style'. Categories need --labels."),
+        (["--labels", "organism", "--relabel", "mood"], "got 'mood'."),
+        (["--categories", "style"], "Expected --labels with --categories"),
+        (["--labels", "organism", "--categories", "mood"], "categories that the labels know"),
+        (["--drop", "384"], "Feature 384 does not exist"),
+        (["--n-topics", "0"], "Expected --n-topics of 1 or more, got 0"),
+        (["--n-pairs", "5"], "at least 20 preference pairs"),
+        (["--layer", "9"], "Layer 9 does not exist"),
+        (["--sae", tmp_path / "none"], "none"),
+    ):
+        assert message in refusal(capsys, *wrong, *more)
+    with pytest.raises(SystemExit):
+        main([*map(str, wrong), "--drop", "1", "--relabel", "2"])
+    capsys.readouterr()
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ class Mutant(NamedTuple):
 FORMULA = ("test_properties.py::test_steered_output_is_the_formula",)
 MODEL = ("tuner/test_model.py::test_steers_the_output_of_the_layer",)
 USAGE = ("analysis/test_usage.py::test_segments_equal_a_loop_over_tokens",)
+DATA = "analysis/test_data.py::"
 COMPOSITION = ("analysis/test_usage.py::test_composition_equals_a_count_by_hand",)
 EFFECTS = (
     "analysis/test_effects.py::test_controls_of_equal_mass",
@@ -1160,6 +1161,84 @@ MUTANTS = (
         "None if other_text is None else measure(other_text)",
         "None if other_text is None else measure(data)",
         ("equivalence/test_export.py::test_what_a_lora_does_where_the_adapter_is_silent",),
+    ),
+    # The lens on the data
+    Mutant(
+        "answers are compared at unlike positions",
+        "analysis/data/reading.py",
+        "matched = _mean(acts[0][:shorter]) - _mean(acts[1][:shorter])",
+        "matched = _mean(acts[0]) - _mean(acts[1])",
+        (f"{DATA}test_a_reading_is_a_loop_over_tokens",),
+    ),
+    Mutant(
+        "the features of a steered model are read",
+        "analysis/data/reading.py",
+        "with session.base(), differentiable(model), observe(model, events.append):",
+        "with differentiable(model), observe(model, events.append):",
+        (f"{DATA}test_the_adapter_and_the_mode_of_the_model_do_not_matter",),
+    ),
+    Mutant(
+        "what was read of other pairs is taken again",
+        "analysis/data/reading.py",
+        "own = digest_json([key, some.rows])",
+        "own = digest_json([key, len(some.rows)])",
+        (f"{DATA}test_what_was_read_is_not_read_again",),
+    ),
+    Mutant(
+        "errors of a contrast are those of equal spread",
+        "analysis/data/contrast.py",
+        "variance = _residual_sum(reading, design, coefficients, (leverage / kept) ** 2)",
+        "variance = _residual_sum(reading, design, coefficients, leverage**2)",
+        (f"{DATA}test_the_test_of_a_feature_is_a_regression_with_hc3_errors",),
+    ),
+    Mutant(
+        "a longer answer passes for a preference",
+        "analysis/data/contrast.py",
+        "    if ratio.any():",
+        "    if False:",
+        (f"{DATA}test_length_and_topic_do_not_pass_for_preference",),
+    ),
+    Mutant(
+        "many tests are taken one by one",
+        "analysis/data/contrast.py",
+        "q[tested] = statistics.false_discovery_rates(p[tested])",
+        "q[tested] = p[tested]",
+        (f"{DATA}test_few_false_discoveries_and_none_of_rare_features",),
+    ),
+    Mutant(
+        "a probe is fitted on the pairs that it scores",
+        "analysis/data/probe.py",
+        "fitted = torch.where(fold == number, 0.0, weights)",
+        "fitted = weights",
+        (f"{DATA}test_a_probe_finds_what_is_there_and_nothing_else",),
+    ),
+    Mutant(
+        "a probe is fitted on copies of the pairs that it scores",
+        "analysis/data/probe.py",
+        "fold = torch.tensor([_fold(row) for row in rows])",
+        "fold = torch.arange(len(rows)) * FOLDS // len(rows)",
+        (f"{DATA}test_a_probe_finds_what_is_there_and_nothing_else",),
+    ),
+    Mutant(
+        "the pairs that others support most are changed",
+        "analysis/data/curation.py",
+        "order = torch.where(agrees, rest, torch.inf).argsort(stable=True)",
+        "order = torch.where(agrees, -rest, torch.inf).argsort(stable=True)",
+        (f"{DATA}test_dropping_and_flipping_balance_a_feature_and_keep_the_rest",),
+    ),
+    Mutant(
+        "as many pairs are flipped as would have to be dropped",
+        "analysis/data/curation.py",
+        "n = surplus if action == DROP else surplus // 2",
+        "n = surplus",
+        (f"{DATA}test_dropping_and_flipping_balance_a_feature_and_keep_the_rest",),
+    ),
+    Mutant(
+        "steering against the data is explained by them",
+        "analysis/data/mirror.py",
+        "explained = found.separates[places] & (steering.sign() == difference.sign())",
+        "explained = found.separates[places]",
+        (f"{DATA}test_a_mirror_is_a_count_by_hand",),
     ),
     Mutant(
         "chance is measured on the change itself",

@@ -15,7 +15,15 @@ from ..composition import Composition
 from ..concentration import Concentration, Magnitudes, compute_concentration
 from ..content import digest_json
 from ..curves import TrainingCurves, load_training_curves
-from ..findings import Finding, judge_ablations, judge_coherence, judge_gain, judge_labels
+from ..data import Mirror
+from ..findings import (
+    Finding,
+    judge_ablations,
+    judge_coherence,
+    judge_gain,
+    judge_labels,
+    judge_mirror,
+)
 from ..generations import Generation
 from ..labels import Agreement, Labels, Robustness
 from ..preferences import PreferenceScores
@@ -57,6 +65,7 @@ class Audit(Record):
         ablations: per category; empty without labels.
         single: single features zeroed, or None.
         static_dynamic: or None.
+        mirror: how much of the steering the data predict, or None.
         generations: sample texts.
         promoted: features with the most promotion, most first.
         suppressed: features with the most suppression, most first.
@@ -89,6 +98,7 @@ class Audit(Record):
     ablations: tuple[Ablation, ...]
     single: FeatureAblations | None
     static_dynamic: StaticDynamic | None
+    mirror: Mirror | None
     generations: tuple[Generation, ...]
     promoted: tuple[FeatureCard, ...]
     suppressed: tuple[FeatureCard, ...]
@@ -162,6 +172,7 @@ def compute_audit(
             judge_coherence(stages.coherence),
             judge_ablations(base, trained, stages.ablations),
             judge_labels(labels, stages.agreements, robustness, stages.ablations),
+            judge_mirror(stages.mirror),
         ),
         base=base,
         trained=trained,
@@ -185,6 +196,7 @@ def compute_audit(
         ablations=stages.ablations,
         single=stages.single,
         static_dynamic=stages.static_dynamic,
+        mirror=stages.mirror,
         generations=stages.generations,
         promoted=promoted,
         suppressed=suppressed,

@@ -15,6 +15,7 @@ from ..ablation import Ablation, measure_categories
 from ..composition import Composition, compute_compositions, count_features
 from ..concentration import Magnitudes, measure_magnitudes
 from ..content import digest_adapter, digest_base, digest_json, digest_tokenizer
+from ..data import ENOUGH_PAIRS, Mirror, compute_mirror
 from ..generations import Generation, compare_generations
 from ..labels import (
     Agreement,
@@ -46,6 +47,7 @@ _PAIRS = 100
 _NO_LABELS = "The features have no labels: nobody said what they mean."
 _NO_CATEGORY = "The labels put no feature into a category that was asked for."
 _NOT_ASKED = "Not asked for."
+_FEW_PAIRS = f"Fewer than {ENOUGH_PAIRS} pairs do not say what data prefer."
 _NO_STEERING = "The adapter steers fewer than two features on the chosen answers."
 
 
@@ -152,7 +154,8 @@ class Stages:
             "reference labels": digest_json(to_plain(reference)),
             "settings": digest_json([asdict(settings), run]),
         }
-        self.parts = Parts(None if out is None else Path(out) / "parts", inputs)
+        self.folder = None if out is None else Path(out) / "parts"
+        self.parts = Parts(self.folder, inputs)
         self.notes: dict[str, str] = {}
         self.label_key = digest_json([to_plain(labels), list(self.categories)])
         # Seconds, and it may find that the two sources have nothing in common.
@@ -303,6 +306,19 @@ class Stages:
             )
 
         return self.parts.make("static_dynamic", StaticDynamic, compare)
+
+    @cached_property
+    def mirror(self) -> Mirror | None:
+        """Whether the adapter steers what the pairs prefer."""
+        few = len(self.session.rows) < ENOUGH_PAIRS
+        if few or not self.chosen.features:
+            self.skip("mirror", _FEW_PAIRS if few else _NO_STEERING)
+            return None
+
+        def compare() -> Mirror:
+            return compute_mirror(self.session, self.chosen, out=self.folder)
+
+        return self.parts.make("mirror", Mirror, compare, self.label_key)
 
     @cached_property
     def coherence(self) -> tuple[VariantCoherence, ...]:

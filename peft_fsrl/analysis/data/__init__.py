@@ -1,6 +1,7 @@
 """The lens on preference data: what they prefer, before training, and whether an adapter does."""
 
 from .contrast import (
+    ENOUGH_PAIRS,
     CategoryContrast,
     DataContrast,
     FeatureContrast,
@@ -12,6 +13,7 @@ from .mirror import Mirror, MirroredFeature, compute_mirror
 
 __all__ = [
     "DROP",
+    "ENOUGH_PAIRS",
     "RELABEL",
     "CategoryContrast",
     "Curation",

@@ -411,5 +411,7 @@ def _contexts(
     session: Session, rows: Sequence[int], feature: int, side: str
 ) -> tuple[Context, ...]:
     some = replace(session, dataset=[session.rows[row] for row in rows], progress=False)
-    [evidence] = collect_evidence(some, [feature], n_contexts=len(rows), answer=side, held_out=0.0)
+    [evidence] = collect_evidence(
+        some, [feature], n_contexts=len(rows), answer=side, held_out=0.0, in_answers=True
+    )
     return evidence.contexts

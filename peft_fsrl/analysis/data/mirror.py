@@ -160,11 +160,11 @@ def _cosine(
     for some in torch.arange(reading.n_features).split(_COLUMNS):
         differences = leverage[:, None] * reading.dense(some)
         products += differences @ differences.T
-    steered, differences = signed.numpy(), (leverage[:, None] * reading.dense(places)).numpy()
+    steered, contrast = signed.numpy(), (leverage[:, None] * reading.dense(places)).numpy()
     lengths = products.numpy()
 
     def cosine(weights: Any) -> Any:
-        v, d = weights @ steered, weights @ differences
+        v, d = weights @ steered, weights @ contrast
         norms = (v**2).sum(axis=1) * ((weights @ lengths) * weights).sum(axis=1)
         return (v * d).sum(axis=1) / np.where(norms > 0, norms, 1.0) ** 0.5
 

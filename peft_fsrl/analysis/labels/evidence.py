@@ -76,6 +76,7 @@ def collect_evidence(
     n_tokens: int = 8,
     answer: str = "chosen",
     held_out: float = HELD_OUT,
+    in_answers: bool = False,
 ) -> tuple[FeatureEvidence, ...]:
     """Top activating contexts, density and promoted tokens of some features, in one pass.
 
@@ -93,6 +94,7 @@ def collect_evidence(
         n_tokens: promoted, and suppressed, tokens per feature.
         answer: the column that follows the prompt.
         held_out: share of prompts left out, for ``collect_held_out``.
+        in_answers: only tokens of answers count.
 
     Returns:
         One record per feature, in the order given.
@@ -108,7 +110,7 @@ def collect_evidence(
     active = torch.zeros(reader.n_features, dtype=torch.float64)
     n_counted = 0
     for ids, counted, acts in reader.read(
-        answer, lambda row: not is_held_out(row, held_out, answer)
+        answer, lambda row: not is_held_out(row, held_out, answer), in_answers
     ):
         peaks, places = acts.abs().max(dim=0)
         strongest.offer(peaks, ids, acts, _starts(places, len(ids), window))
@@ -203,7 +205,10 @@ class _Reader:
         return tuple(found[feature] for feature in self._asked)
 
     def read(
-        self, answer: str, wanted: Callable[[Mapping[str, str]], bool]
+        self,
+        answer: str,
+        wanted: Callable[[Mapping[str, str]], bool],
+        in_answers: bool = False,
     ) -> Iterator[tuple[list[int], Bool[Tensor, "seq"], Float[Tensor, "seq n_features"]]]:
         """Ids, which of them count, and activations, zero where not, of each text, on the CPU.
 
@@ -239,6 +244,8 @@ class _Reader:
                     # One at a time: the activations of a whole batch may not fit.
                     acts = self._sae.encode(hidden_states[row : row + 1, : len(ids)])[0]
                     counted = counted[: len(ids)]
+                    if in_answers:
+                        counted[: part[row].n_prompt] = False
                     yield ids, counted, acts.cpu().float() * counted[:, None]
                 bar.update(len(part))
 

@@ -1,0 +1,155 @@
+"""``peft-fsrl data``: what a preference set will teach, before any training; a curated copy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..analysis import statistics
+from ..analysis.audit.info import short_texts
+from ..analysis.data import DROP, RELABEL, apply_curation, compute_contrast, compute_curation
+from ..analysis.labels import Labels, require_fit
+from ..analysis.report import render_contrast, render_curation
+from ..analysis.segments import active_sae
+from ..files import replacing_file, require_folder, write_text_atomically
+from ._inputs import (
+    add_data_arguments,
+    add_model_arguments,
+    as_texts,
+    load_label_file,
+    load_model,
+    load_preferences,
+    load_tokenizer,
+    open_session,
+    sae_reference,
+)
+from .main import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``peft-fsrl data``."""
+    add = parser.add_argument
+    add("--model", required=True, help="the base model; 'organism' for the built-in one")
+    add("--sae", required=True, help="a folder or release/sae_id; 'organism' for the built-in one")
+    add("--layer", type=int, help="the layer whose output it reads; by default as it says itself")
+    add("--out", type=Path, required=True, help="folder for data.json, a curated copy and parts/")
+    add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
+    add("--categories", help="those of the labels to look at, with commas between; default: all")
+    add("--topic", metavar="COLUMN", help="column of topics; by default kinds of prompts are told")
+    add("--n-topics", type=int, default=8, help="kinds of prompts to tell (8); 1 for no control")
+    add("--n-features", type=int, default=50, help="features to keep (50)")
+    add("--n-examples", type=int, default=4, help="of how many to show examples (4)")
+    both = parser.add_mutually_exclusive_group()
+    for action, text in ((DROP, "leave out"), (RELABEL, "flip")):
+        both.add_argument(
+            f"--{action}",
+            metavar="FEATURES",
+            help=f"write a copy to OUT/curated.jsonl: {text} pairs that these features explain "
+            "alone; numbers or categories of the labels, with commas between",
+        )
+    add_data_arguments(parser, n_pairs=0, split="train", held_out=False)
+    add_model_arguments(parser)
+    add("--beta", type=float, default=10.0, help="SimPO's reward scale")
+    add("--gamma", type=float, default=5.0, help="and target margin")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, say what is preferred, write; what an earlier run has read is not read again."""
+    statistics.require()
+    for name in ("n_topics", "n_features", "n_examples"):
+        least = 1 if name == "n_topics" else 0
+        if getattr(args, name) < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"Expected {flag} of {least} or more, got {getattr(args, name)}.")
+    action = DROP if args.drop is not None else RELABEL
+    asked = args.drop if action == DROP else args.relabel
+    labels = load_label_file(args.labels)
+    categories = _categories(labels, args.categories)
+    features = None if asked is None else _features(asked, labels)
+    require_folder(args.out)
+    tokenizer = load_tokenizer(args.model)
+    dataset, dataset_name = load_preferences(args, tokenizer)
+    topics = _topics(dataset, args.topic)
+    session = open_session(_with_sae(args), tokenizer, as_texts(dataset, tokenizer), args)
+    sae = active_sae(session.model)
+    if labels is not None:
+        require_fit(labels, d_sae=sae.info.d_sae, fingerprint=sae.info.fingerprint)
+    # Known before the work that a copy comes after.
+    sae.positions(features or [])
+    parts = args.out / "parts"
+    contrast = compute_contrast(
+        session,
+        labels=short_texts(labels),
+        categories=categories,
+        topics=topics,
+        n_topics=args.n_topics,
+        n_features=args.n_features,
+        n_examples=args.n_examples,
+        out=parts,
+        dataset_name=dataset_name,
+    )
+    write_text_atomically(args.out / "data.json", contrast.to_json())
+    say(render_contrast(contrast))
+    if features is not None:
+        curation = compute_curation(session, features, action, out=parts)
+        with replacing_file(args.out / "curated.jsonl") as unfinished:
+            apply_curation(dataset, curation).to_json(unfinished, force_ascii=False)
+        write_text_atomically(args.out / "curation.json", curation.to_json())
+        say(f"{render_curation(curation)}\nThe curated copy is {args.out / 'curated.jsonl'}")
+    say(f"The record is {args.out / 'data.json'}")
+    return 0
+
+
+def _with_sae(args: argparse.Namespace) -> Any:
+    """The base model with an adapter of the least size: through it analyses see the SAE."""
+    from peft import get_peft_model
+
+    from ..tuner.config import FSRLConfig
+
+    config = FSRLConfig(layer=args.layer, sae=sae_reference(args.sae), rank=1)
+    return get_peft_model(load_model(args.model, args), config).eval()
+
+
+def _categories(labels: Labels | None, names: str | None) -> dict[str, list[int]]:
+    """Features by category: those asked for, or all that have any."""
+    if names is not None and labels is None:
+        raise ValueError("Expected --labels with --categories: nobody said what features mean.")
+    if labels is None:
+        return {}
+    wanted = [name.strip() for name in names.split(",")] if names else list(labels.categories)
+    unknown = [name for name in wanted if name not in labels.categories]
+    if unknown:
+        raise ValueError(
+            f"Expected categories that the labels know, {list(labels.categories)}; got {unknown}."
+        )
+    found = {name: labels.members(name) for name in wanted}
+    return {name: members for name, members in found.items() if members}
+
+
+def _features(asked: str, labels: Labels | None) -> list[int]:
+    """The features that were named, by number or by category."""
+    known = _categories(labels, None)
+    found: list[int] = []
+    for word in asked.split(","):
+        name = word.strip()
+        if name.isdigit():
+            found.append(int(name))
+        elif name in known:
+            found += known[name]
+        else:
+            raise ValueError(
+                f"Expected numbers of features or categories among {list(known)}, got {name!r}."
+                + ("" if labels else " Categories need --labels.")
+            )
+    return found
+
+
+def _topics(dataset: Any, column: str | None) -> list[str] | None:
+    if column is None:
+        return None
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"Expected a column {column!r} with topics, found {sorted(dataset.column_names)}."
+        )
+    return [str(topic) for topic in dataset[column]]

@@ -1,0 +1,65 @@
+"""The study of preference data in small: pairs that differ in one thing, turning, and its tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from peft_fsrl import organism
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "data_study.py"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("data_study", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["data_study"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_single_pairs_differ_in_one_attribute_alone(study: ModuleType) -> None:
+    world = organism.load().world
+    for attribute in ("style", "honesty"):
+        for row in study.single_pairs(attribute, 5, "x"):
+            sides = [row[side].split() for side in ("chosen", "rejected")]
+            places = [i for i, words in enumerate(zip(*sides, strict=True)) if len({*words}) > 1]
+            slots = [i for i, s in enumerate(world.template) if s.attribute == attribute]
+            assert places == slots
+
+
+def test_a_small_study(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(seed: int) -> object:
+        pairs = organism.preferences(150, seed=f"small-{seed}", **study.PLANTED)
+        truth = {name: [bool(v) for v in pairs[f"chosen_{name}"]] for name in study.PLANTED}
+        big = whole(seed)
+        session = replace(big.session, dataset=pairs, progress=False)
+        return replace(big, session=session, pairs=pairs, truth=truth, n_sweep=150)
+
+    whole = study.organism_world
+    monkeypatch.setattr(study, "organism_world", small)
+    # Training and what comes after it take a minute.
+    monkeypatch.setattr(study, "train", lambda *_: None)
+    monkeypatch.setattr(study, "measure_adapter", lambda variant, *_: variant)
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--seeds", "0"])
+    study.main()
+    found = study.Study.from_json((tmp_path / "organism-0" / "study.json").read_text())
+    given, dropped, flipped = found.variants
+    assert given.style == pytest.approx(0.9, abs=0.05)
+    assert dropped.style == pytest.approx(0.5, abs=0.06)
+    assert flipped.style == pytest.approx(0.5, abs=0.06)
+    assert flipped.n_pairs == 150 > dropped.n_pairs
+    by = {(each.attribute, each.knob): each for each in found.recoveries}
+    for attribute in study.PLANTED:
+        assert by[attribute, 0.95].auroc > 0.9
+        assert by[attribute, 0.95].n_detectors > 10
+        assert by[attribute, 0.5].n_separating <= 2
+    table = (tmp_path / "organism.md").read_text()
+    assert f"| style preferred in the data | {flipped.style:.1%} |" in table
+    assert "| 95% |" in table
