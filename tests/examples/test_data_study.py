@@ -1,4 +1,4 @@
-"""The study of preference data in small: pairs that differ in one thing, turning, and its tables."""
+"""The study of preference data in small: single differences, turned pairs, its tables."""
 
 from __future__ import annotations
 
