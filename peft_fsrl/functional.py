@@ -25,7 +25,8 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-ACTIVATIONS = ("soft_threshold", "relu", "jumprelu")
+ACTIVATIONS = ("soft_threshold", "relu", "jumprelu", "gain")
+_PROMOTES_ONLY = ("relu", "jumprelu")
 
 
 class Norms(NamedTuple):
@@ -165,8 +166,8 @@ def steering_vector(
 
     Args:
         u: pre-activations, shape ``(..., d_sae)``.
-        threshold: ``theta`` for ``soft_threshold``, ``log(theta)`` for ``jumprelu``, None for
-            ``relu``; shape ``(d_sae,)``.
+        threshold: ``theta`` for ``soft_threshold``, ``log(theta)`` for ``jumprelu``, the signed
+            factor of ``gain * relu(u)`` for ``gain``, None for ``relu``; shape ``(d_sae,)``.
         activation: one of ``ACTIVATIONS``.
         bandwidth: kernel width of ``jumprelu``; the others ignore it.
 
@@ -178,6 +179,9 @@ def steering_vector(
     """
     if activation == "relu":
         return torch.relu(u), None
+    if activation == "gain":
+        assert threshold is not None
+        return threshold * torch.relu(u), None
     if activation == "soft_threshold":
         assert threshold is not None
         return soft_threshold(u, threshold), None
@@ -325,7 +329,7 @@ def steer(
     v, gate = steering_vector(u, threshold, activation=activation, bandwidth=bandwidth)
     if edit is not None:
         v = edit(v)
-    promotes_only = activation != "soft_threshold" and edit is None
+    promotes_only = activation in _PROMOTES_ONLY and edit is None
     update = clamped_update(v, sae.encode(x)) if clamps and not promotes_only else v
     return Steered(
         x + sae.decode_update(update, x).to(x.dtype),

@@ -11,7 +11,7 @@ from .config import FSRLConfig
 from .folder import compute_identity
 
 _SMALL_START, _ENCODER_START = 1e-9, 0.02
-_THRESHOLD_NAMES = {"soft_threshold": "threshold", "jumprelu": "log_threshold"}
+_THRESHOLD_NAMES = {"soft_threshold": "threshold", "jumprelu": "log_threshold", "gain": "gain"}
 
 
 class SteeringAdapter(nn.Module):
@@ -26,11 +26,16 @@ class SteeringAdapter(nn.Module):
         device: where the parameters live.
         dtype: dtype of the parameters.
 
+    With the activation ``gain`` only the gains train; weight and bias are buffers, saved like
+    parameters, that hold the SAE's encoder.
+
     Shape:
-        weight ``(n_features, d_in)``, bias and threshold or log_threshold ``(n_features,)``; with a
-        rank, weight ``(n_features, rank)`` and down ``(rank, d_in)``.
+        weight ``(n_features, d_in)``, bias and threshold, log_threshold or gain ``(n_features,)``;
+        with a rank, weight ``(n_features, rank)`` and down ``(rank, d_in)``.
     """
 
+    weight: Tensor
+    bias: Tensor
     down: nn.Parameter | None
 
     def __init__(
@@ -48,6 +53,17 @@ class SteeringAdapter(nn.Module):
         self.bandwidth = config.jumprelu_bandwidth
         self.compiles = config.compile
         self.non_negative = config.non_negative
+        self.register_parameter("down", None)
+        # Saved with the weights, so that they are never loaded over other features.
+        self.register_buffer("identity", torch.zeros(32, dtype=torch.uint8, device=device))
+        if config.activation == "gain":
+            # Zero steers nothing and still has a slope, unlike the other activations.
+            self.gain = nn.Parameter(torch.zeros(n_features, device=device, dtype=dtype))
+            self.register_buffer(
+                "weight", torch.empty(n_features, d_in, device=device, dtype=dtype)
+            )
+            self.register_buffer("bias", torch.empty(n_features, device=device, dtype=dtype))
+            return
         width = config.rank or d_in
         self.weight = nn.Parameter(torch.empty(n_features, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(n_features, device=device, dtype=dtype))
@@ -57,9 +73,6 @@ class SteeringAdapter(nn.Module):
         # In float16 a very small start would round to zero, from where nothing trains.
         scale = max(scale, torch.finfo(self.weight.dtype).smallest_normal / 64)
         nn.init.uniform_(self.weight, -scale, scale)
-        # Saved with the weights, so that they are never loaded over other features.
-        self.register_buffer("identity", torch.zeros(32, dtype=torch.uint8, device=device))
-        self.register_parameter("down", None)
         if config.rank is not None:
             # Of unit size, so that the product starts as small as a full weight does.
             self.down = nn.Parameter(torch.empty(width, d_in, device=device, dtype=dtype))
@@ -74,7 +87,7 @@ class SteeringAdapter(nn.Module):
 
     @property
     def threshold_parameter(self) -> nn.Parameter | None:
-        """``theta`` of ``soft_threshold``, ``log(theta)`` of ``jumprelu``, None for ``relu``."""
+        """What ``act`` has per feature: ``theta``, ``log(theta)``, the gain; None for ``relu``."""
         name = _THRESHOLD_NAMES.get(self.activation)
         # Not `get_parameter`: under FSDP, what stands under the name is a view and no parameter.
         return None if name is None else getattr(self, name)
@@ -92,9 +105,9 @@ class SteeringAdapter(nn.Module):
         Args:
             weight: from ``FrozenSAE.encoder_rows``, shape of ``self.weight``.
             bias: from there, shape ``(n_features,)``.
-            scale: the share; None for 0.02.
+            scale: the share; None for 0.02, and for all of it with ``gain``.
         """
-        scale = scale or _ENCODER_START
+        scale = scale or (1.0 if self.activation == "gain" else _ENCODER_START)
         self.weight.copy_(weight).mul_(scale)
         self.bias.copy_(bias).mul_(scale)
 
@@ -104,3 +117,6 @@ class SteeringAdapter(nn.Module):
             if name != "down":
                 kept = parameter.detach()[rows.to(parameter.device)].clone()
                 setattr(self, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        if self.activation == "gain":
+            self.weight = self.weight[rows.to(self.weight.device)].clone()
+            self.bias = self.bias[rows.to(self.bias.device)].clone()

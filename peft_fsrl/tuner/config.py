@@ -70,7 +70,10 @@ class FSRLConfig(PeftConfig):
         exclude_features: Indices of features that are never steered, in the same form.
         rank: Rank of the adapter's weight as a product of two; None for a full one.
         activation: ``"soft_threshold"`` (two-sided: promotes and suppresses), ``"relu"`` (promotes
-            only) or ``"jumprelu"`` (promotes only, learned jump).
+            only), ``"jumprelu"`` (promotes only, learned jump) or ``"gain"``: one signed factor per
+            feature is trained, ``v = gain * relu(u)``, and ``u`` is the SAE's own encoder, frozen,
+            so that a feature is promoted or suppressed only where it is active. Needs an SAE whose
+            features have an encoder of their own.
         non_negative: Keep ``f + v`` non-negative: a feature can be lowered to zero, not below. Off,
             ``x' = x + decode(v)``, linear in ``v``, and the SAE's encoder is not needed.
         init_weights: ``"uniform"`` (noise) or ``"encoder"``: the SAE's own encoder rows times
@@ -242,6 +245,11 @@ class FSRLConfig(PeftConfig):
         else:
             self.sae = _plain_reference(self.sae)
         self._validate()
+
+    @property
+    def starts_from_encoder(self) -> bool:
+        """Whether the weight starts as rows of the SAE's own encoder."""
+        return self.init_weights == "encoder" or self.activation == "gain"
 
     @property
     def layers(self) -> list[int]:
@@ -492,13 +500,21 @@ def _require_one_sae_per_layer(config: Any) -> None:
 def _require_start(config: Any) -> None:
     """Check that the encoder can start what is asked for."""
     _require_one_of("init_weights", config.init_weights, _INIT_WEIGHTS)
-    if config.init_weights != "encoder":
+    if not config.starts_from_encoder:
         return
     if config.rank is not None:
         raise ValueError(
-            "init_weights='encoder' needs a weight of full rank, for the encoder's rows are; got "
-            f"rank={config.rank}. Leave `rank` out, or use init_weights='uniform'."
+            "The SAE's encoder has rows of full rank and cannot start a weight of "
+            f"rank={config.rank}. Leave `rank` out, or use init_weights='uniform' and an "
+            "activation other than 'gain'."
         )
+    if config.activation == "gain":
+        for name in ("init_scale", "init_threshold"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"activation='gain' starts with gains of zero on the SAE's own encoder, and "
+                    f"`{name}` would do nothing; got {getattr(config, name)}. Leave it out."
+                )
     if config.activation == "soft_threshold":
         raise ValueError(
             "init_weights='encoder' needs activation='relu' or 'jumprelu', got 'soft_threshold'. "

@@ -88,7 +88,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         """Add an adapter, or replace the one of that name, and make it active."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         adapter = SteeringAdapter(sae.info.d_in, sae.n_features, config, device, dtype)
-        if config.init_weights == "encoder":
+        if config.starts_from_encoder:
             adapter.start_from_encoder(*sae.encoder_rows(), config.init_scale)
         adapter.identify(sae.info.fingerprint, sae.features)
         self.fsrl_adapter[adapter_name] = adapter
@@ -254,7 +254,9 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         )
         steer: Callable[..., Steered] = plain
         # A frozen adapter is differentiated by analyses, which may do so twice, or in batches.
-        trains = adapter.weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad)
+        trains = any(p.requires_grad for p in adapter.parameters()) or not (
+            torch.is_grad_enabled() and x.requires_grad
+        )
         if not (edits or keeps or sae.contextual) and trains and compiles(adapter.compiles, x):
             steer = partial(run_compiled, plain)
         parameters = (adapter.weight, adapter.bias, adapter.down, adapter.threshold_parameter)

@@ -79,7 +79,7 @@ class FSRLModel(BaseTuner):
         saes: dict[str, FrozenSAE] = skip_init_on_device(_load_bound_saes)(used)
         for sae in saes.values():
             warn_of_other_model(sae, model)
-            if used.init_weights == "encoder":
+            if used.starts_from_encoder:
                 sae.encoder_rows()
         if used.target_modules is None:
             _refuse_narrowing(used)

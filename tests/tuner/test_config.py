@@ -64,7 +64,7 @@ def test_wrong_kinds(settings: dict[str, Any], match: str) -> None:
         ({"init_weights": True}, "`init_weights` must be one of .*'encoder'.*got True"),
         (
             {"init_weights": "encoder", "activation": "relu", "rank": 4},
-            "init_weights='encoder' needs a weight of full rank.*got rank=4. Leave `rank` out",
+            "cannot start a weight of rank=4. Leave `rank` out",
         ),
         (
             {"init_weights": "encoder"},
