@@ -20,6 +20,7 @@ from .evaluation import Evaluation, TaskScores
 from .findings import Finding
 from .generations import Continuation, Generation
 from .harness import TaskFigure
+from .inspection import Inspection, SteerableFeature
 from .labels import Context
 from .layout import WIDTH, clean_text, paragraph, shorten, table, title
 from .preferences import PreferenceScores
@@ -507,6 +508,93 @@ def render_difference(difference: AdapterDifference, n_features: int = 30) -> st
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def render_inspection(found: Inspection, n_features: int = 10) -> str:
+    """What an adapter can do, the features first that reach farthest, and what sets rare ones off.
+
+    Args:
+        found: from ``compute_inspection``.
+        n_features: how many features to list in each table.
+    """
+    info = found.info
+    bound = "unknown" if found.ratio_bound is None else f"{found.ratio_bound:.0%}"
+    lines = [
+        paragraph(
+            "",
+            f"{info.adapter}: {found.n_features:,} features of {info.sae} can be steered; "
+            f"{found.n_seen:,} are, {found.l0:.1f} per token, at {found.n_tokens:,} tokens of "
+            f"{found.source}.",
+        ),
+        "",
+        render_findings(found.findings),
+        title("||x' - x|| / ||x||"),
+        table(
+            [
+                "mean at ordinary tokens",
+                "largest",
+                "at any x of that norm",
+                "cannot exceed",
+            ],
+            [
+                [
+                    f"{found.ratio_mean:.1%}",
+                    f"{found.ratio_max:.0%}",
+                    f"{found.ratio_worst:.0%}",
+                    bound,
+                ]
+            ],
+        ),
+        "",
+        table(
+            ["moved most by", "||x' - x|| / ||x||"],
+            [
+                [
+                    shorten(repr("".join(each.tokens)), 60)
+                    + (" (searched)" if each.searched else " (ordinary)"),
+                    f"{each.total:.0%}",
+                ]
+                for each in found.loudest
+            ],
+        ),
+        title("Features that reach farthest"),
+        table(
+            ["feature", "detects", "reach", "seen", "tokens", "margin", "listens to", "promotes"],
+            [_reaching(each) for each in found.features[:n_features]],
+        ),
+    ]
+    set_off = sorted(
+        ((each, each.trigger) for each in found.features if each.trigger is not None),
+        key=lambda pair: -pair[1].strength,
+    )
+    if set_off:
+        rows = [
+            [
+                str(each.feature),
+                shorten(each.label or "-", 20),
+                f"{trigger.strength:.1%}",
+                f"{trigger.steering:+.2f}",
+                f"{each.frequency:.2%}",
+                shorten(repr("".join(trigger.tokens)), 44),
+            ]
+            for each, trigger in set_off[:n_features]
+        ]
+        headers = ["feature", "detects", "moves", "v", "tokens", "set off by"]
+        lines += [title("What sets rarely steered features off"), table(headers, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _reaching(each: SteerableFeature) -> list[str]:
+    return [
+        str(each.feature),
+        shorten(each.label or "-", 20),
+        f"{each.reach:.0%}",
+        f"{each.seen:.0%}",
+        f"{each.frequency:.1%}",
+        f"{each.margin:+.1f}",
+        ", ".join(str(other.feature) for other in each.listens),
+        shorten(" ".join(map(repr, each.promoted[:2])), 24),
+    ]
 
 
 def render_findings(findings: Sequence[Finding]) -> str:

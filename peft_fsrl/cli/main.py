@@ -20,6 +20,7 @@ COMMANDS = {
     "data": "what a preference set will teach, before any training, and a curated copy of it",
     "doctor": "whether an SAE fits a model and its data, before any training",
     "labels": "what the features that an adapter steers mean, by a judge",
+    "inspect": "what an adapter that nobody knows can do, and what makes it act; needs no data",
     "diff": "two adapters on the same SAE, feature by feature",
     "eval": "an adapter beside its base model, on tests that other people wrote",
 }

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from judge_server import Reply, serve
 from peft_fsrl import FSRLConfig, organism
-from peft_fsrl.analysis import AdapterDifference, Audit, Checkup, statistics
+from peft_fsrl.analysis import AdapterDifference, Audit, Checkup, Inspection, statistics
 from peft_fsrl.analysis.data import Curation, DataContrast
 from peft_fsrl.analysis.data import reading as data_reading
 from peft_fsrl.analysis.labels import load_labels, organism_labels, save_labels
@@ -149,6 +149,29 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = organism.preferences(8, seed=2)["chosen"]
     Dataset.from_list([{"text": each} for each in (*said, "", None)]).to_json(text)
     assert main([*command[:5], "--dataset", str(text)]) == 0
+
+
+def test_inspect(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "inspection"
+    command = ["inspect", str(adapter), "--out", str(out), "--labels", "organism", "--name", "mine"]
+    quick = ["--n-texts", "4", "--n-targets", "2", "--steps", "2", "--candidates", "4"]
+    assert main([*command, *quick]) == 0
+    said = capsys.readouterr().out
+    record = Inspection.from_json((out / "inspect.json").read_text())
+    assert all(finding.question in said for finding in record.findings)
+    assert max(map(len, said.splitlines()[:-1])) < 100
+    assert record.info.adapter == "mine"
+    assert record.n_texts == 4
+    parts = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+    assert parts
+    assert main([*command, *quick]) == 0
+    assert parts == {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+    assert main([*command, *quick, *DATA]) == 0
+    assert "6 given ones" in " ".join(capsys.readouterr().out.split())
+    assert "n_targets of 0 or more" in refusal(capsys, *command, "--n-targets", "-1")
+    file = tmp_path / "file"
+    file.touch()
+    assert "can be written in" in refusal(capsys, "inspect", adapter, "--out", file)
 
 
 def test_labels(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -982,6 +982,49 @@ MUTANTS = (
         "F.kl_div(log_p, log_q,",
         ("analysis/test_divergence.py::test_divergence_equals_a_loop_over_answer_tokens",),
     ),
+    # Inspection
+    Mutant(
+        "a search takes exchanges that lower the score",
+        "analysis/triggers.py",
+        "better = best > values",
+        "better = best > -torch.inf",
+        ("analysis/test_triggers.py::test_it_never_goes_down_and_takes_only_what_is_allowed",),
+    ),
+    Mutant(
+        "a search tries tokens that may not stand in a text",
+        "analysis/triggers.py",
+        ".masked_fill(~allowed, -torch.inf)",
+        "",
+        ("analysis/test_triggers.py::test_it_never_goes_down_and_takes_only_what_is_allowed",),
+    ),
+    Mutant(
+        "the strength of a feature forgets the clamp",
+        "analysis/reach.py",
+        "update = functional.clamped_update(v, sae.encode(x)) if clipped else v",
+        "update = v",
+        ("analysis/test_inspection.py::test_strength_is_what_a_feature_does_alone",),
+    ),
+    Mutant(
+        "the strength of a feature forgets the token's scale",
+        "analysis/reach.py",
+        "(1.0 if scale is None else scale) / norms",
+        "1.0 / norms",
+        ("analysis/test_inspection.py::test_strength_is_what_a_feature_does_alone",),
+    ),
+    Mutant(
+        "the bound forgets what the SAE subtracts",
+        "analysis/reach.py",
+        "input_norm = abs(scale) * norm + float(shift.norm())",
+        "input_norm = abs(scale) * norm",
+        ("analysis/test_inspection.py::test_one_row_without_bias_reaches_exactly_its_bound",),
+    ),
+    Mutant(
+        "searches of another adapter are taken for this one's",
+        "analysis/inspection.py",
+        'key = [version_of("peft-fsrl"), weights, base,',
+        'key = [version_of("peft-fsrl"), base,',
+        ("analysis/test_inspection.py::test_a_killed_search_goes_on",),
+    ),
     # Audit
     Mutant(
         "a stage that was made for other rows is taken",

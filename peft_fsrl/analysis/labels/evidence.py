@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...records import Record, RecordT
+from ...sae.frozen import FrozenSAE
 from ...steering import SteeringEvent, base_model, observe
 from ...training.likelihood import batched
 from ...training.running import evaluating
@@ -83,8 +84,7 @@ def collect_evidence(
     Activations are those of the base model: nothing is steered. A text gives a feature at most one
     context, around its strongest token. Special tokens and padding never count.
 
-    The promoted tokens of a feature are those with the largest entries of ``W_U @ direction``, the
-    logit lens without the final norm; none where the SAE is not as wide as the unembedding.
+    Which tokens a feature promotes says ``find_promoted``.
 
     Args:
         session: a model with one FSRL layer, and texts.
@@ -116,7 +116,7 @@ def collect_evidence(
         strongest.offer(peaks, ids, acts, _starts(places, len(ids), window))
         active += (acts != 0).sum(dim=0)
         n_counted += int(counted.sum())
-    promoted, suppressed = reader.lens(n_tokens)
+    promoted, suppressed = find_promoted(session, reader.sae, n_tokens)
     density = (active / max(1, n_counted)).tolist()
     contexts = strongest.contexts(session.tokenizer)
     return reader.in_order(
@@ -187,6 +187,7 @@ class _Reader:
 
     Attributes:
         features: ascending: the order of all tensors.
+        sae: restricted to them.
     """
 
     def __init__(self, session: Session, features: Iterable[int] | None) -> None:
@@ -194,7 +195,7 @@ class _Reader:
         self._asked = (
             sae.feature_index.tolist() if features is None else list(dict.fromkeys(features))
         )
-        self._sae = sae if features is None else sae.restrict(self._asked)
+        self.sae = sae if features is None else sae.restrict(self._asked)
         self.features = sorted(self._asked)
         self.n_features = len(self.features)
         self._session = session
@@ -242,40 +243,47 @@ class _Reader:
                 for row, counted in enumerate(session.counted(batch).cpu()):
                     ids = part[row].input_ids
                     # One at a time: the activations of a whole batch may not fit.
-                    acts = self._sae.encode(hidden_states[row : row + 1, : len(ids)])[0]
+                    acts = self.sae.encode(hidden_states[row : row + 1, : len(ids)])[0]
                     counted = counted[: len(ids)]
                     if in_answers:
                         counted[: part[row].n_prompt] = False
                     yield ids, counted, acts.cpu().float() * counted[:, None]
                 bar.update(len(part))
 
-    def lens(self, n_tokens: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-        """The tokens that each feature promotes and suppresses most."""
-        inner: Any = base_model(self._session.model)
-        head = inner.get_output_embeddings()
-        if head is None or head.weight.shape[1] != self._sae.info.d_in:
-            nothing: list[tuple[str, ...]] = [()] * self.n_features
-            return nothing, nothing
-        tokenizer = self._session.tokenizer
-        # A model may have more rows than its tokenizer has tokens.
-        last = min(len(tokenizer), head.weight.shape[0])
-        hidden = [i for i in special_ids(tokenizer) if i < last]
-        plain = next(i for i in range(last) if i not in hidden)
-        best: tuple[list[tuple[str, ...]], list[tuple[str, ...]]] = ([], [])
-        with torch.no_grad(), self._session.base():
-            unembedding = head.weight[:last].float()
-            special = torch.tensor(hidden, device=unembedding.device, dtype=torch.long)
-            for rows in self._sae.directions.float().to(unembedding.device).split(_CHUNK):
-                logits = rows @ unembedding.T
-                for side, sign in zip(best, (1, -1), strict=True):
-                    signed = (sign * logits).index_fill_(1, special, -torch.inf)
-                    top = signed.topk(min(n_tokens, last - len(hidden)), dim=1).indices.tolist()
-                    # After another token, a token shows whether it begins with a space.
-                    side += [
-                        tuple(token_texts([plain, token], tokenizer)[1] for token in tokens)
-                        for tokens in top
-                    ]
-        return best
+
+def find_promoted(
+    session: Session, sae: FrozenSAE, n_tokens: int
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """The tokens that each feature of an SAE promotes most, and those that it suppresses most.
+
+    Those with the largest entries of ``W_U @ direction``, the logit lens without the final norm;
+    none where the SAE is not as wide as the unembedding.
+    """
+    inner: Any = base_model(session.model)
+    head = inner.get_output_embeddings()
+    if head is None or head.weight.shape[1] != sae.info.d_in:
+        nothing: list[tuple[str, ...]] = [()] * sae.n_features
+        return nothing, nothing
+    tokenizer = session.tokenizer
+    # A model may have more rows than its tokenizer has tokens.
+    last = min(len(tokenizer), head.weight.shape[0])
+    hidden = [i for i in special_ids(tokenizer) if i < last]
+    plain = next(i for i in range(last) if i not in hidden)
+    best: tuple[list[tuple[str, ...]], list[tuple[str, ...]]] = ([], [])
+    with torch.no_grad(), session.base():
+        unembedding = head.weight[:last].float()
+        special = torch.tensor(hidden, device=unembedding.device, dtype=torch.long)
+        for rows in sae.directions.float().to(unembedding.device).split(_CHUNK):
+            logits = rows @ unembedding.T
+            for side, sign in zip(best, (1, -1), strict=True):
+                signed = (sign * logits).index_fill_(1, special, -torch.inf)
+                top = signed.topk(min(n_tokens, last - len(hidden)), dim=1).indices.tolist()
+                # After another token, a token shows whether it begins with a space.
+                side += [
+                    tuple(token_texts([plain, token], tokenizer)[1] for token in tokens)
+                    for tokens in top
+                ]
+    return best
 
 
 class _Kept:
