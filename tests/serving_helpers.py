@@ -144,12 +144,12 @@ def engine(model: Path, adapter: str | Path | None, **options: Any) -> Iterator[
 
     env = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "PEFT_FSRL_ADAPTER": "" if adapter is None else str(adapter),
         "PEFT_FSRL_LABELS": str(options.pop("labels", "")),
     }
-    settings = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, **options}
+    settings = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
+    settings |= {"kv_cache_memory_bytes": 2**26, **options}
     with patch.dict(os.environ, env):
         llm = LLM(model=str(model), **settings)
         try:

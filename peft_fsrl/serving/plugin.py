@@ -11,6 +11,7 @@ import os
 import warnings
 from typing import Any
 
+from ..training.rollouts import offered_adapter
 from .requests import KEY, PREFIX, Served, parse_request
 
 ADAPTER, LABELS = "PEFT_FSRL_ADAPTER", "PEFT_FSRL_LABELS"
@@ -55,9 +56,10 @@ def _steering_config(original: Any) -> Any:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(self, *args, **kwargs)
-        adapters = os.environ.get(ADAPTER)
-        if adapters:
-            steer_config(config, adapters, os.environ.get(LABELS) or None)
+        with offered_adapter() as folder:
+            adapters = folder or os.environ.get(ADAPTER)
+            if adapters:
+                steer_config(config, adapters, os.environ.get(LABELS) or None)
         return config
 
     return create_engine_config

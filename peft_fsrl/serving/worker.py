@@ -7,12 +7,14 @@ again.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
@@ -66,9 +68,13 @@ class SteeringWorker(resolve_obj_by_qualname(_BASE)):  # type: ignore[misc]
             setattr(output, KEY, notes)
         return output
 
-    def update_steering(self, adapter: str, state: dict[str, Tensor]) -> None:
-        """Replace the weights of an adapter; for a trainer, by ``collective_rpc``."""
-        self.fsrl.update(adapter, state)
+    def update_steering(self, state: dict[str, Tensor]) -> None:
+        """Replace the weights of the default adapter; for a trainer, by ``collective_rpc``."""
+        self.fsrl.update(state)
+
+    def update_steering_from_text(self, text: str) -> None:
+        """The same over HTTP: a safetensors file in base64."""
+        self.fsrl.update(load(base64.b64decode(text)))
 
 
 class _WithNotes(AsyncModelRunnerOutput):
@@ -154,9 +160,9 @@ class Steering:
         notes, self._notes = self._notes, {}
         return notes
 
-    def update(self, adapter: str, state: dict[str, Tensor]) -> None:
-        """Replace the weights of an adapter, which must be of the same features."""
-        for layer in self._adapters[adapter].values():
+    def update(self, state: dict[str, Tensor]) -> None:
+        """Replace the weights of the default adapter by others of the same features."""
+        for layer in self._adapters[self.served.default].values():
             update_layer(layer, state)
 
     def _require_all_ran(self, n_tokens: int) -> None:

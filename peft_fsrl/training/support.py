@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,24 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..steering import adapter_configs, base_model, fsrl_layers
 from ..tuner.layer import FSRLLayer
-
-
-def refuse_vllm(arguments: Iterable[Any]) -> None:
-    """Refuse a trainer that would send merged weights to vLLM, before it looks for a server.
-
-    Args:
-        arguments: of the trainer; its settings are among them.
-
-    Raises:
-        ValueError: for settings with ``use_vllm=True``.
-    """
-    for value in arguments:
-        if getattr(value, "use_vllm", False) is True:
-            raise ValueError(
-                f"{type(value).__name__} has use_vllm=True: TRL then sends the base model's "
-                "weights, with the adapter merged into them, and an FSRL adapter cannot be merged. "
-                "Set use_vllm=False, to sample with the model that is trained."
-            )
 
 
 def require_support(trainer: Trainer) -> None:

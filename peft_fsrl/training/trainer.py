@@ -25,11 +25,11 @@ from .checkpoints import find_checkpoint, mark_complete, replacing_adapter, requ
 from .metrics import Means, NonfiniteReport, token_totals
 from .penalty import SparsityPenalty
 from .prefix import without_prefix_graph
+from .rollouts import vllm_from, vllm_settings
 from .schedule import PenaltySchedule
 from .support import (
     WidePrecision,
     reentrant,
-    refuse_vllm,
     require_real_tokens,
     require_support,
 )
@@ -83,9 +83,9 @@ class FSRLTrainerMixin(Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        refuse_vllm((*args, *kwargs.values()))
         precision = WidePrecision(kwargs.get("model", args[0] if args else None))
-        super().__init__(*args, **kwargs)
+        with vllm_from(self, vllm_settings((*args, *kwargs.values()))):
+            super().__init__(*args, **kwargs)
         assert isinstance(self.model, nn.Module)
         precision.restore(self.model)
         require_support(self)

@@ -76,7 +76,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     labels = folder / "labels.csv"
     labels.write_text("feature,category\n3,style\n8,style\n5,honesty\n")
     named = ",".join(f"{name}={path}" for name, path in adapters.items())
-    options = {"max_num_batched_tokens": 32, "max_num_seqs": 8, "block_size": 16}
+    options = {"max_num_batched_tokens": 32, "max_num_seqs": 8, "block_size": 32}
     with engine(model, None, **options) as llm:
         base = ask(llm, prompts(12, seed=5))
         with pytest.raises(ValueError, match="no FSRL adapter is loaded"):
@@ -118,7 +118,7 @@ def test_each_request_of_a_batch_gets_its_own(two: dict[str, Any]) -> None:
     wishes = WISHES * 2
     first, second = (ask(two["llm"], asked, *wishes) for _ in range(2))
     # The second time, all of the prompts are found in the cache, by those who may.
-    assert all(answer.num_cached_tokens >= 48 for answer in second[: len(WISHES)])
+    assert all(answer.num_cached_tokens >= 32 for answer in second[: len(WISHES)])
     said = set()
     for prompt, wish, *answers in zip(asked, wishes, first, second, strict=True):
         expected = expect(two, prompt, wish)
