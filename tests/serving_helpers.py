@@ -47,7 +47,7 @@ N_TOKENS = 10
 
 def save_model(folder: Path, family: str = "llama", **settings: Any) -> Path:
     """A tiny model with sharp opinions, and its tokenizer."""
-    model = tiny_model(family, **SETTINGS[family], **settings)
+    model = tiny_model(family, **{**SETTINGS[family], **settings})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

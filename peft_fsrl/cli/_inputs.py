@@ -93,6 +93,23 @@ def read_config(adapter: str) -> Any:
     return config
 
 
+def find_base(adapter: str, config: Any, given: str | None) -> str:
+    """The base model of an adapter: as it was given, or as the adapter names it.
+
+    Raises:
+        ValueError: if nobody names one, or the named folder is not there.
+    """
+    base: str | None = given or config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"The adapter in {adapter} names no base model: give --base-model.")
+    if given is None and Path(base).is_absolute() and not Path(base).is_dir():
+        raise ValueError(
+            f"Expected the adapter's base model in {base}, found no such folder. Say where it is "
+            "with --base-model."
+        )
+    return base
+
+
 class Adapter(NamedTuple):
     """What ``load_adapter`` found: a steered model, its tokenizer and its base model's name."""
 
@@ -109,15 +126,7 @@ def load_adapter(adapter: str, args: argparse.Namespace) -> Adapter:
     """
     from peft import PeftModel
 
-    config = read_config(adapter)
-    base = args.base_model or config.base_model_name_or_path
-    if not base:
-        raise ValueError(f"The adapter in {adapter} names no base model: give --base-model.")
-    if args.base_model is None and Path(base).is_absolute() and not Path(base).is_dir():
-        raise ValueError(
-            f"Expected the adapter's base model in {base}, found no such folder. Say where it is "
-            "with --base-model."
-        )
+    base = find_base(adapter, read_config(adapter), args.base_model)
     model = load_model(base, args)
     steered = PeftModel.from_pretrained(model, adapter)
     own = Path(adapter, "tokenizer_config.json").is_file()

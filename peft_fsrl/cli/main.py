@@ -22,6 +22,8 @@ COMMANDS = {
     "labels": "what the features that an adapter steers mean, by a judge",
     "inspect": "what an adapter that nobody knows can do, and what makes it act; needs no data",
     "diff": "two adapters on the same SAE, feature by feature",
+    "serve": "an adapter behind an OpenAI-compatible server",
+    "chat": "a conversation in a terminal, with the features behind each token",
     "eval": "an adapter beside its base model, on tests that other people wrote",
 }
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, IndexError)

@@ -56,10 +56,9 @@ def _steering_config(original: Any) -> Any:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(self, *args, **kwargs)
-        with offered_adapter() as folder:
-            adapters = folder or os.environ.get(ADAPTER)
-            if adapters:
-                steer_config(config, adapters, os.environ.get(LABELS) or None)
+        adapters = offered_adapter() or os.environ.get(ADAPTER)
+        if adapters:
+            steer_config(config, adapters, os.environ.get(LABELS) or None)
         return config
 
     return create_engine_config

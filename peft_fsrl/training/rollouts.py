@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 # Under which vLLM's config says that it steers.
 _KEY = "peft_fsrl"
-_offered: Any = None
+_offered: Callable[[], str] | None = None
 
 
 def vllm_settings(arguments: Iterable[Any]) -> Any:
@@ -55,24 +55,23 @@ def vllm_from(trainer: Any, settings: Any) -> Iterator[None]:
 
     # It opens a channel between GPUs, for weights that are not sent here.
     silent = patch.object(VLLMClient, "init_communicator", lambda self, *args, **kwargs: None)
-    _offered = trainer
-    try:
-        with silent:
+    with silent, tempfile.TemporaryDirectory(prefix="peft_fsrl_rollouts_") as folder:
+        _offered = partial(_save, trainer, folder)
+        try:
             yield
-    finally:
-        _offered = None
+        finally:
+            _offered = None
     _send_adapter_only(trainer, settings)
 
 
-@contextmanager
-def offered_adapter() -> Iterator[str | None]:
+def offered_adapter() -> str | None:
     """A folder with the adapter of the trainer that is being built here; None for none."""
-    if _offered is None:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="peft_fsrl_rollouts_") as folder:
-        _offered.model.save_pretrained(folder)
-        yield folder
+    return None if _offered is None else _offered()
+
+
+def _save(trainer: Any, folder: str) -> str:
+    trainer.model.save_pretrained(folder)
+    return folder
 
 
 def _send_adapter_only(trainer: Any, settings: Any) -> None:

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from peft_fsrl.training.trainer import with_fsrl
@@ -23,12 +22,15 @@ from serving_helpers import prompts, save_adapter, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TRAINERS = {"GRPO": (GRPOTrainer, GRPOConfig), "RLOO": (RLOOTrainer, RLOOConfig)}
+TRAINERS = ("GRPO", "RLOO")
 
 
 def train(name: str, folder: Path, out: Path, **settings: Any) -> tuple[Any, list[list[int]]]:
     """Two steps; the trainer, and what it was told to reward, in order."""
-    trainer_class, config_class = TRAINERS[name]
+    # Not at the top: TRL warns there of every vLLM that it does not know.
+    import trl
+
+    trainer_class, config_class = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
     rollouts: list[list[int]] = []

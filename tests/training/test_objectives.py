@@ -8,6 +8,7 @@ steering a plain model naively, one unpadded sequence at a time, over the traine
 from __future__ import annotations
 
 import gc
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -467,8 +468,18 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", ["GRPO", "RLOO"])
-def test_vllm_is_refused_before_it_is_looked_for(objective: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Config has use_vllm=True.*Set use_vllm=False"):
+def test_vllm_that_forgets_its_weights_is_refused(objective: str, tmp_path: Path) -> None:
+    settings = {"use_vllm": True, "vllm_enable_sleep_mode": True}
+    with pytest.raises(
+        ValueError, match=r"has vllm_enable_sleep_mode=True.*to False"
+    ):
+        build(objective, double_model(), tmp_path, 1, **settings)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
+@pytest.mark.parametrize("objective", ["GRPO", "RLOO"])
+def test_vllm_that_is_not_there_is_said(objective: str, tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match="vLLM is not available"):
         build(objective, double_model(), tmp_path, 1, use_vllm=True)
 
 

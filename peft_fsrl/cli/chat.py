@@ -1,0 +1,62 @@
+"""``peft-fsrl chat``: a conversation in a terminal, with the features behind each token."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..analysis.layout import clean_text
+from ..serving.chat import HELP, Chat
+from ._inputs import add_model_arguments, load_adapter, load_label_file
+from .main import one_line, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``peft-fsrl chat``."""
+    add = parser.add_argument
+    add("adapter", help="folder or Hub repository of a trained adapter")
+    add("--base-model", help="base model; by default the one that the adapter names")
+    add("--labels", help="file of labels of the SAE's features; 'organism' for the built-in ones")
+    add("--max-new-tokens", type=int, default=256, help="length limit of an answer")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read lines until there are no more; what cannot be done is said, and the chat goes on."""
+    model, tokenizer, _ = load_adapter(args.adapter, args)
+    chat = Chat(
+        model,
+        tokenizer,
+        load_label_file(args.labels),
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+    )
+    say(HELP)
+    while True:
+        line = _read()
+        if line is None or line == "/quit":
+            return 0
+        try:
+            if line.startswith("/"):
+                say(chat.command(line))
+            elif line:
+                chat.say(line, _write)
+                say("")
+        except ValueError as error:
+            say(f"error: {one_line(error)}")
+
+
+def _read() -> str | None:
+    sys.stdout.write("> ")
+    sys.stdout.flush()
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _write(piece: str, feature: str) -> None:
+    mark = f"[{feature}]" if feature else ""
+    if mark and sys.stdout.isatty():
+        mark = f"\x1b[2m{mark}\x1b[0m"
+    sys.stdout.write(clean_text(piece) + mark)
+    sys.stdout.flush()

