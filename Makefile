@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+# vLLM wants older releases of some libraries than the pinned ones.
+SERVING_VENV ?= .venv-serving
 # Passed on, as in `make demo ARGS="--seed 1"` or `make test ARGS="-k steer"`.
 ARGS ?=
 RUN = $(VENV)/bin/python -m
@@ -11,7 +13,7 @@ LAUNCH = accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_p
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test docs lint format types ci bench conformance mutants lock clean
+.PHONY: help setup demo real test serving docs lint format types ci bench conformance mutants lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +30,10 @@ real: setup ## steer SmolLM2-135M-Instruct through the shipped SAE and show what
 
 test: setup ## run the tests, the snippets in the documentation among them
 	$(RUN) pytest -n $(THREADS) $(ARGS)
+
+serving: ## run the tests of serving with vLLM (its build for CPUs), in an environment of its own
+	@$(PYTHON) tools/setup_serving.py --venv $(SERVING_VENV)
+	VLLM_LOGGING_LEVEL=ERROR $(SERVING_VENV)/bin/python -m pytest tests/serving $(ARGS)
 
 docs: setup ## run only the snippets in README.md and docs/
 	$(RUN) pytest tests/test_docs.py $(ARGS)

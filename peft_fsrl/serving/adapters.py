@@ -5,7 +5,9 @@ Every check that ``PeftModel.from_pretrained`` makes of a folder is made here, b
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -157,6 +159,7 @@ def _load(source: str, config: Any, dtype: torch.dtype) -> dict[Place, FSRLLayer
             f"({adapter_config.modules_to_save}), which a server of the base model does not have. "
             "Serve an adapter that was trained without `modules_to_save`."
         )
+    _warn_of_other_base(source, adapter_config.base_model_name_or_path, config)
     model = PeftModel.from_pretrained(
         hollow, source, config=adapter_config, torch_device="cpu", is_trainable=False
     )
@@ -179,6 +182,18 @@ def _load(source: str, config: Any, dtype: torch.dtype) -> dict[Place, FSRLLayer
         place = Place(stacks[owner], path[len(owner) + 1 :], reads_heads(sae))
         found[place] = _around_identity(layer)
     return found
+
+
+def _warn_of_other_base(source: str, trained_on: str | None, config: Any) -> None:
+    served = getattr(config, "name_or_path", None)
+    names = [Path(name).name.lower() for name in (trained_on, served) if name]
+    if len(set(names)) == 2:
+        warnings.warn(
+            f"The adapter in {source} was trained on {trained_on!r}, and {served!r} is served. They "
+            "are of one shape, but what was learned on the one may mean nothing on the other. "
+            "Ignore this if it is the same model, or a fine-tuned version.",
+            stacklevel=2,
+        )
 
 
 def _hollow_model(config: Any, dtype: torch.dtype) -> nn.Module:

@@ -12,7 +12,7 @@ import warnings
 from typing import Any
 
 from ..training.rollouts import offered_adapter
-from .requests import KEY, PREFIX, Served, parse_request
+from .requests import KEY, PREFIX, Served, SteeringRequest, parse_request
 
 ADAPTER, LABELS = "PEFT_FSRL_ADAPTER", "PEFT_FSRL_LABELS"
 TESTED = ("0.32.0", "0.32.0")
@@ -126,27 +126,39 @@ def _require_plain(config: Any) -> None:
         raise ValueError("FSRL adapters need additional_config to be a mapping.")
 
 
+def _read_request(params: Any, served: Served | None) -> SteeringRequest | None:
+    extra = getattr(params, "extra_args", None)
+    if served is None:
+        if ours := sorted(key for key in extra or () if str(key).startswith(PREFIX)):
+            raise ValueError(
+                f"{ours[0]} asks for steering, but no FSRL adapter is loaded. Start with "
+                f"{ADAPTER}=folder in the environment."
+            )
+        return None
+    asked = parse_request(extra, served)
+    if asked.features and getattr(params, "n", 1) > 1:
+        raise ValueError("fsrl_features goes with n=1: ask for one answer at a time.")
+    return asked
+
+
 def _steered_inputs(original: Any) -> Any:
+    from vllm.exceptions import VLLMValidationError
+
     @functools.wraps(original)
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        extra = getattr(params, "extra_args", None)
         config = self.vllm_config.additional_config
         known = config.get(KEY) if isinstance(config, dict) else None
-        if known is None:
-            if ours := sorted(key for key in extra or () if str(key).startswith(PREFIX)):
-                raise ValueError(
-                    f"{ours[0]} asks for steering, but no FSRL adapter is loaded. Start with "
-                    f"{ADAPTER}=folder in the environment."
-                )
+        try:
+            asked = _read_request(params, None if known is None else Served(**known))
+        except ValueError as error:
+            # Of all errors, these are the ones that a server answers with status 400.
+            raise VLLMValidationError(str(error)) from None
+        if asked is None:
             return original(self, request_id, prompt, params, *args, **kwargs)
-        served = Served(**known)
-        asked = parse_request(extra, served)
-        if asked.features and getattr(params, "n", 1) > 1:
-            raise ValueError("fsrl_features goes with n=1: ask for one answer at a time.")
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        request.cache_salt = asked.cache_salt(served.default, request.cache_salt)
+        request.cache_salt = asked.cache_salt(next(iter(known["adapters"])), request.cache_salt)
         if asked.features:
             # What is found in the cache is not computed, so nothing could be reported of it.
             request.sampling_params.skip_reading_prefix_cache = True

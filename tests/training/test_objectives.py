@@ -470,9 +470,7 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", ["GRPO", "RLOO"])
 def test_vllm_that_forgets_its_weights_is_refused(objective: str, tmp_path: Path) -> None:
     settings = {"use_vllm": True, "vllm_enable_sleep_mode": True}
-    with pytest.raises(
-        ValueError, match=r"has vllm_enable_sleep_mode=True.*to False"
-    ):
+    with pytest.raises(ValueError, match=r"has vllm_enable_sleep_mode=True.*to False"):
         build(objective, double_model(), tmp_path, 1, **settings)
 
 

@@ -1,0 +1,183 @@
+"""A server of two adapters over HTTP: bad requests, reports, counters, and 200 requests at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make serving")
+
+from serving_helpers import load_reference, prompts, save_adapter, save_model, say
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Server:
+    """A running server.
+
+    Attributes:
+        url: where it answers.
+        model: its folder.
+        references: the adapters as transformers runs them.
+    """
+
+    def __init__(self, url: str, model: Path, references: dict[str, Any]) -> None:
+        self.url, self.model, self.references = url, model, references
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        data = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}{path}", data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def complete(self, prompt: list[int], **wish: Any) -> tuple[int, Any]:
+        body = {"model": str(self.model), "prompt": prompt, "max_tokens": 10, "temperature": 0}
+        options = {"ignore_eos": True, "return_token_ids": True, "vllm_xargs": wish}
+        return self.post("/v1/completions", {**body, **options})
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:
+            return answer.read().decode()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    model = save_model(folder / "model")
+    adapters = {
+        name: save_adapter(folder / name, model, seed=seed)
+        for seed, name in enumerate(("one", "two"))
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    named = ",".join(f"{name}={path}" for name, path in adapters.items())
+    options = "--dtype float32 --max-model-len 128 --enforce-eager --max-num-seqs 16"
+    command = [sys.executable, "-m", "peft_fsrl", "serve", named, "--base-model", str(model)]
+    command += ["--port", str(port), f"--vllm-options={options} --kv-cache-memory-bytes 67108864"]
+    env = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        references = {name: load_reference(model, path) for name, path in adapters.items()}
+        yield Server(url, model, references)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        ({"fsrl_strength": "much"}, "fsrl_strength must be a finite number"),
+        ({"fsrl_ablate": [96]}, "features 0 to 95"),
+        ({"fsrl_adapter": "three"}, "expected one of ['one', 'two']"),
+        ({"fsrl_phase": "decode"}, "fsrl_phase must be one of"),
+        ({"fsrl_typo": 1}, "Unknown option fsrl_typo"),
+    ],
+)
+def test_a_request_that_means_nothing_is_a_400(server: Server, wish: Any, says: str) -> None:
+    status, answer = server.complete(prompts(1)[0], **wish)
+    assert status == 400
+    assert says in answer["error"]["message"]
+    assert server.complete(prompts(1)[0])[0] == 200
+
+
+def test_a_strength_that_is_not_finite_is_a_400(server: Server) -> None:
+    status, _ = server.complete(prompts(1)[0], fsrl_strength=float("nan"))
+    assert status == 400
+    assert server.complete(prompts(1)[0])[0] == 200
+
+
+def test_a_chat_brings_its_features_along(server: Server) -> None:
+    body = {"model": str(server.model), "prompt": prompts(1)[0], "max_tokens": 3}
+    xargs = {"fsrl_features": 2, "fsrl_adapter": "two", "fsrl_strength": 0.5}
+    status, answer = server.post("/v1/completions", {**body, "vllm_xargs": xargs})
+    assert status == 200
+    report = answer["kv_transfer_params"]["peft_fsrl"]
+    assert (report["adapter"], report["strength"]) == ("two", 0.5)
+    assert [token["position"] for token in report["tokens"]] == list(range(len(body["prompt"]) + 2))
+    assert all(len(token["features"]) <= 2 for token in report["tokens"])
+    _, plain = server.post("/v1/completions", body)
+    assert plain.get("kv_transfer_params") is None
+
+
+def test_counters_stand_beside_those_of_vllm(server: Server) -> None:
+    def read() -> dict[str, float]:
+        lines = server.get("/metrics").splitlines()
+        return {
+            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+            for line in lines
+            if line.startswith(("peft_fsrl", "vllm:prompt_tokens_total"))
+        }
+
+    before = read()
+    prompt = prompts(1, seed=77)[0]
+    _, answer = server.complete(prompt, fsrl_adapter="two", fsrl_features=20)
+    # The engine writes at the end of a step, which may be after the answer.
+    time.sleep(1)
+    after = read()
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    read_tokens = answer["kv_transfer_params"]["peft_fsrl"]["tokens"]
+    # A step that was under way when the request ended counts too.
+    tokens = grown['peft_fsrl_steered_tokens_total{adapter="two"}']
+    assert tokens in (len(read_tokens), len(read_tokens) + 1)
+    features = grown['peft_fsrl_steered_features_total{adapter="two"}']
+    assert features >= sum(token["l0"] for token in read_tokens) > 0
+    assert grown['peft_fsrl_steered_tokens_total{adapter="one"}'] == 0
+    assert grown['peft_fsrl_nonfinite_tokens_total{adapter="two"}'] == 0
+    assert any(name.startswith("vllm:prompt_tokens_total") for name in after)
+
+
+def test_two_hundred_requests_each_get_their_own_answer(server: Server) -> None:
+    rng = random.Random(0)
+    shared = prompts(6, seed=8)
+    wishes = [
+        {
+            "fsrl_adapter": rng.choice(("one", "two")),
+            "fsrl_strength": rng.choice((0, 0.5, 1, 1, 1.5)),
+            "fsrl_phase": rng.choice(("all", "all", "prompt", "generation")),
+            "fsrl_ablate": rng.sample(range(96), rng.choice((0, 0, 30))),
+        }
+        for _ in range(200)
+    ]
+    asked = [(rng.choice(shared), wish) for wish in wishes]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda each: server.complete(each[0], **each[1]), asked))
+    assert {status for status, _ in found} == {200}
+    answers = [answer["choices"][0]["token_ids"] for _, answer in found]
+    assert len({tuple(answer) for answer in answers}) > 30
+    for (prompt, wish), answer in zip(asked, answers, strict=True):
+        expected, _ = say(
+            server.references[wish["fsrl_adapter"]],
+            prompt,
+            strength=wish["fsrl_strength"],
+            phase=wish["fsrl_phase"],
+            ablated=wish["fsrl_ablate"],
+        )
+        assert answer == expected
