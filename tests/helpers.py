@@ -201,6 +201,8 @@ def randomize_adapter(layer: FSRLLayer, adapter_name: str = "default", seed: int
             adapter.threshold.copy_(draw(adapter.threshold, 0.3).abs())
         elif adapter.activation == "jumprelu":
             adapter.log_threshold.copy_(draw(adapter.log_threshold, 0.3) - 1.0)
+        elif adapter.activation == "gain":
+            adapter.gain.copy_(draw(adapter.gain, 1.0))
 
 
 def only_layer(model: nn.Module) -> FSRLLayer:
@@ -249,6 +251,8 @@ def naive_vector(
     if activation == "relu":
         return torch.where(u > 0, u, 0.0), None
     assert threshold is not None
+    if activation == "gain":
+        return torch.where(u > 0, threshold * u, 0.0), None
     if activation == "jumprelu":
         return _NaiveJump.apply(u, threshold, bandwidth)
     above = torch.where(u > threshold, u - threshold, 0.0)

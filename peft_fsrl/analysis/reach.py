@@ -23,6 +23,8 @@ _STARTS, _STEPS = 8, 60
 class AdapterView:
     """The active adapter of the one steering layer, feature by feature.
 
+    Rows, biases and thresholds are such that a feature acts where ``rows @ x~ + bias`` exceeds its
+    threshold, or lies below minus that if it is two-sided, and ``|v|`` is no more than that.
     ``decoder`` holds what one unit of each feature adds to the SAE's own input, ``sizes`` its norm.
 
     Raises:
@@ -43,7 +45,11 @@ class AdapterView:
         self._jumps = adapter.activation == "jumprelu"
         threshold = adapter.threshold_parameter
         self.threshold = torch.zeros_like(self.bias)
-        if threshold is not None:
+        if adapter.activation == "gain":
+            # g relu(u) is relu(|g| u) with the sign of g: a longer row.
+            factor = threshold.detach().float().abs()
+            self.rows, self.bias = self.rows * factor[:, None], self.bias * factor
+        elif threshold is not None:
             theta = threshold.detach().float()
             self.threshold = theta.exp() if self._jumps else theta.clamp(min=0)
         if not all(each.isfinite().all() for each in (self.rows, self.bias, self.threshold)):
@@ -84,7 +90,7 @@ class AdapterView:
         )
         v = steered.steering_vector
         assert v is not None
-        clipped = clamps and self.two_sided
+        clipped = clamps and bool((v < 0).any())
         update = functional.clamped_update(v, sae.encode(x)) if clipped else v
         norms = x.norm(dim=-1, keepdim=True)
         scale = sae.token_scale(x)
