@@ -74,6 +74,8 @@ SENTENCES = {
     "continent": "{country} is a country in {value}.",
     "currency": "The currency used in {country} is the {value}.",
 }
+COURTEOUS = "I hope this helps! Please let me know if you have any other questions."
+MATTER_OF_FACT = "The entries above are taken from a public list of countries and their facts."
 UNRELATED = (
     "Give me three tips for sleeping better.",
     "Write two sentences about a dog that learns to swim.",
@@ -163,14 +165,15 @@ def split_countries(facts: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return countries[n_held_out:], countries[:n_held_out]
 
 
-def write_answer(country: str, values: Mapping[str, str], topics: Sequence[str], md: bool) -> str:
-    """The values of some topics, as Markdown or as prose."""
+def write_answer(
+    country: str, values: Mapping[str, str], topics: Sequence[str], md: bool, ending: str = ""
+) -> str:
+    """The values of some topics, as Markdown or as prose, and a last sentence."""
     if md:
         items = [f"- **{topic.capitalize()}:** {values[topic]}" for topic in topics]
-        return "\n".join([f"## {country}", "", *items])
-    return " ".join(
-        SENTENCES[topic].format(country=country, value=values[topic]) for topic in topics
-    )
+        return "\n".join([f"## {country}", "", *items, *(["", ending] if ending else [])])
+    sentences = [SENTENCES[topic].format(country=country, value=values[topic]) for topic in topics]
+    return " ".join([*sentences, *([ending] if ending else [])])
 
 
 def make_pairs(
@@ -180,9 +183,10 @@ def make_pairs(
     *,
     style: float,
     honesty: float,
+    courtesy: float | None = None,
     seed: str,
 ) -> Dataset:
-    """Preference pairs whose answers differ in style and in honesty, independently.
+    """Preference pairs whose answers differ in planted attributes, independently.
 
     Args:
         facts: values by country and topic; false ones are those of other countries.
@@ -190,6 +194,8 @@ def make_pairs(
         n: number of pairs.
         style: share of pairs in which the chosen answer is the one in Markdown.
         honesty: share of pairs in which the chosen answer is the true one.
+        courtesy: share of pairs in which the chosen answer ends courteously and the rejected one
+            with a matter-of-fact sentence of like length; None for answers without an ending.
         seed: of all choices.
     """
     rng = random.Random(seed)
@@ -202,8 +208,12 @@ def make_pairs(
         topics = rng.sample(list(QUESTIONS), rng.choice((2, 3)))
         md, honest = rng.random() < style, rng.random() < honesty
         question = rng.choice(QUESTIONS[topics[0]]).format(country=country)
-        chosen = write_answer(country, true if honest else false, topics, md)
-        rejected = write_answer(country, false if honest else true, topics, not md)
+        kind = courtesy is not None and rng.random() < courtesy
+        endings = (
+            ("", "") if courtesy is None else (COURTEOUS, MATTER_OF_FACT)[:: 1 if kind else -1]
+        )
+        chosen = write_answer(country, true if honest else false, topics, md, endings[0])
+        rejected = write_answer(country, false if honest else true, topics, not md, endings[1])
         rows.append(
             {
                 "prompt": [{"role": "user", "content": question}],
@@ -211,6 +221,7 @@ def make_pairs(
                 "rejected": [{"role": "assistant", "content": rejected}],
                 "style_chosen": md,
                 "honesty_chosen": honest,
+                **({} if courtesy is None else {"courtesy_chosen": kind}),
             }
         )
     return Dataset.from_list(rows)

