@@ -189,8 +189,8 @@ def _warn_of_other_base(source: str, trained_on: str | None, config: Any) -> Non
     names = [Path(name).name.lower() for name in (trained_on, served) if name]
     if len(set(names)) == 2:
         warnings.warn(
-            f"The adapter in {source} was trained on {trained_on!r}, and {served!r} is served. They "
-            "are of one shape, but what was learned on the one may mean nothing on the other. "
+            f"The adapter in {source} was trained on {trained_on!r}, and {served!r} is served. "
+            "They are of one shape, but what was learned on one may mean nothing on the other. "
             "Ignore this if it is the same model, or a fine-tuned version.",
             stacklevel=2,
         )

@@ -30,10 +30,6 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.input_processor import InputProcessor
 
-    if os.environ.get(ADAPTER):
-        warn_of_version()
-        # The other runner keeps its batch elsewhere. Read when a config is made.
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     EngineArgs.create_engine_config = _steering_config(EngineArgs.create_engine_config)
     InputProcessor.process_inputs = _steered_inputs(InputProcessor.process_inputs)
 
@@ -55,10 +51,14 @@ def warn_of_version() -> None:
 def _steering_config(original: Any) -> Any:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config = original(self, *args, **kwargs)
         adapters = offered_adapter() or os.environ.get(ADAPTER)
-        if adapters:
-            steer_config(config, adapters, os.environ.get(LABELS) or None)
+        if not adapters:
+            return original(self, *args, **kwargs)
+        warn_of_version()
+        # The second runner keeps its batch elsewhere; where Triton is, it is the default.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        config = original(self, *args, **kwargs)
+        steer_config(config, adapters, os.environ.get(LABELS) or None)
         return config
 
     return create_engine_config
@@ -108,6 +108,10 @@ def _require_plain(config: Any) -> None:
                 f"FSRL adapters are served by one rank, found {name}={size}: what is steered would "
                 f"be spread over several. Set {name}=1, and start several servers instead."
             )
+    if config.use_v2_model_runner:
+        raise ValueError(
+            "FSRL adapters need vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0."
+        )
     if config.speculative_config is not None:
         raise ValueError(
             "FSRL adapters are not served with speculative decoding: set no speculative_config."
@@ -155,7 +159,7 @@ def _steered_inputs(original: Any) -> Any:
         except ValueError as error:
             # Of all errors, these are the ones that a server answers with status 400.
             raise VLLMValidationError(str(error)) from None
-        if asked is None:
+        if known is None or asked is None:
             return original(self, request_id, prompt, params, *args, **kwargs)
         request = original(self, request_id, prompt, params, *args, **kwargs)
         request.cache_salt = asked.cache_salt(next(iter(known["adapters"])), request.cache_salt)

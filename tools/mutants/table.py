@@ -33,6 +33,8 @@ EFFECTS = (
     "analysis/test_effects.py::test_draws_come_near_the_mass_and_differ",
 )
 
+ROWS = ("serving/test_rows.py::test_rows_equal_their_own_request_alone",)
+
 MUTANTS = (
     # The mathematics
     Mutant(
@@ -1289,5 +1291,48 @@ MUTANTS = (
         "    vectors = torch.linalg.qr(noise[:, :_MAX_DIRECTIONS]).Q",
         "    vectors = torch.linalg.eigh(second_moment).eigenvectors",
         ("equivalence/test_explain.py::test_chance_by_hand",),
+    ),
+    # Serving
+    Mutant(
+        "a request's strength reaches nobody",
+        "serving/rows.py",
+        "own *= span.request.strength",
+        "own *= 1.0",
+        ROWS,
+    ),
+    Mutant(
+        "features that a request ablates are steered",
+        "serving/rows.py",
+        "if span.request.ablated:",
+        "if False:",
+        ROWS,
+    ),
+    Mutant(
+        "generation-only steers the prompt",
+        "serving/rows.py",
+        'start = max(self.start, split) if request.phase == "generation" else self.start',
+        "start = self.start",
+        ROWS,
+    ),
+    Mutant(
+        "strength 0 is steered",
+        "serving/rows.py",
+        "if request.strength == 0 or start >= stop:",
+        "if start >= stop:",
+        ROWS,
+    ),
+    Mutant(
+        "a prefix of another phase is read",
+        "serving/requests.py",
+        "key = [self.adapter, self.strength, self.ablated, self.phase]",
+        "key = [self.adapter, self.strength, self.ablated]",
+        ("serving/test_requests.py::test_a_cache_tells_apart_what_is_steered_differently",),
+    ),
+    Mutant(
+        "a trainer's weights of other features are served",
+        "serving/adapters.py",
+        "if identity is None or not torch.equal(identity.cpu(), adapter.identity.cpu()):",
+        "if identity is None:",
+        ("serving/test_adapters.py::test_other_weights_take_the_place_of_the_served_ones",),
     ),
 )
