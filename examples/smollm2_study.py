@@ -30,6 +30,8 @@ from peft import get_peft_model
 from smollm2 import (
     SAE,
     UNRELATED,
+    attach_probe,
+    choose_features,
     compute_auroc,
     find_detectors,
     load_base,
@@ -47,7 +49,6 @@ from transformers import AutoTokenizer
 from peft_fsrl import FSRLConfig
 from peft_fsrl.analysis import Session, compare_coherence, compare_generations
 from peft_fsrl.analysis.ablation import draw_by_mass
-from peft_fsrl.analysis.data import compute_contrast
 from peft_fsrl.analysis.layout import table
 from peft_fsrl.analysis.statistics import mean_interval
 from peft_fsrl.files import write_text_atomically
@@ -285,19 +286,6 @@ def score_features(world: World, peft: Any, batches: Sequence[Packed]) -> dict[s
     return scores
 
 
-def choose_features(world: World, n: int, n_pairs: int = 120) -> list[int]:
-    """The features that separate chosen from rejected most in the training pairs.
-
-    By ``compute_contrast``: it knows which answer is chosen, and nothing of what was planted.
-    """
-    place = {"layer": world.layer, "sae": str(SAE), "activation": "gain"}
-    peft = get_peft_model(world.model, FSRLConfig(**place, l1_coeff=0.0))
-    session = Session(peft, world.tokenizer, world.train.select(range(n_pairs)), batch_size=8)
-    contrast = compute_contrast(session, n_features=n, n_examples=0)
-    world.model = peft.unload()
-    return sorted(each.feature for each in contrast.features if each.separates)
-
-
 def gini(mass: Tensor) -> float:
     """Gini coefficient of the mass over all features of the SAE."""
     ordered = mass.double().sort().values
@@ -348,14 +336,18 @@ def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) ->
     torch.manual_seed(seed)
     began, form = time.time(), FORMS[form_name]
     world = World(args, world_name, seed)
-    features = None if form.n_features is None else choose_features(world, form.n_features)
+    features = None
+    if form.n_features is not None:
+        some = world.train.select(range(min(args.contrast_pairs, len(world.train))))
+        place = {"layer": args.layer, "sae": str(SAE)}
+        features = choose_features(world.model, world.tokenizer, some, **place, n=form.n_features)
     place = {"layer": args.layer, "sae": str(SAE), "task_type": "CAUSAL_LM"}
     parts = {name: world.batches(getattr(world, name)) for name in ("train", "test", "detect")}
     every = [packed for part in parts.values() for packed in part]
     with without_lower_layers(world.model, args.layer, every):
-        whole = get_peft_model(world.model, FSRLConfig(**place, activation="gain", l1_coeff=0.0))
-        scores = score_features(world, whole, parts["detect"])
-        world.model = whole.unload()
+        probe = attach_probe(world.model, args.layer, str(SAE))
+        scores = score_features(world, probe, parts["detect"])
+        probe.unload()
         categories = find_detectors(scores)
         peft = get_peft_model(world.model, FSRLConfig(**place, **form.config, features=features))
         with peft.disable_adapter():
@@ -461,6 +453,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--test_pairs", type=int, default=64)
     parser.add_argument("--detector_pairs", type=int, default=100)
+    parser.add_argument("--contrast_pairs", type=int, default=120)
     parser.add_argument("--model_dir", default="runs/smollm2/model")
     parser.add_argument("--out", default="runs/smollm2/study")
     return parser.parse_args()

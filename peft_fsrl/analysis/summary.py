@@ -39,6 +39,7 @@ def compute_summary(
     labels: Mapping[int, str] | None = None,
     categories: Mapping[str, Sequence[int]] | None = None,
     n_features: int | None = None,
+    n_random: int = 5,
     n_generations: int = 2,
     generation_seed: int | None = None,
 ) -> Summary:
@@ -49,6 +50,7 @@ def compute_summary(
         labels: what features detect, where known.
         categories: feature indices by category, best first; None skips the ablation.
         n_features: features zeroed per category; None takes all.
+        n_random: draws of each control of an ablation.
         n_generations: prompts to continue.
         generation_seed: of these continuations; None takes the session's.
 
@@ -65,7 +67,12 @@ def compute_summary(
     ablations: tuple[Ablation, ...] = ()
     if categories:
         ablations = measure_categories(
-            session, categories, usage, trained=trained, n_features=n_features
+            session,
+            categories,
+            usage,
+            trained=trained,
+            n_features=n_features,
+            n_random=n_random,
         )
     without = {ablation.name: ablation.features for ablation in ablations}
     prompts = [row["prompt"] for row in session.rows[:n_generations]]

@@ -95,6 +95,25 @@ def test_detectors_are_clean_or_the_best_there_are(script: ModuleType) -> None:
     assert found == {"style": [2, 0, 4], "honesty": [3, 1]}
 
 
+def test_courtesy_is_planted_beside_the_others(script: ModuleType) -> None:
+    settings: dict[str, Any] = {"style": 1.0, "honesty": 1.0, "seed": "a"}
+    pairs = script.make_pairs(FACTS, ["Here"], 400, courtesy=0.9, **settings)
+    for row in pairs:
+        texts = [row[side][0]["content"] for side in ("chosen", "rejected")]
+        endings = [text.endswith(script.COURTEOUS) for text in texts]
+        assert endings == [row["courtesy_chosen"], not row["courtesy_chosen"]]
+        assert sum(text.endswith(script.MATTER_OF_FACT) for text in texts) == 1
+    assert sum(pairs["courtesy_chosen"]) / 400 == pytest.approx(0.9, abs=0.06)
+    plain = script.make_pairs(FACTS, ["Here"], 1, **settings)
+    assert "courtesy_chosen" not in plain.column_names
+
+
+def test_features_are_chosen_once_for_a_run(script: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "features.json"
+    assert script.remember_features(path, lambda: [3, 5]) == [3, 5]
+    assert script.remember_features(path, lambda: [7]) == [3, 5]
+
+
 def test_missing_packages_say_how_to_install_them(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +143,7 @@ def test_the_shortest_form(script: ModuleType, tmp_path: Path) -> None:
     missing = [name for name in script.PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"{script.INSTALL}: no {', '.join(missing)}")
-    sizes = {"max_steps": 2, "train_pairs": 16, "test_pairs": 4, "detector_pairs": 4}
+    sizes = {"max_steps": 2, "train_pairs": 24, "test_pairs": 4, "detector_pairs": 4}
     done = subprocess.run(
         [
             sys.executable,
@@ -139,7 +158,14 @@ def test_the_shortest_form(script: ModuleType, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
     )
     assert done.returncode == 0, done.stderr
-    for heading in ("SimPO loss", "detectors of", "without style", "perplexity", "dog that learns"):
+    for heading in (
+        "SimPO loss",
+        "detectors of",
+        "without style",
+        "perplexity",
+        "promotes",
+        "dog that",
+    ):
         assert heading in done.stdout
     summary = Summary.from_json((tmp_path / "run" / "summary.json").read_text())
     assert {each.name for each in summary.ablations} == {"style", "honesty"}
