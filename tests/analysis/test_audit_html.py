@@ -338,7 +338,7 @@ def test_the_example_in_the_documentation(open_page: Callable[..., Any]) -> None
     text = path.read_text("utf-8")
     assert len(text) < 1_000_000
     page = open_page(text)
-    assert page.locator(".finding").count() == 4
+    assert page.locator(".finding").count() == 5
     page.locator("details[open] .token").first.hover()
     assert page.locator("#tip").is_visible()
 
