@@ -342,7 +342,7 @@ def compute_inspection(
     view = AdapterView(session.model)
     key: Any = None
     if out is not None:
-        base, rows = digest_base(session.model), list(session.dataset)
+        base, rows = digest_base(session.model), session.rows if session.dataset else []
         key = [version_of("peft-fsrl"), weights, base, digest_tokenizer(session.tokenizer)]
         key += [digest_json(rows), asdict(settings), session.seed]
     parts = Parts(None if out is None else Path(out) / "parts", key)
