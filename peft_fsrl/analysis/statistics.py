@@ -285,18 +285,6 @@ def false_discovery_rates(p: Float[Tensor, "tests"]) -> Float[Tensor, "tests"]:
     return torch.from_numpy(stats.false_discovery_control(p.cpu().numpy())) if len(p) else p
 
 
-def shrunk_second_moment(
-    rows: Float[Tensor, "examples columns"],
-) -> Float[Tensor, "columns columns"]:
-    """Mean of ``row row^T``, shrunk towards a multiple of the identity as Ledoit and Wolf do.
-
-    Raises:
-        ImportError: without the ``audit`` extra.
-    """
-    matrix, _ = _sklearn().covariance.ledoit_wolf(rows.cpu().numpy(), assume_centered=True)
-    return torch.from_numpy(matrix)
-
-
 def cluster(rows: Float[Tensor, "examples columns"], n: int, seed: int = 0) -> list[int]:
     """Number of the group that each example is in, of ``n`` at most, by k-means.
 
@@ -472,7 +460,7 @@ def _scipy() -> Any:
 def _sklearn() -> Any:
     try:
         import sklearn
-        from sklearn import cluster, covariance, metrics  # noqa: F401
+        from sklearn import cluster, metrics  # noqa: F401
     except ImportError as error:
         raise ImportError(_MISSING.format("scikit-learn")) from error
     return sklearn

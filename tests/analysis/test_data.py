@@ -271,6 +271,10 @@ def test_a_probe_finds_what_is_there_and_nothing_else() -> None:
     blind = crossfit_scores(reading, without, texts(n))
     # Nothing is known, though the best of many features was chosen.
     assert 0.42 < float((blind > 0).double().mean()) < 0.56
+    # Few pairs, and many features that hear the same with as much noise.
+    same = agrees[:100, None] + rng.normal(0, 1, (100, 120))
+    together = crossfit_scores(make_reading(same), torch.arange(120), texts(100))
+    assert ((together > 0) == torch.tensor(agrees[:100] > 0)).all()
     # A pair that is there twice is in one fold: its copy does not tell what it is.
     rows = texts(n // 2)
     twice = make_reading(np.concatenate([d[: n // 2, 8:]] * 2))

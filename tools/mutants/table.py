@@ -1253,8 +1253,8 @@ MUTANTS = (
     Mutant(
         "a probe is fitted on the pairs that it scores",
         "analysis/data/probe.py",
-        "fitted = torch.where(fold == number, 0.0, weights)",
-        "fitted = weights",
+        "entry = torch.where(fold == number, 0.0, weights)[reading.pair]",
+        "entry = weights[reading.pair]",
         (f"{DATA}test_a_probe_finds_what_is_there_and_nothing_else",),
     ),
     Mutant(
