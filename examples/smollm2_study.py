@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 from smollm2 import (
     SAE,
     UNRELATED,
@@ -230,11 +230,11 @@ def losses(model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
     return F.softplus(GAMMA - margin), margin
 
 
-def train(world: World, peft: Any, form: Form, batches: Sequence[Packed]) -> list[float]:
+def train(world: World, peft: Any, form: Form, batches: Sequence[Packed]) -> None:
     """Adam on the steps' batches in their order; the learning rate warms up and falls to zero."""
     trained = [p for p in peft.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=form.lr, betas=(0.9, 0.98))
-    l1_coeff, history = form.config["l1_coeff"], []
+    l1_coeff = form.config["l1_coeff"]
     events: list[SteeringEvent] = []
     for step, packed in enumerate(tqdm(batches, desc="training", leave=False)):
         share = min(1.0, (step + 1) / 5) * (1 - step / len(batches))
@@ -246,8 +246,6 @@ def train(world: World, peft: Any, form: Form, batches: Sequence[Packed]) -> lis
         optimizer.zero_grad()
         (loss + l1_coeff * penalty).backward()
         optimizer.step()
-        history.append(loss.item())
-    return history
 
 
 @torch.no_grad()
@@ -336,8 +334,10 @@ def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) ->
     torch.manual_seed(seed)
     began, form = time.time(), FORMS[form_name]
     world = World(args, world_name, seed)
-    features = None
-    if form.n_features is not None:
+    features, saved = None, Path(args.out, f"{form_name}-{world_name}-{seed}")
+    if saved.is_dir():
+        features = FSRLConfig.from_pretrained(str(saved)).features
+    elif form.n_features is not None:
         some = world.train.select(range(min(args.contrast_pairs, len(world.train))))
         place = {"layer": args.layer, "sae": str(SAE)}
         features = choose_features(world.model, world.tokenizer, some, **place, n=form.n_features)
@@ -354,7 +354,12 @@ def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) ->
             base = [losses(world.model, packed) for packed in parts["test"]]
         base_loss = torch.cat([each[0].detach() for each in base])
         start = evaluate(world, peft, parts["test"])
-        history = train(world, peft, form, parts["train"])
+        if saved.is_dir():
+            # Trained before what came afterwards was interrupted.
+            set_peft_model_state_dict(peft, load_peft_weights(str(saved)))
+        else:
+            train(world, peft, form, parts["train"])
+            peft.save_pretrained(saved)
         trained = evaluate(world, peft, parts["test"])
         n = len(scores["style"])
         steered = features or list(range(n))
@@ -372,7 +377,6 @@ def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) ->
     prompts = [render(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     unrelated = compare_generations(session, prompts, do_sample=False)
     top = sorted(mass, key=lambda f: -mass[f])[:20]
-    peft.save_pretrained(Path(args.out, f"{form_name}-{world_name}-{seed}"))
     return {
         "form": form_name,
         "world": world_name,
@@ -389,9 +393,8 @@ def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) ->
         "gini": gini(dense),
         "top_10": float(ordered[9]),
         "top_50": float(ordered[49]),
-        "history": history,
         "ablations": ablations,
-        "coherence": json.loads(coherence.to_json()),
+        "coherence": [asdict(each) for each in coherence],
         "unrelated": [asdict(each) for each in unrelated],
         "top": [
             {"feature": f, "mass": mass[f], **{k: float(s[f]) for k, s in scores.items()}}
