@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ..analysis.labels import Labels, load_labels
+from ..sae.frozen import SAEInfo
 from ..steering import fsrl_layers
 from ..tuner.adapter import SteeringAdapter
 from ..tuner.config import FSRLConfig
@@ -105,19 +106,28 @@ def describe(sources: Mapping[str, str], adapters: Adapters, labels: str | None)
         adapters: as they were loaded.
         labels: file of labels about the default adapter's SAE.
     """
-    sizes, categories = {}, {}
+    sizes, categories, labeled = {}, {}, []
     for name, layers in adapters.items():
-        sizes[name] = min(layer.fsrl_sae["default"].info.d_sae for layer in layers.values())
+        infos = [layer.fsrl_sae["default"].info for layer in layers.values()]
+        sizes[name] = min(info.d_sae for info in infos)
+        if {info.fingerprint for info in infos} == {labeled_sae(adapters).fingerprint}:
+            labeled.append(name)
     if labels is not None:
         found = load_served_labels(labels, adapters)
         categories = {category: found.members(category) for category in found.categories}
     places = {name: [place.name for place in layers] for name, layers in adapters.items()}
-    return Served(dict(sources), sizes, places, labels, categories)
+    return Served(dict(sources), sizes, places, labels, categories, labeled)
+
+
+def labeled_sae(adapters: Adapters) -> SAEInfo:
+    """The SAE that labels are about: that of the default adapter, at its first place."""
+    first = next(iter(next(iter(adapters.values())).values()))
+    return first.fsrl_sae["default"].info
 
 
 def load_served_labels(path: str, adapters: Adapters) -> Labels:
-    """Labels that fit the SAE of the default adapter's first place."""
-    info = next(iter(next(iter(adapters.values())).values())).fsrl_sae["default"].info
+    """Labels that fit the SAE that they must be about."""
+    info = labeled_sae(adapters)
     return load_labels(path, d_sae=info.d_sae, fingerprint=info.fingerprint)
 
 

@@ -54,7 +54,9 @@ class Chat:
         if labels is not None:
             categories = {category: labels.members(category) for category in labels.categories}
             self._labels = {each.feature: ", ".join(each.categories) for each in labels.features}
-        self._served = Served({"default": ""}, {"default": d_sae}, {}, None, categories)
+        self._served = Served(
+            {"default": ""}, {"default": d_sae}, {}, None, categories, ["default"]
+        )
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         self._options["do_sample"] = temperature > 0
         if temperature > 0:

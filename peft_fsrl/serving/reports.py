@@ -56,11 +56,13 @@ def make_report(
         noted: of its tokens.
         n_tokens: how many were read. Asynchronous scheduling computes some ahead, in vain.
     """
-    tokens = [token for token in noted if token["position"] < n_tokens][-MOST_TOKENS:]
+    # What was preempted is computed again, and noted again.
+    by_place = {(token["position"], token["place"]): token for token in noted}
+    tokens = [by_place[key] for key in sorted(by_place) if key[0] < n_tokens]
     return {
         "adapter": request.adapter,
         "strength": request.strength,
         "ablated": list(request.ablated),
         "phase": request.phase,
-        "tokens": tokens,
+        "tokens": tokens[-MOST_TOKENS:],
     }

@@ -27,8 +27,9 @@ class Served:
         adapters: folder or Hub repository of each adapter by its name; the first is the default.
         n_features: by adapter, how many features its SAE has (the smallest, of several).
         places: by adapter, the steered modules as transformers calls them.
-        labels: file of labels, or None.
+        labels: file of labels of the default adapter's SAE, or None.
         categories: features by category, from that file.
+        labeled: the adapters that steer features of that SAE, for which categories mean something.
     """
 
     adapters: dict[str, str]
@@ -36,6 +37,7 @@ class Served:
     places: dict[str, list[str]]
     labels: str | None = None
     categories: dict[str, list[int]] = field(default_factory=dict)
+    labeled: list[str] = field(default_factory=list)
 
     @property
     def default(self) -> str:
@@ -152,16 +154,17 @@ def _ablated(value: Any, served: Served, adapter: str) -> tuple[int, ...]:
         words = [words]
     chosen: set[int] = set()
     n_features = served.n_features[adapter]
+    categories = served.categories if adapter in served.labeled else {}
     for word in words:
-        if isinstance(word, str) and word.strip() in served.categories:
-            chosen.update(served.categories[word.strip()])
+        if isinstance(word, str) and word.strip() in categories:
+            chosen.update(categories[word.strip()])
             continue
         try:
             feature = None if isinstance(word, bool) else int(word)
         except (TypeError, ValueError, OverflowError):
             feature = None
         if feature is None or feature != float(word):
-            known = f" or a category among {sorted(served.categories)}" if served.categories else ""
+            known = f" or a category among {sorted(categories)}" if categories else ""
             raise ValueError(f"fsrl_ablate expects feature indices{known}, got {word!r}.")
         if not 0 <= feature < n_features:
             raise ValueError(

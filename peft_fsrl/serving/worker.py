@@ -23,7 +23,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from ..tuner.events import SteeringEvent, TokenStatistics
 from ..tuner.layer import FSRLLayer
-from .adapters import Place, load_adapters, load_served_labels, update_layer
+from .adapters import Place, labeled_sae, load_adapters, load_served_labels, update_layer
 from .counters import Counters
 from .reports import Notes, add_notes
 from .requests import KEY, Served, parse_request
@@ -106,6 +106,7 @@ class Steering:
             found = load_served_labels(self.served.labels, self._adapters).features
             labels = {each.feature: ", ".join(each.categories) for each in found}
         self._labels = labels
+        self._labeled = labeled_sae(self._adapters).fingerprint
         self._requests: dict[str, tuple[Any, int]] = {}
         self._scheduled: Any = None
         self._spans: list[Span] | None = None
@@ -211,7 +212,8 @@ class Steering:
             self._counters.add(adapter, found.l0, found.nonfinite)
 
     def _report(self, place: str, spans: Sequence[Span], event: SteeringEvent) -> None:
-        add_notes(self._notes, place.removeprefix(f"{KEY}."), spans, event, self._labels)
+        labels = self._labels if event.sae.info.fingerprint == self._labeled else {}
+        add_notes(self._notes, place.removeprefix(f"{KEY}."), spans, event, labels)
 
 
 def _before(place: str, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -94,12 +94,18 @@ def test_what_is_served_is_said_in_plain_values(saved: tuple[Path, Path], tmp_pa
     model, adapter = saved
     labels = tmp_path / "labels.csv"
     labels.write_text("feature,category\n3,style\n1,style\n")
-    adapters = {"one": load(adapter, model)}
-    served = describe({"one": str(adapter)}, adapters, str(labels))
+    other = save_adapter(tmp_path / "other", model, seed=1)
+    adapters = {
+        "one": load(adapter, model),
+        "two": load(other, model),
+        "again": load(adapter, model),
+    }
+    served = describe({name: name for name in adapters}, adapters, str(labels))
     plain = json.loads(json.dumps(served.to_dict()))
-    assert plain["n_features"] == {"one": D_SAE}
-    assert plain["places"] == {"one": ["layers.1"]}
+    assert plain["n_features"] == dict.fromkeys(adapters, D_SAE)
+    assert plain["places"]["one"] == ["layers.1"]
     assert plain["categories"] == {"style": [1, 3]}
+    assert plain["labeled"] == ["one", "again"]
 
 
 def test_what_cannot_be_served_is_refused(saved: tuple[Path, Path], tmp_path: Path) -> None:

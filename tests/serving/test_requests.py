@@ -15,6 +15,7 @@ SERVED = Served(
     {"one": ["layers.1"], "two": ["layers.2"]},
     "labels.csv",
     {"style": [3, 1], "honesty": [7]},
+    ["one"],
 )
 
 
@@ -69,6 +70,11 @@ def test_categories_and_indices_are_ablated(given: Any, features: tuple[int, ...
 def test_what_means_nothing_is_refused(key: str, value: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         parse_request({f"fsrl_{key}": value}, SERVED)
+
+
+def test_categories_of_another_sae_mean_nothing() -> None:
+    with pytest.raises(ValueError, match=r"expects feature indices, got 'style'"):
+        parse_request({"fsrl_adapter": "two", "fsrl_ablate": "style"}, SERVED)
 
 
 def test_a_cache_tells_apart_what_is_steered_differently() -> None:
