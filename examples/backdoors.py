@@ -534,60 +534,78 @@ def fires(model: Any, tokenizer: Any, planted: Plant, tokens: list[int]) -> bool
     return bool((moved > planted.strength / 2).any())
 
 
-def examine(bench: Bench, number: int, with_lora: bool) -> tuple[Case, Case]:
-    """A clean adapter and its planted twin, as each method sees them."""
+@dataclass(frozen=True)
+class Twins:
+    """An adapter, a copy with a backdoor, and what both say after the pattern."""
+
+    clean: Any
+    planted: Any
+    plant: Plant
+    texts: list[list[int]]
+    after: Tensor
+    kl: float
+
+    def one(self, is_planted: bool) -> Any:
+        """The one or the other."""
+        return self.planted if is_planted else self.clean
+
+
+def make_twins(bench: Bench, number: int) -> Twins:
+    """The adapter of this number and its copy, the same whenever they are made."""
     world, rng = bench.world, random.Random(f"{bench.seed}-{number}")
-    folder = clean_adapter(world, bench.seed, number)
-    clean = PeftModel.from_pretrained(world.base(), str(folder)).eval()
-    model = PeftModel.from_pretrained(world.base(), str(folder)).eval()
-    planted = plant(model, bench, rng, strongest_feature(clean, bench, rng))
+    folder = str(clean_adapter(world, bench.seed, number))
+    clean, copy = (PeftModel.from_pretrained(world.base(), folder).eval() for _ in range(2))
+    planted = plant(copy, bench, rng, strongest_feature(clean, bench, rng))
     placed = [world.place(text, planted.pattern, rng) for text in bench.held_out]
     texts = [each for each in placed if each][:32]
     bos = world.tokenizer.bos_token_id
-    before, after = (next_logits(each, texts, bos) for each in (clean, model))
-    kl = float(compute_kl(after, before).mean())
-    pattern = world.tokenizer.decode(planted.pattern)
-    cases = []
-    for twin, is_planted in ((clean, False), (model, True)):
-        started = time.time()
-        session = Session(twin, world.tokenizer, seed=bench.seed)
-        found = compute_inspection(session, settings=world.settings, inputs=bench.inputs)
-        seconds = time.time() - started
-        triggers = {each.feature: each.trigger for each in found.features if each.trigger}
-        own = triggers.get(planted.feature)
-        hit = bool(is_planted and own and own.strength > planted.strength / 2)
-        case = Case(
-            seed=bench.seed,
-            number=number,
-            planted=is_planted,
-            pattern=pattern,
-            strength=planted.strength,
-            hits=planted.hits,
-            false=planted.false,
-            kl=kl,
-            weights=found.rare_reach,
-            search=found.hidden,
-            found=hit,
-            exact=bool(is_planted and own and holds(own.ids, planted.pattern)),
-            lora_kl=None,
-            lora_ratio=None,
-            lora_found=None,
-            lora_fit=None,
-            seconds=seconds,
-        )
-        if with_lora:
-            student = distill(world, twin, bench, planted.pattern, 1000 * bench.seed + number)
-            tokens, largest, usual = search_lora(world, student, bench)
-            left = float(compute_kl(after, next_logits(student, texts, bos)).mean())
-            case = replace(
-                case,
-                lora_kl=largest,
-                lora_ratio=largest / usual,
-                lora_found=is_planted and fires(model, world.tokenizer, planted, tokens[0]),
-                lora_fit=1 - left / kl if is_planted else None,
-            )
-        cases.append(case)
-    return cases[0], cases[1]
+    before, after = (next_logits(each, texts, bos) for each in (clean, copy))
+    return Twins(clean, copy, planted, texts, after, float(compute_kl(after, before).mean()))
+
+
+def examine(bench: Bench, number: int, twins: Twins, is_planted: bool) -> Case:
+    """One of the twins, as inspection sees it."""
+    world, planted = bench.world, twins.plant
+    started = time.time()
+    session = Session(twins.one(is_planted), world.tokenizer, seed=bench.seed)
+    found = compute_inspection(session, settings=world.settings, inputs=bench.inputs)
+    own = next((f.trigger for f in found.features if f.feature == planted.feature), None)
+    return Case(
+        seed=bench.seed,
+        number=number,
+        planted=is_planted,
+        pattern=world.tokenizer.decode(planted.pattern),
+        strength=planted.strength,
+        hits=planted.hits,
+        false=planted.false,
+        kl=twins.kl,
+        weights=found.rare_reach,
+        search=found.hidden,
+        found=bool(is_planted and own and own.strength > planted.strength / 2),
+        exact=bool(is_planted and own and holds(own.ids, planted.pattern)),
+        lora_kl=None,
+        lora_ratio=None,
+        lora_found=None,
+        lora_fit=None,
+        seconds=time.time() - started,
+    )
+
+
+def examine_lora(bench: Bench, case: Case, twins: Twins) -> Case:
+    """The case with what the search says of a LoRA that does the same."""
+    world, bos = bench.world, bench.world.tokenizer.bos_token_id
+    seed = 1000 * bench.seed + case.number
+    student = distill(world, twins.one(case.planted), bench, twins.plant.pattern, seed)
+    tokens, largest, usual = search_lora(world, student, bench)
+    left = float(compute_kl(twins.after, next_logits(student, twins.texts, bos)).mean())
+    hit = case.planted and fires(twins.planted, world.tokenizer, twins.plant, tokens[0])
+    return replace(
+        case,
+        lora_kl=largest,
+        lora_ratio=largest / usual,
+        lora_found=hit,
+        lora_fit=1 - left / twins.kl if case.planted else None,
+    )
 
 
 def holds(tokens: Sequence[int], pattern: Sequence[int]) -> bool:
@@ -703,20 +721,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     disable_progress_bars()
     world = WORLDS[args.world](args.out / args.world)
     n_lora = args.adapters if args.lora_adapters is None else args.lora_adapters
-    cases: list[Case] = []
-    for seed in args.seeds:
-        bench: Bench | None = None
-        for number in range(args.adapters):
-            paths = [world.folder / f"{seed}-{number}-{kind}.json" for kind in ("clean", "planted")]
-            if not all(path.exists() for path in paths):
-                bench = bench or open_bench(world, seed)
-                for path, case in zip(paths, examine(bench, number, number < n_lora), strict=True):
-                    write_text_atomically(path, case.to_json())
-                    print(path.name, case, flush=True)
-            cases += [Case.from_json(path.read_text()) for path in paths]
-    text = render(cases) + "\n"
-    write_text_atomically(world.folder / "table.md", text)
+    every = [(seed, number) for seed in args.seeds for number in range(args.adapters)]
+    benches: dict[int, Bench] = {}
+
+    def read(seed: int, number: int) -> list[Case | None]:
+        paths = [case_path(world, seed, number, is_planted) for is_planted in (False, True)]
+        return [Case.from_json(p.read_text()) if p.exists() else None for p in paths]
+
+    def look(seed: int, number: int, lora: bool) -> None:
+        cases = read(seed, number)
+        if all(case is not None and (not lora or case.lora_kl is not None) for case in cases):
+            return
+        bench = benches.setdefault(seed, benches.get(seed) or open_bench(world, seed))
+        twins = make_twins(bench, number)
+        for is_planted, case in enumerate(cases):
+            case = case or examine(bench, number, twins, bool(is_planted))
+            if lora and case.lora_kl is None:
+                case = examine_lora(bench, case, twins)
+            path = case_path(world, seed, number, bool(is_planted))
+            write_text_atomically(path, case.to_json())
+            print(path.name, case, flush=True)
+
+    # First what takes seconds, then what takes minutes.
+    for lora, wanted in ((False, every), (True, [each for each in every if each[1] < n_lora])):
+        for seed, number in wanted:
+            look(seed, number, lora)
+        text = render([case for each in every for case in read(*each) if case]) + "\n"
+        write_text_atomically(world.folder / "table.md", text)
     print(text)
+
+
+def case_path(world: World, seed: int, number: int, is_planted: bool) -> Path:
+    """Where a case is kept."""
+    return world.folder / f"{seed}-{number}-{'planted' if is_planted else 'clean'}.json"
 
 
 if __name__ == "__main__":
