@@ -128,6 +128,12 @@ def accepts(architecture: str, normalization: str) -> bool:
 SAE_CASES = tuple((a, n) for a in ARCHITECTURES for n in NORMALISATIONS if accepts(a, n))
 
 
+def fits(architecture: str, activation: str, rank: int | None = None) -> bool:
+    """Whether an adapter of this activation and rank can steer an SAE of this architecture."""
+    featurewise = architecture in {"standard", "gated", "jumprelu"}
+    return activation != "gain" or (featurewise and rank is None)
+
+
 def tiny_sae(
     architecture: str = "standard",
     normalization: str = "none",
@@ -301,12 +307,13 @@ def naively_steered(
         model: a model without adapters; the module at ``layer.layer_name`` is hooked.
         layer: gives the place, the activation and, by default, the parameters.
         sae: the SAE as SAELens made it.
-        parameters: weight, bias and threshold to use instead, by name.
+        parameters: weight, bias and threshold or gain to use instead, by name.
         adapter_name: which of the layer's adapters.
     """
     adapter = layer.fsrl_adapter[adapter_name]
-    values = dict(adapter.named_parameters()) if parameters is None else parameters
-    threshold = values.get("threshold", values.get("log_threshold"))
+    own = {**dict(adapter.named_buffers()), **dict(adapter.named_parameters())}
+    values = {**own, **(parameters or {})}
+    threshold = values.get("threshold", values.get("log_threshold", values.get("gain")))
     results = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:

@@ -113,6 +113,48 @@ def test_jumprelu_passes_gradcheck_where_it_is_smooth() -> None:
     assert torch.autograd.gradcheck(lambda u: functional.jumprelu(u, log_theta, 0.1)[0], u)
 
 
+def test_gain_by_loops() -> None:
+    u, g = random(2, 7, 5).requires_grad_(), random(2, 7, 5)
+    gain = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    v, gate = functional.steering_vector(u, gain, activation="gain", bandwidth=1.0)
+    assert gate is None
+    v.backward(g)
+    d_gain, d_u = torch.zeros(5, dtype=torch.float64), torch.zeros_like(u)
+    for b in range(2):
+        for t in range(7):
+            for i in range(5):
+                value = u[b, t, i].item()
+                assert v[b, t, i].item() == (gain[i].item() * value if value > 0 else 0)
+                if value > 0:
+                    d_u[b, t, i] = g[b, t, i] * gain[i].item()
+                    d_gain[i] += g[b, t, i] * value
+    assert (v > 0).any()
+    assert (v < 0).any()
+    torch.testing.assert_close(u.grad, d_u, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gain.grad, d_gain, rtol=1e-12, atol=1e-14)
+
+
+def test_a_gain_of_zero_steers_nothing_and_has_a_slope() -> None:
+    u, gain = torch.tensor([[2.0, -1.0]]), torch.zeros(2, requires_grad=True)
+    v, _ = functional.steering_vector(u, gain, activation="gain", bandwidth=1.0)
+    assert not v.any()
+    v.sum().backward()
+    assert gain.grad.tolist() == [2.0, 0.0]
+
+
+def test_a_feature_is_scaled_by_one_plus_its_gain_and_not_below_zero() -> None:
+    # On the encoder itself u is f where the feature is active: f' = max(0, (1 + gain) f).
+    sae, x = LinearSAE(4, 6), random(20, 4)
+    gain = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 3.0], dtype=torch.float64)
+    output = steer(x, sae.W_enc.T, torch.zeros(6, dtype=torch.float64), gain, activation="gain")
+    f = sae.encode(x)
+    factor = torch.tensor([0.0, 0.0, 0.5, 1.0, 1.5, 4.0], dtype=torch.float64)
+    torch.testing.assert_close(output, x + (f * factor - f) @ sae.W_dec, rtol=1e-10, atol=1e-12)
+    unclamped = steer(x, sae.W_enc.T, 0 * gain, gain, activation="gain", clamps=False)
+    expected = x + (f * gain) @ sae.W_dec
+    torch.testing.assert_close(unclamped, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_unknown_activation() -> None:
     with pytest.raises(ValueError, match=r"activation must be one of .* got 'gelu'"):
         functional.steering_vector(torch.ones(2), None, activation="gelu", bandwidth=1.0)
@@ -190,11 +232,13 @@ def steer(x: Tensor, weight: Tensor, bias: Tensor, theta: Tensor, **changes: Any
     return functional.steer(x, weight, bias, None, theta, **settings).output
 
 
-@pytest.mark.parametrize("activation", ["soft_threshold", "relu"])
+@pytest.mark.parametrize("activation", ["soft_threshold", "relu", "gain"])
 def test_steer_passes_gradcheck(activation: str) -> None:
     # Random points in float64: the chance that a kink lies within 1e-6 of one is nil.
     x, weight, bias = random(5, 4), random(6, 4, scale=2.0), random(6, scale=0.1)
     inputs = [x, weight, bias, random(6, scale=0.3).abs()]
+    if activation == "gain":
+        inputs[-1] = torch.tensor([-3.0, -1.0, -0.2, 0.3, -2.0, 0.1], dtype=torch.float64)
     v, _ = functional.steering_vector(
         x @ weight.T + bias, inputs[-1], activation=activation, bandwidth=0.1
     )

@@ -197,4 +197,8 @@ def _rows(layer: FSRLLayer, name: str, features: Sequence[int]) -> Tensor:
     weight = adapter.weight.detach()[rows].double()
     if adapter.down is not None:
         weight = weight @ adapter.down.detach().double()
-    return torch.cat([weight, adapter.bias.detach()[rows].double()[:, None]], dim=1).cpu()
+    row = torch.cat([weight, adapter.bias.detach()[rows].double()[:, None]], dim=1)
+    if adapter.activation == "gain":
+        # The rows are the SAE's own, in any adapter: what was learned is which way they act.
+        row = row * adapter.gain.detach()[rows].double()[:, None]
+    return row.cpu()

@@ -236,10 +236,10 @@ class FrozenSAE:
         """
         if not _is_featurewise(self.info):
             raise ValueError(
-                "init_weights='encoder' needs an SAE whose features have an encoder of their own "
-                f"({', '.join(sorted(_FEATUREWISE_ARCHITECTURES))}), found "
+                "init_weights='encoder' and activation='gain' need an SAE whose features have an "
+                f"encoder of their own ({', '.join(sorted(_FEATUREWISE_ARCHITECTURES))}), found "
                 f"{self.info.architecture!r}, whose features compete for their activation. Use "
-                "init_weights='uniform'."
+                "init_weights='uniform' and another activation."
             )
         if self.info.architecture == "gated":
             return self._module.W_enc.T, self._module.b_gate

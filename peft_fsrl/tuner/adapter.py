@@ -27,7 +27,7 @@ class SteeringAdapter(nn.Module):
         dtype: dtype of the parameters.
 
     With the activation ``gain`` only the gains train; weight and bias are buffers, saved like
-    parameters, that hold the SAE's encoder.
+    parameters, that hold the SAE's encoder in float32 or wider.
 
     Shape:
         weight ``(n_features, d_in)``, bias and threshold, log_threshold or gain ``(n_features,)``;
@@ -59,10 +59,12 @@ class SteeringAdapter(nn.Module):
         if config.activation == "gain":
             # Zero steers nothing and still has a slope, unlike the other activations.
             self.gain = nn.Parameter(torch.zeros(n_features, device=device, dtype=dtype))
-            self.register_buffer(
-                "weight", torch.empty(n_features, d_in, device=device, dtype=dtype)
-            )
-            self.register_buffer("bias", torch.empty(n_features, device=device, dtype=dtype))
+            # PEFT widens parameters of 16 bits, not buffers, and later: rounded by then, an encoder
+            # would find other features than the SAE does.
+            wide = torch.promote_types(dtype or torch.float32, torch.float32)
+            weight = torch.empty(n_features, d_in, device=device, dtype=wide)
+            self.register_buffer("weight", weight)
+            self.register_buffer("bias", torch.empty(n_features, device=device, dtype=wide))
             return
         width = config.rank or d_in
         self.weight = nn.Parameter(torch.empty(n_features, width, device=device, dtype=dtype))
@@ -84,6 +86,11 @@ class SteeringAdapter(nn.Module):
             start = math.log(config.init_threshold or config.jumprelu_bandwidth)
         threshold = nn.Parameter(torch.full((n_features,), start, device=device, dtype=dtype))
         self.register_parameter(_THRESHOLD_NAMES[config.activation], threshold)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of it is trained."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def threshold_parameter(self) -> nn.Parameter | None:
@@ -113,10 +120,10 @@ class SteeringAdapter(nn.Module):
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all features but those at some positions, in their order; parameters are new."""
-        for name, parameter in list(self.named_parameters(recurse=False)):
-            if name != "down":
-                kept = parameter.detach()[rows.to(parameter.device)].clone()
-                setattr(self, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-        if self.activation == "gain":
-            self.weight = self.weight[rows.to(self.weight.device)].clone()
-            self.bias = self.bias[rows.to(self.bias.device)].clone()
+        tensors = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            if name not in ("down", "identity"):
+                kept = tensor.detach()[rows.to(tensor.device)].clone()
+                if isinstance(tensor, nn.Parameter):
+                    kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
+                setattr(self, name, kept)

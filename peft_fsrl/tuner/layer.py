@@ -211,7 +211,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         observers, edits = open_values(self.observers), open_values(self.edits)
         statistics = open_values(self.statistics_observers)
         # A compiler cannot follow what the watch notes during a backward pass.
-        watched = self.training and adapter.penalized and adapter.weight.requires_grad
+        watched = self.training and adapter.penalized and adapter.trains
         watched = watched and not torch.compiler.is_compiling()
         steered = self._apply_adapter(
             x, adapter, sae, edits, measures=bool(statistics) or watched, keeps=bool(observers)
@@ -254,9 +254,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         )
         steer: Callable[..., Steered] = plain
         # A frozen adapter is differentiated by analyses, which may do so twice, or in batches.
-        trains = any(p.requires_grad for p in adapter.parameters()) or not (
-            torch.is_grad_enabled() and x.requires_grad
-        )
+        trains = adapter.trains or not (torch.is_grad_enabled() and x.requires_grad)
         if not (edits or keeps or sae.contextual) and trains and compiles(adapter.compiles, x):
             steer = partial(run_compiled, plain)
         parameters = (adapter.weight, adapter.bias, adapter.down, adapter.threshold_parameter)
@@ -281,6 +279,17 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             if moved.device.type != "meta":
                 self.fsrl_sae[name] = sae.to(moved.device, moved.dtype)
         return self
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """PEFT's own; it casts to the base's dtype, and later widens parameters, not buffers."""
+        if adapter_name in self.fsrl_adapter:
+            adapter = self.fsrl_adapter[adapter_name]
+            buffers = dict(adapter.named_buffers())
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            for name, buffer in buffers.items():
+                setattr(adapter, name, buffer.to(getattr(adapter, name).device))
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module

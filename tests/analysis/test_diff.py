@@ -102,3 +102,18 @@ def test_other_saes_are_refused(tmp_path: Path) -> None:
         compute_difference(
             Session(model, helpers.tiny_tokenizer(), ROWS), first="default", second="nobody"
         )
+
+
+def test_cosines_of_gains_are_their_signs() -> None:
+    model, signs = two_adapters(), torch.tensor([1.0, -1.0, 1.0]).repeat(8)
+    for name in ("one", "two"):
+        model.add_adapter(name, FSRLConfig(layer=1, sae=helpers.tiny_sae(), activation="gain"))
+    layer = helpers.only_layer(model)
+    with torch.no_grad():
+        layer.fsrl_adapter["one"].gain.fill_(-0.5)
+        layer.fsrl_adapter["two"].gain.copy_(-2.0 * signs)
+    session = Session(model, helpers.tiny_tokenizer(), ROWS)
+    found = compute_difference(session, first="one", second="two")
+    cosines = {each.feature: each.cosine for each in found.features}
+    assert cosines == pytest.approx({feature: signs[feature].item() for feature in cosines})
+    assert len({round(value) for value in cosines.values() if value is not None}) == 2

@@ -84,6 +84,27 @@ def test_what_is_never_used_goes_and_nothing_changes(family: str, architecture: 
             torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-5, atol=1e-5)
 
 
+def test_gains_of_zero_go_with_their_encoder(tmp_path: Path) -> None:
+    model = helpers.fsrl_model(sae=helpers.tiny_sae("jumprelu"), activation="gain")
+    adapter = helpers.only_layer(model).fsrl_adapter["default"]
+    with torch.no_grad():
+        adapter.gain[:20] = 0
+    rows, data = adapter.weight.clone(), batches()
+    used = [feature for feature, count in used_by_hand(model, data).items() if count]
+    assert used
+    assert set(used) <= {20, 21, 22}
+    ids = helpers.token_ids()
+    before = model(ids).logits
+    report = prune(model, data, show_progress=False)
+    assert (report.parameters_before, report.parameters_after) == (24, len(used))
+    assert torch.equal(adapter.weight, rows[sorted(used)])
+    assert [name for name, _ in adapter.named_parameters()] == ["gain"]
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(helpers.tiny_model(), tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 def test_rare_features_go_at_the_cost_that_is_stated() -> None:
     model = helpers.fsrl_model().double()
     with torch.no_grad():

@@ -83,6 +83,22 @@ def test_other_weights_take_the_place_of_the_served_ones(saved: tuple[Path, Path
             update_layer(layer, wrong)
 
 
+def test_gains_take_the_place_of_the_served_ones(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    model, _ = saved
+    adapter = save_adapter(tmp_path / "gains", model, activation="gain")
+    [layer] = load(adapter, model).values()
+    trained = load_reference(model, adapter)
+    with torch.no_grad():
+        only_layer(trained).fsrl_adapter["default"].gain.mul_(-2.0)
+    update_layer(layer, get_peft_model_state_dict(trained))
+    own, x = layer.fsrl_adapter["default"], torch.randn(5, WIDTH)
+    sae = tiny_sae("jumprelu", d_in=WIDTH, d_sae=D_SAE)
+    with torch.no_grad():
+        gain = only_layer(trained).fsrl_adapter["default"].gain
+        expected, _, _ = naive_steer(sae, x, own.weight, own.bias, gain, "gain")
+        torch.testing.assert_close(layer(x), expected)
+
+
 def test_places_have_the_path_of_the_servers_model(saved: tuple[Path, Path]) -> None:
     wrapped = nn.ModuleDict({"language_model": tiny_model()})
     assert Place(2, "mlp", False).path_in(wrapped) == "language_model.model.layers.2.mlp"

@@ -122,6 +122,21 @@ def test_older_checkpoints_stay_until_the_new_one_is_complete(
     assert find_checkpoint(tmp_path, True) == str(tmp_path / "checkpoint-2")
 
 
+def test_gains_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    settings = {"sae": tiny_sae("jumprelu"), "activation": "gain", "l1_coeff": 0.1}
+    whole, other = fsrl_model(**settings), fsrl_model(**settings)
+    start = only_layer(whole).fsrl_adapter["default"].gain.detach().clone()
+    trainer_of(whole, tmp_path, save_strategy="steps", save_steps=1).train()
+    # Its encoder and its gains come from the checkpoint.
+    randomize_adapter(only_layer(other), seed=9)
+    trainer_of(other, tmp_path / "other").train(str(tmp_path / "checkpoint-1"))
+    expected = only_layer(whole).fsrl_adapter["default"].state_dict()
+    found = only_layer(other).fsrl_adapter["default"].state_dict()
+    assert not torch.equal(expected["gain"], start)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def test_a_live_sae_lies_beside_the_adapter_and_is_replaced_with_it(tmp_path: Path) -> None:
     for seed in (0, 1):
         model = fsrl_model(sae=tiny_sae(seed=seed))

@@ -226,6 +226,19 @@ def test_jumprelu_with_both_coefficients(tmp_path: Path) -> None:
     assert reporter.logs["fsrl/penalty"] == pytest.approx(naive.penalty.item(), rel=1e-5)
 
 
+def test_gains_alone_are_trained(tmp_path: Path) -> None:
+    model = double_model(activation="gain", l1_coeff=0.7, l2_coeff=0.2)
+    encoder = only_layer(model).fsrl_adapter["default"].weight.clone()
+    trainer, reporter = cpo_trainer(model, tmp_path, batch_size=2, accumulation=2)
+    naive = Naive(model, sequences(trainer))
+    before, gradients = snapshot(model), naive.gradients(naive.simpo() + naive.penalty)
+    assert set(before) == {"gain"}
+    trainer.train()
+    assert_stepped(model, before, gradients)
+    assert reporter.logs["fsrl/penalty"] == pytest.approx(naive.penalty.item(), rel=1e-5)
+    assert torch.equal(only_layer(model).fsrl_adapter["default"].weight, encoder)
+
+
 def test_token_reduction_within_a_batch(tmp_path: Path) -> None:
     model = double_model(l1_coeff=0.7, penalty_reduction="token")
     trainer, _ = cpo_trainer(model, tmp_path)

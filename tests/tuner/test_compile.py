@@ -80,13 +80,15 @@ def run(layer: Any, x: Tensor, wanted: bool) -> list[Tensor | None]:
         ("gated", "layer_norm", "soft_threshold"),
         ("topk", "constant_norm_rescale", "relu"),
         ("jumprelu", "expected_average_only_in", "jumprelu"),
+        ("jumprelu", "none", "gain"),
     ],
 )
 def test_the_same_numbers(
     architecture: str, normalization: str, activation: str, programs: list[Any]
 ) -> None:
     sae = tiny_sae(architecture, normalization)
-    layer = bare_layer(sae, activation=activation, jumprelu_bandwidth=0.4, rank=3)
+    rank = None if activation == "gain" else 3
+    layer = bare_layer(sae, activation=activation, jumprelu_bandwidth=0.4, rank=rank)
     for shape in ((2, 3, 16), (7, 16), (1, 1, 16), (0, 16)):
         x = torch.randn(shape, dtype=torch.float64)
         for found, expected in zip(run(layer, x, True), run(layer, x, False), strict=True):

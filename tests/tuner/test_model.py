@@ -249,6 +249,65 @@ def test_loading_what_the_encoder_started(low_cpu_mem_usage: bool, tmp_path: Pat
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+def gain_model(dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
+    """Gains that steer visibly, on the SAE's own encoder."""
+    config = FSRLConfig(layer=1, sae=tiny_sae("jumprelu"), activation="gain", **settings)
+    model = get_peft_model(tiny_model().to(dtype), config).eval()
+    with torch.no_grad():
+        only_layer(model).fsrl_adapter["default"].gain.normal_(std=3.0)
+    return model
+
+
+@pytest.mark.parametrize("features", [None, [2, 3, 11]])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gains_and_their_encoder_are_saved_and_loaded(
+    dtype: torch.dtype, low_cpu_mem_usage: bool, features: list[int] | None, tmp_path: Path
+) -> None:
+    model, ids = gain_model(dtype, features=features), token_ids()
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.rpartition(".")[2] for key in saved} == {"weight", "bias", "gain", "identity"}
+    base = tiny_model().to(dtype)
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    own, found = (only_layer(m).fsrl_adapter["default"] for m in (model, loaded))
+    for name in ("weight", "bias", "gain"):
+        tensor = getattr(found, name)
+        assert tensor.dtype == torch.float32
+        # PEFT rounds parameters to the base's dtype on this way.
+        tolerance = 2**-8 if name == "gain" and low_cpu_mem_usage else 0
+        torch.testing.assert_close(tensor, getattr(own, name), rtol=tolerance, atol=0)
+    if not low_cpu_mem_usage or dtype == torch.float32:
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    with loaded.disable_adapter():
+        assert not torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_gains_as_one_of_several_adapters() -> None:
+    model, ids = gain_model(), token_ids()
+    expected = model(ids).logits
+    model.add_adapter("other", FSRLConfig(layer=1, sae=tiny_sae(), init_scale=0.3))
+    model.set_adapter("other")
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "default" in n] == []
+    assert not torch.equal(model(ids).logits, expected)
+    model.set_adapter("default")
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert [name.rpartition(".")[2] for name in trained] == ["gain"]
+    assert torch.equal(model(ids).logits, expected)
+    model.delete_adapter("other")
+    assert torch.equal(model(ids).logits, expected)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_adapter()
+    assert torch.equal(model.unload()(ids).logits, tiny_model()(ids).logits)
+
+
+def test_gains_whose_penalty_is_left_out_are_noticed() -> None:
+    model, ids = gain_model(l1_coeff=0.1).train(), token_ids()
+    model(ids).logits.sum().backward()
+    with pytest.warns(UserWarning, match="it trains without one"):
+        model(ids)
+
+
 def test_the_encoder_start_on_meta_stays_there() -> None:
     config = FSRLConfig(
         layer=1, sae=tiny_sae("jumprelu"), activation="relu", init_weights="encoder"
