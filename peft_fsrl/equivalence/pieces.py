@@ -73,6 +73,7 @@ class Factors(NamedTuple):
 class _Token:
     """Where one token stands, per steered feature.
 
+    ``u`` is the pre-activation, times the gain where there is one.
     ``gap`` is by how much the encoder's pre-activation exceeds its threshold, ``until_switch`` a
     distance within which a feature goes neither on nor off.
     """
@@ -121,16 +122,24 @@ class PiecewiseAffine:
         self.sae = self.exact.fsrl_sae[adapter_name]
         scale, shift = affine_input(self.sae)
         weight = adapter.weight if adapter.down is None else adapter.weight @ adapter.down
-        self._rows = weight * scale
-        self._offset = functional.steering_pre(shift, adapter.weight, adapter.bias, adapter.down)
-        self._two_sided = adapter.activation == "soft_threshold"
-        self._clamps = self._two_sided and adapter.non_negative and not self.sae.signed
-        self._threshold = torch.zeros_like(adapter.bias)
+        self._gain, self._threshold = torch.ones_like(adapter.bias), torch.zeros_like(adapter.bias)
+        two_sided = adapter.activation == "soft_threshold"
         threshold = adapter.threshold_parameter
-        if threshold is not None:
-            self._threshold = threshold.clamp(min=0) if self._two_sided else threshold.exp()
+        if adapter.activation == "gain":
+            assert threshold is not None
+            self._gain = threshold
+        elif threshold is not None:
+            self._threshold = threshold.clamp(min=0) if two_sided else threshold.exp()
+        # gain * relu(u) is gain * u where that has the gain's sign: what follows has u times it.
+        self._rows = weight * scale * self._gain[:, None]
+        shifted = functional.steering_pre(shift, adapter.weight, adapter.bias, adapter.down)
+        self._offset = shifted * self._gain
+        # Which features v can raise, and which it can lower.
+        self._rises, self._falls = self._gain > 0, (self._gain < 0) | two_sided
+        lowers = bool(self._falls.any())
+        self._clamps = lowers and adapter.non_negative and not self.sae.signed
         # How much of a crossed threshold the steering vector lacks: all of it, or nothing.
-        self._shrinkage = self._threshold * self._two_sided
+        self._shrinkage = self._threshold * two_sided
         self.directions = self.sae.directions
         self._sizes = self.directions.norm(dim=1)
         self._writes = self._sizes > 0
@@ -226,6 +235,7 @@ class PiecewiseAffine:
             activation=adapter.activation,
             bandwidth=adapter.bandwidth,
         )
+        u = u * self._gain
         if not (self._clamps and needs_f):
             return u, v, torch.zeros_like(u)
         # Each token as a sequence of its own, for encoders that read whole sequences.
@@ -284,19 +294,17 @@ class PiecewiseAffine:
             state == kind for kind in (REST, PROMOTED, SUPPRESSED, CLIPPED)
         )
         # Without a threshold v is u on both sides of zero: nothing ends there by itself.
-        straight = (theta == 0) & self._two_sided
-        yield Exit("threshold", resting, (Half("u", 1, theta - u),))
+        straight = (theta == 0) & self._rises & self._falls
+        yield Exit("threshold", resting & self._rises, (Half("u", 1, theta - u),))
         yield Exit("threshold", up & ~straight, (Half("u", -1, u - theta),))
         yield Exit("threshold", free & ~straight, (Half("u", 1, -theta - u),))
-        if not self._two_sided:
-            return
-        goes_down = Half("u", -1, u + theta)
+        goes_down, falls = Half("u", -1, u + theta), resting & self._falls
         if not self._clamps:
-            yield Exit("threshold", resting & ~straight, (goes_down,))
+            yield Exit("threshold", falls & ~straight, (goes_down,))
             return
         goes_off, goes_on = Half("z", -1, gap), Half("z", 1, -gap)
         by_v = (up | free) & straight
-        yield Exit("suppression", resting, (goes_down, goes_on))
+        yield Exit("suppression", falls, (goes_down, goes_on))
         yield Exit("encoder", by_v, (goes_down, goes_off))
         if self._encoder is None:
             return

@@ -17,6 +17,7 @@ from helpers import (
     SAE_CASES,
     VARIANTS,
     bare_layer,
+    fits,
     fsrl_model,
     naive_steer,
     naive_vector,
@@ -111,6 +112,7 @@ CASES = [
     for architecture, normalization in SAE_CASES
     for activation in ACTIVATIONS
     for non_negative in (True, False)
+    if fits(architecture, activation)
     if normalization == "none"
     or (activation == "soft_threshold" and non_negative)
     or (normalization in RUN_TIME and activation == "relu" and non_negative)
@@ -123,7 +125,7 @@ def test_exact_within_the_radius_or_refused(
 ) -> None:
     sae = tiny_sae(architecture, normalization, dtype="float64")
     layer = bare_layer(sae, activation=activation, non_negative=non_negative)
-    clamps = non_negative and activation == "soft_threshold"
+    clamps = non_negative and activation in ("soft_threshold", "gain")
     if normalization in RUN_TIME or (clamps and architecture in UNKNOWN_ENCODERS):
         reason = "normalizes each token" if normalization in RUN_TIME else "not affine feature by"
         with pytest.raises(NotAffineError, match=reason) as refused:
@@ -143,9 +145,14 @@ def test_exact_within_the_radius_or_refused(
     assert certificate.check().holds()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
-    "variant", [name for name in VARIANTS if VARIANTS[name][0] not in UNKNOWN_ENCODERS]
+    ("variant", "activation"),
+    [
+        (name, each)
+        for name in VARIANTS
+        for each in ACTIVATIONS
+        if VARIANTS[name][0] not in UNKNOWN_ENCODERS and fits(VARIANTS[name][0], each)
+    ],
 )
 def test_exact_for_variants(variant: str, activation: str) -> None:
     architecture, settings = VARIANTS[variant]
@@ -191,11 +198,20 @@ WAYS = [
     ("soft_threshold", False, True),
     ("relu", True, True),
     ("jumprelu", True, True),
+    ("gain", True, True),
+    ("gain", False, True),
 ]
 
 
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated", "topk"])
-@pytest.mark.parametrize(("activation", "non_negative", "threshold"), WAYS)
+@pytest.mark.parametrize(
+    ("architecture", "activation", "non_negative", "threshold"),
+    [
+        (name, *way)
+        for name in ("standard", "jumprelu", "gated", "topk")
+        for way in WAYS
+        if fits(name, way[0])
+    ],
+)
 def test_the_radius_by_brute_force_in_the_plane(
     architecture: str, activation: str, non_negative: bool, threshold: bool
 ) -> None:
@@ -225,6 +241,33 @@ def test_the_radius_by_brute_force_in_the_plane(
         else:
             looser += first > 1.04 * certificate.radius
     assert looser == 0 or architecture == "topk"
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+def test_gains_on_the_encoder_itself(architecture: str) -> None:
+    # Adapter and encoder switch at one hyperplane, or at parallel ones.
+    sae = tiny_sae(architecture, dtype="float64")
+    layer = FSRLLayer(nn.Identity(), "identity")
+    layer.update_layer("default", FSRLConfig(layer=0, sae=sae, activation="gain"), freeze_sae(sae))
+    layer.double()
+    adapter = layer.fsrl_adapter["default"]
+    rows, offsets = layer.fsrl_sae["default"].encoder_rows()
+    with torch.no_grad():
+        # The layer made them in float32.
+        adapter.weight.copy_(rows)
+        adapter.bias.copy_(offsets)
+        adapter.gain.copy_(torch.linspace(-2, 2, D_SAE))
+        adapter.gain[3] = 0
+    naive, clipped = Naive(sae, layer), set()
+    for certificate in certify(layer, tokens(16)):
+        exact_everywhere_inside(certificate, naive, normals(layer, sae)[::29])
+        assert certificate.check().holds()
+        clipped |= set(certificate.clipped)
+        assert 3 not in certificate.active
+        # Their rows come first.
+        for feature, row in zip(certificate.active, certificate.lora_A, strict=False):
+            torch.testing.assert_close(row, adapter.gain[feature] * rows[feature])
+    assert clipped
 
 
 def test_a_negative_threshold_acts_as_zero() -> None:

@@ -52,6 +52,20 @@ MUTANTS = (
         ("training/test_nonfinite.py::test_a_broken_adapter_is_counted",),
     ),
     Mutant(
+        "a gain acts where its feature is not active",
+        "functional.py",
+        "return threshold * torch.relu(u), None",
+        "return threshold * u, None",
+        ("test_functional.py::test_gain_by_loops",),
+    ),
+    Mutant(
+        "a gain takes a feature below zero",
+        "functional.py",
+        '_PROMOTES_ONLY = ("relu", "jumprelu")',
+        '_PROMOTES_ONLY = ("relu", "jumprelu", "gain")',
+        ("test_functional.py::test_a_feature_is_scaled_by_one_plus_its_gain_and_not_below_zero",),
+    ),
+    Mutant(
         "suppression is lost",
         "functional.py",
         "return torch.sign(u) * torch.relu(u.abs() - threshold)",
@@ -315,6 +329,34 @@ MUTANTS = (
         "scale = max(scale, torch.finfo(self.weight.dtype).smallest_normal / 64)",
         "scale = scale",
         ("tuner/test_model.py::test_sixteen_bit_start_is_not_dead",),
+    ),
+    Mutant(
+        "the encoder of gains is rounded when it is made",
+        "tuner/adapter.py",
+        "wide = torch.promote_types(dtype or torch.float32, torch.float32)",
+        "wide = dtype",
+        ("tuner/test_layer.py::test_sixteen_bits_do_not_round_the_encoder_of_gains",),
+    ),
+    Mutant(
+        "the encoder of gains is rounded when it is loaded",
+        "tuner/layer.py",
+        "setattr(adapter, name, buffer.to(getattr(adapter, name).device))",
+        "pass",
+        ("tuner/test_model.py::test_gains_and_their_encoder_are_saved_and_loaded",),
+    ),
+    Mutant(
+        "gains start from a small share of the encoder",
+        "tuner/adapter.py",
+        '1.0 if self.activation == "gain" else _ENCODER_START',
+        "_ENCODER_START",
+        ("tuner/test_layer.py::test_gains_act_where_the_sae_finds_a_feature",),
+    ),
+    Mutant(
+        "nobody notices that gains train without their penalty",
+        "tuner/layer.py",
+        "adapter.penalized and adapter.trains",
+        "adapter.penalized and adapter.weight.requires_grad",
+        ("tuner/test_model.py::test_gains_whose_penalty_is_left_out_are_noticed",),
     ),
     Mutant(
         "the encoder start forgets the SAE's thresholds",
@@ -1168,7 +1210,21 @@ MUTANTS = (
         "list(range(len(features)))",
         ("analysis/test_diff.py::test_cosines_of_rows",),
     ),
+    Mutant(
+        "two adapters of gains always agree",
+        "analysis/diff.py",
+        "row = row * adapter.gain.detach()[rows].double()[:, None]",
+        "pass",
+        ("analysis/test_diff.py::test_cosines_of_gains_are_their_signs",),
+    ),
     # As LoRA
+    Mutant(
+        "a gain's factors leave out its bias",
+        "equivalence/pieces.py",
+        "self._offset = shifted * self._gain",
+        "self._offset = shifted",
+        ("equivalence/test_certificates.py::test_gains_on_the_encoder_itself",),
+    ),
     Mutant(
         "a certificate reaches too far",
         "equivalence/boundaries.py",
