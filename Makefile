@@ -13,7 +13,7 @@ LAUNCH = accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_p
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test serving docs lint format types ci bench conformance mutants lock clean
+.PHONY: help setup demo real test serving docs lint format types build ci bench conformance mutants lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -50,7 +50,12 @@ format: setup ## mend what lint can mend by itself
 types: setup ## check types
 	$(RUN) mypy
 
-ci: lint types test ## all that must pass before a change lands
+build: setup ## build sdist and wheel into dist/; run the wheel in an environment of its own
+	@rm -rf dist
+	$(RUN) build --no-isolation >/dev/null
+	$(VENV)/bin/python tools/check_wheel.py dist
+
+ci: lint types build test ## all that must pass before a change lands
 
 bench: setup ## measure speed and memory; ARGS="--device cuda" on a GPU, in five minutes
 	$(VENV)/bin/python benchmarks/speed.py $(ARGS)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..extras import install_command
 from ..records import Record
 from .content import digest_json
 
@@ -187,5 +188,5 @@ def _require_lm_eval() -> None:
     except ImportError as error:
         raise ImportError(
             "This needs lm-evaluation-harness, which cannot be imported. Run: "
-            "pip install peft-fsrl[eval]"
+            + install_command("eval")
         ) from error

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..extras import install_command
 from .audit.audit import Audit
 from .curves import Curve, TrainingCurves
 from .static_dynamic import StaticDynamic
@@ -400,7 +401,7 @@ def _pyplot() -> Any:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(
-            "Figures need matplotlib, which cannot be imported. Run: pip install peft-fsrl[plots]"
+            "Figures need matplotlib, which cannot be imported. Run: " + install_command("plots")
         ) from error
     return pyplot
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..extras import install_command
 from ..records import Interval
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ LEVEL = 0.95
 RESAMPLES = 2000
 # Indices held at once; the rest of the resamples follow in batches.
 _BATCH = 4_000_000
-_MISSING = "This needs {}, which cannot be imported. Run: pip install peft-fsrl[audit]"
+_MISSING = "This needs {}, which cannot be imported. Run: " + install_command("audit")
 
 
 def require() -> None:

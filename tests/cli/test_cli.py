@@ -29,6 +29,7 @@ from peft_fsrl.analysis.labels import load_labels, organism_labels, save_labels
 from peft_fsrl.cli.audit import add_arguments
 from peft_fsrl.cli.diff import require_same_saes
 from peft_fsrl.cli.main import COMMANDS, main, one_line, say
+from peft_fsrl.extras import install_command
 
 DATA = ["--dataset", "organism", "--n-pairs", "6"]
 QUICK = ["--n-generations", "1", "--n-coherence", "2", "--max-new-tokens", "4"]
@@ -379,7 +380,7 @@ def test_a_missing_extra_is_said_at_once(
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "scipy", None)
     out = tmp_path / "out"
-    assert "pip install peft-fsrl[audit]" in refusal(capsys, "audit", adapter, "--out", out, *DATA)
+    assert install_command("audit") in refusal(capsys, "audit", adapter, "--out", out, *DATA)
     assert not out.exists()
     monkeypatch.undo()
     statistics.require()

@@ -479,7 +479,7 @@ def test_tasks_that_cannot_be_found(place: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"pip install peft-fsrl\[eval\]"):
+    with pytest.raises(ImportError, match=r'pip install "peft-fsrl\[eval\]"'):
         Harness(["mmlu"])
 
 

@@ -17,6 +17,7 @@ from urllib.parse import unquote_plus, urlsplit
 
 from tqdm.auto import tqdm
 
+from ...extras import install_command
 from ...records import Record
 from .source import printable
 
@@ -509,5 +510,6 @@ def _require_openai() -> None:
         import openai  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "Asking a judge needs the package `openai`: pip install 'peft-fsrl[judge]'."
+            "Asking a judge needs openai, which cannot be imported. Run: "
+            + install_command("judge")
         ) from error
