@@ -17,18 +17,25 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo3Config,
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from peft_fsrl import FSRLConfig, FSRLLayer, freeze_sae
@@ -69,6 +76,46 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "gptj": lambda: GPTJConfig(**_GPT_LIKE, rotary_dim=4),
 }
 
+_EXPERTS = {"num_experts_per_tok": 2}
+_HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+_VISION = {**_LLAMA_LIKE, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+# Experts, linear attention, attention in chunks, a tower beside the language model: each attaches
+# and steers like the others, so only tests/tuner/test_newer_architectures.py runs them all.
+NEWER: dict[str, Callable[[], PretrainedConfig]] = {
+    "gemma3_multimodal": lambda: Gemma3Config(
+        text_config={**_LLAMA_LIKE, "sliding_window": 4},
+        vision_config=_VISION,
+        mm_tokens_per_image=4,
+        image_token_index=39,
+        boi_token_index=38,
+        eoi_token_index=37,
+    ),
+    "gemma4": lambda: Gemma4TextConfig(
+        **_LLAMA_LIKE,
+        sliding_window=4,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        global_head_dim=8,
+    ),
+    "qwen3_5": lambda: Qwen3_5TextConfig(
+        **_LLAMA_LIKE,
+        **_HEADS,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_LLAMA_LIKE, **_EXPERTS, num_experts=4, moe_intermediate_size=8
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **_LLAMA_LIKE, **_EXPERTS, num_local_experts=4, sliding_window=4
+    ),
+    "olmo3": lambda: Olmo3Config(**_NO_HEAD_DIM, sliding_window=4),
+    "llama4": lambda: Llama4TextConfig(
+        **_LLAMA_LIKE, num_local_experts=2, intermediate_size_mlp=32, attention_chunk_size=32
+    ),
+}
+
 NORMALISATIONS = (
     "none",
     "expected_average_only_in",
@@ -107,7 +154,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tiny_model(family: str = "llama", seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A random causal LM of three layers and width 16, the same for the same seed."""
-    config = FAMILIES[family]()
+    config = (FAMILIES | NEWER)[family]()
     for name, value in settings.items():
         setattr(config, name, value)
     with torch.random.fork_rng():
