@@ -65,7 +65,7 @@ def judge_gain(base: PreferenceScores, trained: PreferenceScores, gain: Interval
 
 def judge_coherence(variants: Sequence[VariantCoherence]) -> Finding:
     """By perplexity and repetition of the trained model's answers against the base model's own."""
-    question = "Is what it says still language?"
+    question = "Are its outputs still fluent?"
     found = {variant.name: variant.coherence for variant in variants}
     if not {"base", "trained"} <= found.keys():
         return Finding(question, "unsure", "No answers were sampled.")

@@ -28,26 +28,29 @@ def add_data_arguments(
 ) -> None:
     """Options for the data set of a command."""
     group = parser.add_argument_group("data")
+    first = f"use the first N pairs; 0 = all (default: {n_pairs})"
     group.add_argument(
         "--dataset",
         required=required,
         help=f"{'held-out ' if held_out else ''}preference pairs: a name on the Hub, a folder, "
         f"a .json, .jsonl, .csv or .parquet file, or {ORGANISM!r} for the built-in organism's",
     )
-    group.add_argument("--split", default=split, help=f"of a data set that has splits ({split})")
-    group.add_argument("--n-pairs", type=int, default=n_pairs, help="only the first N; 0 takes all")
-    group.add_argument("--max-length", type=int, help="leave out pairs whose prompt fills it")
-    group.add_argument("--style", type=float, default=0.9, help="organism: see docs/organism.md")
-    group.add_argument("--honesty", type=float, default=0.55, help="organism: likewise")
+    group.add_argument("--split", default=split, help=f"split, if the data has any ({split})")
+    group.add_argument("--n-pairs", type=int, default=n_pairs, help=first)
+    group.add_argument("--max-length", type=int, help="skip pairs whose prompt is this long")
+    group = parser.add_argument_group(f"data of the model organism (--dataset {ORGANISM})")
+    for name, rate in (("style", 0.9), ("honesty", 0.55)):
+        text = f"share of pairs that prefer {name} ({rate}); see docs/organism.md"
+        group.add_argument(f"--{name}", type=float, default=rate, help=text)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options for how a model is run."""
-    group = parser.add_argument_group("how")
+    group = parser.add_argument_group("execution")
     group.add_argument("--batch-size", type=int, default=16, help="pairs per forward pass")
-    group.add_argument("--device", help="such as cuda:0; an accelerator if there is one")
-    group.add_argument("--dtype", default="auto", help="of the base model, such as bfloat16")
-    group.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    group.add_argument("--device", help="such as cuda:0; default: an accelerator, if there is one")
+    group.add_argument("--dtype", default="auto", help="dtype of the base model, such as bfloat16")
+    group.add_argument("--seed", type=int, default=0, help="random seed (0)")
 
 
 def load_model(name: str, args: argparse.Namespace) -> Any:
@@ -101,7 +104,7 @@ def find_base(adapter: str, config: Any, given: str | None) -> str:
     """
     base: str | None = given or config.base_model_name_or_path
     if not base:
-        raise ValueError(f"The adapter in {adapter} names no base model: give --base-model.")
+        raise ValueError(f"The adapter in {adapter} names no base model: pass --base-model.")
     if given is None and Path(base).is_absolute() and not Path(base).is_dir():
         raise ValueError(
             f"Expected the adapter's base model in {base}, found no such folder. Say where it is "
@@ -223,7 +226,7 @@ def sae_reference(name: str) -> str:
 def _load_dataset(args: argparse.Namespace) -> tuple[Any, str]:
     dataset, name = _find_dataset(args)
     if not len(dataset):
-        raise ValueError(f"Expected preference pairs in {args.dataset}, found no row at all.")
+        raise ValueError(f"Expected preference pairs in {args.dataset}, found no rows.")
     return dataset, name
 
 

@@ -29,23 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("adapter", help="folder or Hub repository of a trained adapter")
     add("--out", type=Path, required=True, help="folder for audit.json, audit.html and parts/")
-    add("--name", help="what to call the adapter; by default its path")
-    add("--base-model", help="base model; by default the one that the adapter names")
+    add("--name", help="name of the adapter in the report; default: its path")
+    add("--base-model", help="base model; default: the one the adapter names")
     add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
-    add("--reference-labels", help="a second source, to check the labels against")
-    add("--categories", help="those of the labels to look at, with commas between; default: all")
+    add("--reference-labels", help="second set of labels, to measure agreement with")
+    add("--categories", help="comma-separated categories of the labels; default: all")
     add("--update-card", action="store_true", help="put a summary into the adapter's README.md")
     add_data_arguments(parser, n_pairs=400)
     add_model_arguments(parser)
-    group = parser.add_argument_group("how much of everything")
+    group = parser.add_argument_group("amount of work")
     for name, text in (
-        ("n_generations", "prompts to continue token by token"),
-        ("n_coherence", "prompts to answer for the figures of coherence"),
+        ("n_generations", "prompts to continue, with the features of each token"),
+        ("n_coherence", "prompts to answer to measure fluency"),
         ("max_new_tokens", "length limit of an answer"),
         ("n_random", "draws of each random control"),
-        ("n_single", "single features to ablate"),
-        ("n_cards", "features to show from near, promoted and suppressed"),
-        ("n_draws", "draws of the labels' errors"),
+        ("n_single", "features to ablate one by one"),
+        ("n_cards", "promoted and suppressed features to show in detail"),
+        ("n_draws", "resamples of the labels' errors"),
     ):
         default = getattr(_DEFAULTS, name)
         flag = f"--{name.replace('_', '-')}"
@@ -54,11 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--label-mcc",
         type=_label_mcc,
         metavar="MCC",
-        help="correlation of the labels with the truth, known from elsewhere, for all categories "
-        "or for each (the paper's judge: alignment=0.548,style=0.461 on Gemma-2-9B)",
+        help="known correlation (MCC) of the labels with the truth, one value or one per category "
+        "(the paper's judge: alignment=0.548,style=0.461 on Gemma-2-9B)",
     )
     group.add_argument("--beta", type=float, default=10.0, help="SimPO's reward scale")
-    group.add_argument("--gamma", type=float, default=5.0, help="and target margin")
+    group.add_argument("--gamma", type=float, default=5.0, help="SimPO's target margin")
 
 
 def _label_mcc(text: str) -> float | dict[str, float]:

@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl chat``."""
     add = parser.add_argument
     add("adapter", help="folder or Hub repository of a trained adapter")
-    add("--base-model", help="base model; by default the one that the adapter names")
-    add("--labels", help="file of labels of the SAE's features; 'organism' for the built-in ones")
+    add("--base-model", help="base model; default: the one the adapter names")
+    add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
     add("--max-new-tokens", type=int, default=256, help="length limit of an answer")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    add("--temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy (0)")
     add_model_arguments(parser)
 
 

@@ -32,26 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="the base model; 'organism' for the built-in one")
     add("--sae", required=True, help="a folder or release/sae_id; 'organism' for the built-in one")
-    add("--layer", type=int, help="the layer whose output it reads; by default as it says itself")
+    add("--layer", type=int, help="layer whose output the SAE reads; default: as the SAE says")
     add("--out", type=Path, required=True, help="folder for data.json, a curated copy and parts/")
     add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
-    add("--categories", help="those of the labels to look at, with commas between; default: all")
-    add("--topic", metavar="COLUMN", help="column of topics; by default kinds of prompts are told")
-    add("--n-topics", type=int, default=8, help="kinds of prompts to tell (8); 1 for no control")
-    add("--n-features", type=int, default=50, help="features to keep (50)")
-    add("--n-examples", type=int, default=4, help="of how many to show examples (4)")
+    add("--categories", help="comma-separated categories of the labels; default: all")
+    add("--topic", metavar="COLUMN", help="column with topics; default: prompts are clustered")
+    add("--n-topics", type=int, default=8, help="clusters of prompts (8); 1 = no control for topic")
+    add("--n-features", type=int, default=50, help="features to report (50)")
+    add("--n-examples", type=int, default=4, help="features to show examples of (4)")
     both = parser.add_mutually_exclusive_group()
     for action, text in ((DROP, "leave out"), (RELABEL, "flip")):
         both.add_argument(
             f"--{action}",
             metavar="FEATURES",
             help=f"write a copy to OUT/curated.jsonl: {text} pairs that these features explain "
-            "alone; numbers or categories of the labels, with commas between",
+            "alone; comma-separated indices or categories of the labels",
         )
     add_data_arguments(parser, n_pairs=0, split="train", held_out=False)
     add_model_arguments(parser)
     add("--beta", type=float, default=10.0, help="SimPO's reward scale")
-    add("--gamma", type=float, default=5.0, help="and target margin")
+    add("--gamma", type=float, default=5.0, help="SimPO's target margin")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,7 +114,7 @@ def _with_sae(args: argparse.Namespace) -> Any:
 def _categories(labels: Labels | None, names: str | None) -> dict[str, list[int]]:
     """Features by category: those asked for, or all that have any."""
     if names is not None and labels is None:
-        raise ValueError("Expected --labels with --categories: nobody said what features mean.")
+        raise ValueError("--categories needs --labels: without them, features have no categories.")
     if labels is None:
         return {}
     wanted = [name.strip() for name in names.split(",")] if names else list(labels.categories)

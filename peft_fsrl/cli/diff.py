@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl diff``."""
     add = parser.add_argument
     add("first", help="folder or Hub repository of an adapter")
-    add("second", help="of another one on the same SAE")
-    add("--base-model", help="base model; by default the one that the first adapter names")
+    add("second", help="another adapter on the same SAE")
+    add("--base-model", help="base model; default: the one the first adapter names")
     add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
     add("--n-features", type=int, default=30, help="features to print (30)")
-    add("--json", type=Path, help="write the record there, with all features")
+    add("--json", type=Path, help="write the record, with all features, to this file")
     add_data_arguments(parser, n_pairs=400)
     add_model_arguments(parser)
 

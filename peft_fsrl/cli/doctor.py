@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="the base model; 'organism' for the built-in one")
     add("--sae", required=True, help="a folder or release/sae_id; 'organism' for the built-in one")
-    add("--layer", type=int, help="whose output would be steered; by default where it was trained")
+    add("--layer", type=int, help="layer to steer; default: the one the SAE was trained on")
     add("--compare-model", help="another model, such as the base model of an instruct model")
-    add("--json", type=Path, help="write the figures there as well")
+    add("--json", type=Path, help="also write the figures to this file")
     add_data_arguments(parser, n_pairs=200)
     add_model_arguments(parser)
 

@@ -21,27 +21,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("adapter", help="folder or Hub repository of a trained adapter")
     add("--out", "--output", type=Path, default=Path("evaluation"), help="folder for the results")
-    add("--base-model", help="base model; by default the one that the adapter names")
-    add("--overwrite", action="store_true", help="replace results of other settings there")
+    add("--base-model", help="base model; default: the one the adapter names")
+    add("--overwrite", action="store_true", help="replace results made with other settings")
     add_model_arguments(parser)
 
     harness = parser.add_argument_group("lm-evaluation-harness (extra `eval`)")
-    harness.add_argument("--tasks", help="names, with commas between: mmlu,gsm8k,truthfulqa_mc2")
-    harness.add_argument("--include-path", help="folder with tasks of your own as YAML files")
-    harness.add_argument("--limit", type=int, help="only the first so many documents of each task")
-    harness.add_argument("--num-fewshot", type=int, help="default: each task's own")
+    harness.add_argument("--tasks", help="comma-separated: mmlu,gsm8k,truthfulqa_mc2")
+    harness.add_argument("--include-path", help="folder of your own tasks, as YAML files")
+    harness.add_argument("--limit", type=int, help="use the first N documents of each task")
+    harness.add_argument("--num-fewshot", type=int, help="examples per prompt; default: the task's")
     harness.add_argument("--apply-chat-template", action="store_true")
 
     add_data_arguments(parser, n_pairs=400, required=False)
     pairs = parser.add_argument_group("held-out preference pairs (extra `audit`)")
     pairs.add_argument("--beta", type=float, default=10.0, help="SimPO's reward scale")
-    pairs.add_argument("--gamma", type=float, default=5.0, help="and target margin")
+    pairs.add_argument("--gamma", type=float, default=5.0, help="SimPO's target margin")
     pairs.add_argument("--length-buckets", type=int, default=4)
 
     judge = parser.add_argument_group("win rate on the prompts of those pairs (extra `judge`)")
     judge.add_argument("--judge-url", help="an OpenAI-compatible endpoint, http://host:8000/v1")
-    judge.add_argument("--judge-model", help="the judge's name there")
-    judge.add_argument("--judge-prompts", type=int, default=100, help="only the first so many")
+    judge.add_argument("--judge-model", help="name of the judge's model there")
+    judge.add_argument("--judge-prompts", type=int, default=100, help="answer the first N (100)")
     judge.add_argument("--max-new-tokens", type=int, default=256, help="length limit of answers")
 
 
@@ -99,10 +99,10 @@ def make_judge(url: str, name: str, cache: Path) -> Asker:
 
 def _check(args: argparse.Namespace) -> None:
     if not (args.tasks or args.dataset):
-        raise ValueError("Nothing to evaluate: give --tasks, --dataset, or both.")
+        raise ValueError("Nothing to evaluate: pass --tasks, --dataset, or both.")
     if bool(args.judge_url) != bool(args.judge_model):
         raise ValueError("A judge needs both --judge-url and --judge-model.")
     if args.judge_url and not args.dataset:
-        raise ValueError("A judge needs prompts: give --dataset.")
+        raise ValueError("A judge needs prompts: pass --dataset.")
     if args.dataset:
         statistics.require()

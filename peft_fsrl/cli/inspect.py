@@ -27,23 +27,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("adapter", help="folder or Hub repository of an adapter")
     add("--out", type=Path, default=Path("inspection"), help="folder for inspect.json and parts/")
-    add("--name", help="what to call the adapter; by default its path")
-    add("--base-model", help="base model; by default the one that the adapter names")
+    add("--name", help="name of the adapter in the report; default: its path")
+    add("--base-model", help="base model; default: the one the adapter names")
     add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
     add_data_arguments(parser, n_pairs=64, required=False)
     add_model_arguments(parser)
-    group = parser.add_argument_group("how much of everything")
+    group = parser.add_argument_group("amount of work")
     for name, text in (
-        ("n_texts", "texts that the base model says by itself"),
+        ("n_texts", "texts to sample from the base model"),
         ("max_new_tokens", "length limit of each"),
-        ("n_vocabulary", "single tokens to try"),
-        ("n_targets", "features to search triggers for"),
-        ("length", "tokens of a trigger"),
-        ("steps", "exchanges of a token in each search"),
-        ("candidates", "exchanges tried per step"),
+        ("n_vocabulary", "single tokens to try as triggers"),
+        ("n_targets", "features to search a trigger for"),
+        ("length", "length of a trigger in tokens"),
+        ("steps", "token replacements in each search"),
+        ("candidates", "replacements tried per step"),
         ("n_listed", "features to list"),
-        ("n_listens", "features named that each listens to"),
-        ("n_tokens", "promoted and suppressed tokens of each"),
+        ("n_listens", "input features listed for each"),
+        ("n_tokens", "promoted and suppressed tokens listed for each"),
     ):
         default = getattr(_DEFAULTS, name)
         flag = f"--{name.replace('_', '-')}"

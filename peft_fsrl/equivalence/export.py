@@ -139,8 +139,8 @@ def fit_single_lora(
 
     Raises:
         TypeError: see ``batches.check_batches``.
-        ValueError: if no adapter acts, there is no such linear layer, or what it writes does not
-            reach the layer's output unchanged.
+        ValueError: if no adapter acts, there is no such linear layer, it does not read each token
+            once, or what it writes does not reach the layer's output unchanged.
     """
     sites = _resolve_sites(model, target)
     names: set[str] = set()
@@ -154,6 +154,12 @@ def fit_single_lora(
         x[event.layer_name] = event.hidden_states
 
     def read(index: int, given: Tensor, _output: Tensor) -> None:
+        if given.shape[:-1] != mask.shape:
+            raise ValueError(
+                f"Expected '{sites[index].path}' to read one row for each token, "
+                f"{tuple(mask.shape)}, found {tuple(given.shape[:-1])}, as in an expert. Use "
+                "target='projection'."
+            )
         reads[index] = given
 
     def regress(index: int, _given: Tensor, output: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Is what a steered model says still language? Figures of sampled answers, without any judge.
+"""Are a steered model's outputs still fluent? Measured on sampled answers, without a judge.
 
 A preference loss compares two given answers and says nothing about what the model itself writes:
-an adapter that was trained too far lowers it and talks nonsense.
+an over-trained adapter lowers it and writes nonsense.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REPEATED_N = 4
 
 @dataclass(frozen=True)
 class Coherence(Record):
-    """Whether sampled answers are still language. Compare with the base model's own answers.
+    """How fluent sampled answers are. Compare with the base model's own answers.
 
     Attributes:
         n: number of answers.

@@ -33,7 +33,7 @@ class SparsityPenalty:
 
         Raises:
             RuntimeError: the pass was made in training mode and steered by a trainable adapter, but
-                the penalty has no graph: nothing would train on it.
+                the penalty is detached and would not affect training.
         """
         configs, terms = adapter_configs(self._model), []
         for tokens in record.tokens:
@@ -58,7 +58,7 @@ class SparsityPenalty:
             if parameter.requires_grad and "fsrl_" in name and mark in name:
                 raise RuntimeError(
                     f"The sparsity penalty of adapter '{tokens.adapter_name}' at "
-                    f"'{tokens.layer_name}' has no graph, so that nothing would train on it. A "
+                    f"'{tokens.layer_name}' is detached and would not affect training. A "
                     "reentrant gradient checkpoint around that module does this: use "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )

@@ -1,4 +1,4 @@
-"""Notices a penalty that is configured and that nothing trains on."""
+"""Notices a configured penalty that never reaches the loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PenaltyWatch:
-    """Warns once when gradients reach an adapter and pass its penalty by.
+    """Warns once when an adapter trains but its penalty never reaches the loss.
 
     Hooks on what a training forward pass gave show whether a backward pass came through the steered
     output, and whether one came through the terms of the penalty. The next training forward pass

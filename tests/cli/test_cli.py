@@ -401,7 +401,7 @@ def test_an_interrupted_audit_keeps_what_it_has(
     monkeypatch.setattr(stages, "compare_generations", interrupt)
     out = tmp_path / "out"
     assert main(["audit", str(adapter), "--out", str(out), *DATA, *QUICK]) == 130
-    assert "go on from the last finished stage" in capsys.readouterr().err
+    assert "resume after the last finished stage" in capsys.readouterr().err
     kept = {path.stem for path in (out / "parts").iterdir()}
     assert {"scores_base", "scores_trained", "usages", "coherence", "single"} <= kept
     assert not (out / "audit.json").exists()

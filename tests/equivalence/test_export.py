@@ -194,6 +194,22 @@ def test_stock_peft_loads_the_export(family: str, tmp_path: Path) -> None:
     assert f"{export.error:.1%}" in str(export)
 
 
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("gemma3_multimodal", "down_proj' does not write"),
+        ("gemma4", "down_proj' does not write"),
+        ("olmo3", "down_proj' does not write"),
+        ("qwen3_moe", "Cannot tell which linear layer"),
+        ("gpt_oss", "Cannot tell which linear layer"),
+        ("llama4", r"one row for each token, \(8, 9\), found \(72,\), as in an expert"),
+    ],
+)
+def test_refused_models(family: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        to_lora(fsrl_model(tiny_model(family)), batches(), 4)
+
+
 def naive_figures(steered: Any, other: Any, data: Any) -> tuple[float, float]:
     """Loss of the other and its divergence from the steered model, token by token."""
     losses, divergences = [], []

@@ -262,7 +262,7 @@ def test_steering_inside_a_reentrant_checkpoint_is_refused(tmp_path: Path) -> No
     # Switched on behind the trainer's back.
     with (
         checkpointing(model, True),
-        pytest.raises(RuntimeError, match=r"at 'model.layers.1.mlp' has no graph.*reentrant"),
+        pytest.raises(RuntimeError, match=r"at 'model.layers.1.mlp' is detached.*reentrant"),
     ):
         penalized_step(model)
 

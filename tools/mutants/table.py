@@ -1257,6 +1257,13 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "an expert's tokens are taken for the batch's",
+        "equivalence/export.py",
+        "if given.shape[:-1] != mask.shape:",
+        "if False:",
+        ("equivalence/test_export.py::test_refused_models",),
+    ),
+    Mutant(
         "other text is the text of the fit",
         "equivalence/export.py",
         "None if other_text is None else measure(other_text)",

@@ -109,7 +109,7 @@ class Audit(Record):
     notes: tuple[Setting, ...]
 
     def note(self, part: str) -> str:
-        """Why a part is missing; empty if nobody said."""
+        """Why a part is missing; empty if no reason was given."""
         return {note.name: note.value for note in self.notes}.get(part, "")
 
 
@@ -219,7 +219,7 @@ def _require_finite(scores: PreferenceScores, name: str) -> None:
 
 def _curves(run_folder: str | Path | None, stages: Stages) -> TrainingCurves | None:
     if run_folder is None:
-        stages.skip("curves", "Nobody said where the trainer left its state.")
+        stages.skip("curves", "No training run folder given.")
         return None
     try:
         return load_training_curves(run_folder)

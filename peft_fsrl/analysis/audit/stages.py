@@ -44,7 +44,7 @@ SEGMENTS = ("chosen", "prompt", "prompt_chosen", "prompt_rejected")
 # An ablation under redrawn labels runs the model: fewer draws, on fewer pairs.
 _DRAWS_PER_ABLATION = 10
 _PAIRS = 100
-_NO_LABELS = "The features have no labels: nobody said what they mean."
+_NO_LABELS = "No labels given: the features have no names."
 _NO_CATEGORY = "The labels put no feature into a category that was asked for."
 _NOT_ASKED = "Not asked for."
 _FEW_PAIRS = f"Fewer than {ENOUGH_PAIRS} pairs do not say what data prefer."
@@ -322,7 +322,7 @@ class Stages:
 
     @cached_property
     def coherence(self) -> tuple[VariantCoherence, ...]:
-        """Whether answers are still language."""
+        """How fluent the answers are."""
         session, length = self.session, self.settings.max_new_tokens
         prompts = [row["prompt"] for row in session.rows[: self.settings.n_coherence]]
         if not prompts:
