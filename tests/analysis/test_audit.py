@@ -331,7 +331,7 @@ def test_verdict_on_the_mirror(
 def test_without_labels(model: PeftModel) -> None:
     audit = audit_of(model, labels=None)
     assert audit.ablations == audit.compositions == ()
-    assert "no labels" in audit.note("ablations")
+    assert "No labels" in audit.note("ablations")
     assert [finding.verdict for finding in audit.findings[2:]] == ["unsure"] * 3
 
 

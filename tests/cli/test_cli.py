@@ -453,7 +453,7 @@ def test_wrong_requests_about_data(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--topic", "mood"], "Expected a column 'mood' with topics, found ["),
         (["--drop", "style"], "got 'style'. Categories need --labels."),
         (["--labels", "organism", "--relabel", "mood"], "got 'mood'."),
-        (["--categories", "style"], "Expected --labels with --categories"),
+        (["--categories", "style"], "--categories needs --labels"),
         (["--labels", "organism", "--categories", "mood"], "categories that the labels know"),
         (["--drop", "384"], "Feature 384 does not exist"),
         (["--n-topics", "0"], "Expected --n-topics of 1 or more, got 0"),

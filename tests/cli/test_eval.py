@@ -452,7 +452,7 @@ def test_a_judge_at_an_endpoint_that_fails_half_way(
     [
         ([], "Nothing to evaluate"),
         (["--dataset", "x", "--judge-url", "u"], "both --judge-url and --judge-model"),
-        (["--tasks", "x", "--judge-url", "u", "--judge-model", "m"], "give --dataset"),
+        (["--tasks", "x", "--judge-url", "u", "--judge-model", "m"], "pass --dataset"),
     ],
 )
 def test_options_that_make_no_sense(
