@@ -144,7 +144,7 @@ class Session:
         if all(side in row for side in SIDES):
             return pair_texts([row], self.tokenizer)[0]
         if CHOSEN not in row and "text" in row:
-            return {"prompt": "", CHOSEN: row["text"]}
+            return {"prompt": "", **row, CHOSEN: row["text"]}
         return {"prompt": "", **row}
 
     def _tokenize(self, row: Mapping[str, str], side: str) -> Tokenized:

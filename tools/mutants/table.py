@@ -110,8 +110,8 @@ MUTANTS = (
     Mutant(
         "an edit that makes v negative is not clamped",
         "functional.py",
-        'promotes_only = activation != "soft_threshold" and edit is None',
-        'promotes_only = activation != "soft_threshold"',
+        "promotes_only = activation in _PROMOTES_ONLY and edit is None",
+        "promotes_only = activation in _PROMOTES_ONLY",
         ("test_functional.py::test_steer_clamps_what_an_edit_makes_negative",),
     ),
     Mutant(
