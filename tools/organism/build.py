@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import Any
 from detection import detect_attributes
 from dictionary import (
     DictionarySettings,
+    activations,
     measure_dictionary,
     train_dictionary,
 )
@@ -187,11 +189,12 @@ def _build_parts(path: Path, size: str, seed: int) -> None:
     fitted = time.monotonic()
     logger.info("SAE trained in %.0f s", fitted - trained)
     sae: Any = SAE.load_from_disk(path / "sae")
+    held_out = activations(model, world, layer, f"sae-heldout-{seed}", 2048)
     labels = detect_attributes(sae, model, world, layer, seed, settings.answers)
     figures = {
         "language_model": measure_language_model(model, world, seed),
         "decision_entropy": attribute_floors(world),
-        "sae": measure_dictionary(sae, model, world, layer, seed),
+        "sae": measure_dictionary(sae, itertools.islice(held_out, 32)),
         "detection": summarize(labels),
         "seconds": {
             "language_model": trained - started,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,13 @@ from language_model import batches, layer_output
 from peft_fsrl.organism.world import World
 
 if TYPE_CHECKING:
+    from sae_lens.training.sae_trainer import SAETrainer
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+# From which SAELens estimates the scale of the activations, before the first step.
+NORM_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -73,24 +77,46 @@ def train_dictionary(
         path: Directory that SAELens writes.
         model_name: Written into the SAE's metadata.
     """
+    metadata = {
+        "model_name": model_name,
+        "hook_name": f"blocks.{settings.layer}.hook_resid_post",
+        "prepend_bos": True,
+        "dataset_path": "peft_fsrl.organism.world",
+    }
+    trainer = build_trainer(int(model.config.hidden_size), settings, metadata)
+    trainer.data_provider = activations(
+        model, world, settings.layer, f"sae-train-{seed}", settings.batch_size
+    )
+    trainer.fit().save_inference_model(str(path))
+
+
+def build_trainer(
+    d_in: int, settings: DictionarySettings, metadata: dict[str, Any], **options: Any
+) -> SAETrainer[Any, Any]:
+    """SAELens's trainer of a BatchTopK SAE, whose `data_provider` the caller sets.
+
+    Args:
+        d_in: Width of the activations.
+        settings: Size and training.
+        metadata: Written into the SAE's config.
+        options: Of `SAETrainerConfig`, besides those that follow from `settings`.
+    """
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.training.sae_trainer import SAETrainer
 
-    metadata = SAEMetadata(
-        model_name=model_name,
-        hook_name=f"blocks.{settings.layer}.hook_resid_post",
-        prepend_bos=True,
-        dataset_path="peft_fsrl.organism.world",
-    )
+    steps = settings.samples // settings.batch_size
     sae = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
             k=settings.k,
-            d_in=int(model.config.hidden_size),
+            # The threshold moves from zero by this share of the rest per step: at SAELens's 0.01
+            # a run of 60 steps would end half way, with far more than k features active.
+            topk_threshold_lr=max(0.01, 5 / steps),
+            d_in=d_in,
             d_sae=settings.d_sae,
             normalize_activations="expected_average_only_in",
-            metadata=metadata,
+            metadata=SAEMetadata(**metadata),
         )
     )
     config = SAETrainerConfig(
@@ -98,41 +124,34 @@ def train_dictionary(
         train_batch_size_samples=settings.batch_size,
         lr=settings.lr,
         lr_end=settings.lr / 10,
-        lr_warm_up_steps=50,
-        lr_decay_steps=settings.samples // settings.batch_size // 3,
+        lr_warm_up_steps=min(50, steps // 4),
+        lr_decay_steps=steps // 3,
         dead_feature_window=200,
         feature_sampling_window=500,
-        n_batches_for_norm_estimate=8,
+        n_batches_for_norm_estimate=NORM_BATCHES,
         logger=LoggingConfig(log_to_wandb=False),
+        **options,
     )
-    stream = activations(model, world, settings.layer, f"sae-train-{seed}", settings.batch_size)
-    SAETrainer(cfg=config, sae=sae, data_provider=stream).fit()
-    sae.save_inference_model(str(path))
+    return SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
 
 
 @torch.no_grad()
-def measure_dictionary(
-    sae: Any, model: PreTrainedModel, world: World, layer: int, seed: int, tokens: int = 65_536
-) -> dict[str, float]:
+def measure_dictionary(sae: Any, batches: Iterable[Tensor]) -> dict[str, float]:
     """Held-out figures of an inference SAE.
 
     Args:
         sae: Anything with `encode` and `decode` over `(batch, d_in)`.
-        model: The language model it was trained on.
-        world: Where the texts come from.
-        layer: The decoder layer it reads.
-        seed: Fixes the held-out texts.
-        tokens: How many tokens to measure on, at least.
+        batches: Activations it was not trained on, `(batch, d_in)` each.
 
     Returns:
         `explained_variance` (1 - squared error over variance about the mean), `l0` (mean number of
-        active features per token), `dead_share` (features active on none of the tokens).
+        active features per token), `dead_share` (features active on none of the tokens), `tokens`.
     """
     error = square = torch.zeros((), dtype=torch.float64)
     total = None
     fired = None
     seen = 0
-    for batch in activations(model, world, layer, f"sae-heldout-{seed}", 2048):
+    for batch in batches:
         acts = sae.encode(batch)
         error = error + (batch - sae.decode(acts)).double().square().sum()
         square = square + batch.double().square().sum()
@@ -140,8 +159,6 @@ def measure_dictionary(
         total = batch.double().sum(0) if total is None else total + batch.double().sum(0)
         fired = count if fired is None else fired + count
         seen += len(batch)
-        if seen >= tokens:
-            break
     assert total is not None
     assert fired is not None
     variance = square - total.square().sum() / seen
