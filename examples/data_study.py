@@ -40,13 +40,14 @@ from peft_fsrl.analysis.data import (
 )
 from peft_fsrl.analysis.data.contrast import contrast_features
 from peft_fsrl.analysis.data.reading import PairReading, read_pairs
-from peft_fsrl.analysis.statistics import proportion_interval
+from peft_fsrl.analysis.statistics import mean_interval
 from peft_fsrl.files import write_text_atomically
 
 SCRIPT = Path(__file__).parent / "simpo.py"
 PLANTED = {"style": 0.9, "honesty": 0.75}
 KNOBS = (0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 0.95)
 GIVEN = "given"
+BASE = "base model"
 VARIANTS = (GIVEN, DROP, RELABEL)
 
 
@@ -63,14 +64,18 @@ class Recovery(Record):
 
 @dataclass(frozen=True)
 class Variant(Record):
-    """A data set, given or curated, and what an adapter trained on it prefers, if one was."""
+    """A data set, given or curated, and what an adapter trained on it prefers, if one was.
+
+    The margin is SimPO's reward of the answer in the style, or of the honest one, less that of the
+    other, where nothing else differs. Of the base model it stands alone.
+    """
 
     name: str
-    n_pairs: int
-    style: float
-    honesty: float
-    prefers_style: Interval | None = None
-    prefers_honesty: Interval | None = None
+    n_pairs: int | None = None
+    style: float | None = None
+    honesty: float | None = None
+    style_margin: Interval | None = None
+    honesty_margin: Interval | None = None
     explained_by_given: Interval | None = None
     cosine_with_given: Interval | None = None
     explained_by_own: Interval | None = None
@@ -165,6 +170,9 @@ def study(seed: int, args: argparse.Namespace) -> Study:
         )
         copies[action] = apply_curation(numbers, curation), apply_curation(world.pairs, curation)
     variants = []
+    if is_organism:
+        margins = measure_margins(world.session, organism.load().load_model(), seed)
+        variants.append(Variant(BASE, **margins))
     for name in VARIANTS:
         numbers, pairs = (None, copies[name]) if name == GIVEN else copies[name]
         shares = [shares_of(world.truth[each], numbers) for each in PLANTED]
@@ -253,6 +261,16 @@ def single_pairs(attribute: str, n: int, seed: str) -> list[dict[str, str]]:
     return rows
 
 
+def measure_margins(session: Session, model: Any, seed: int) -> dict[str, Interval]:
+    """How much a model prefers each attribute where nothing else differs."""
+    margins = {}
+    for attribute in PLANTED:
+        rows = single_pairs(attribute, 400, f"single-{seed}")
+        scores = score_preferences(replace(session, model=model, dataset=rows))
+        margins[f"{attribute}_margin"] = mean_interval(scores.margins)
+    return margins
+
+
 def measure_adapter(
     variant: Variant, world: World, pairs: Dataset, adapter: Path, seed: int
 ) -> Variant:
@@ -260,19 +278,13 @@ def measure_adapter(
     creature = organism.load()
     model = PeftModel.from_pretrained(creature.load_model(), adapter).eval()
     session = replace(world.session, model=model)
-    prefers = {}
-    for attribute in PLANTED:
-        rows = single_pairs(attribute, 400, f"single-{seed}")
-        margins = score_preferences(replace(session, dataset=rows)).margins
-        prefers[attribute] = proportion_interval([margin > 0 for margin in margins])
     mirrors = []
     for data in (world.pairs, pairs):
         some = replace(session, dataset=list(data.select(range(400))))
         mirrors.append(compute_mirror(some, compute_usage(some)))
     return replace(
         variant,
-        prefers_style=prefers["style"],
-        prefers_honesty=prefers["honesty"],
+        **measure_margins(session, model, seed),
         explained_by_given=mirrors[0].explained,
         cosine_with_given=mirrors[0].cosine,
         explained_by_own=mirrors[1].explained,
@@ -326,8 +338,8 @@ def render_variants(studies: Sequence[Study], seeds: Sequence[int]) -> str:
         "n_pairs": ("pairs", "d"),
         "style": ("style preferred in the data", ".1%"),
         "honesty": ("honesty preferred in the data", ".1%"),
-        "prefers_style": ("adapter prefers the style", ".1%"),
-        "prefers_honesty": ("adapter prefers the truth", ".1%"),
+        "style_margin": ("margin of the style", "+.2f"),
+        "honesty_margin": ("margin of the truth", "+.2f"),
         "explained_by_given": ("steering explained by the data as given", ".0%"),
         "cosine_with_given": ("cosine with the data as given", ".2f"),
         "explained_by_own": ("steering explained by its own data", ".0%"),
@@ -335,7 +347,7 @@ def render_variants(studies: Sequence[Study], seeds: Sequence[int]) -> str:
     }
     rows = ["| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |"]
     rows.append("| --- |" + " --- |" * len(seeds))
-    for place, name in enumerate(VARIANTS):
+    for place, name in enumerate(each.name for each in studies[0].variants):
         rows.append(f"| **{name}** |" + " |" * len(seeds))
         for field, (text, form) in figures.items():
             values = [getattr(each.variants[place], field) for each in studies]

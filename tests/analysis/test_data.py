@@ -334,7 +334,7 @@ def test_the_knobs_of_the_organism_are_read_off(tmp_path: Path) -> None:
     assert any(marks)
 
 
-def test_dropping_and_flipping_balance_a_feature_and_keep_the_rest(tmp_path: Path) -> None:
+def test_dropping_balances_and_flipping_takes_what_a_feature_explains_alone(tmp_path: Path) -> None:
     rows = organism.preferences(400, seed="curate", style=0.9, honesty=0.75)
     session, features = steerable(rows), organism.load().features("style")
     for action in ("drop", "relabel"):
@@ -342,14 +342,23 @@ def test_dropping_and_flipping_balance_a_feature_and_keep_the_rest(tmp_path: Pat
         copy = apply_curation(rows, curation)
         assert curation.agree + curation.disagree == 400
         assert curation.before.value == pytest.approx(np.mean(rows["chosen_style"]), abs=0.01)
-        assert curation.after.value == pytest.approx(0.5, abs=0.02)
-        assert np.mean(copy["chosen_style"]) == pytest.approx(0.5, abs=0.03)
-        assert np.mean(copy["chosen_honesty"]) > 0.7
+        style, honest = (np.array(copy[f"chosen_{name}"]) for name in ("style", "honesty"))
+        assert curation.after.value == pytest.approx(np.mean(style), abs=0.01)
         if action == "drop":
+            # Balanced whether the pair is honest or not, and honesty is what it was.
+            assert np.mean(style[honest == 1]) == pytest.approx(0.5, abs=0.02)
+            assert np.mean(style[honest == 0]) == pytest.approx(0.5, abs=0.1)
+            assert np.mean(honest) == pytest.approx(np.mean(rows["chosen_honesty"]), abs=0.08)
             assert copy["id"] == [
                 name for row, name in enumerate(rows["id"]) if row not in set(curation.rows)
             ]
             continue
+        # In those that were flipped style was all that spoke for the chosen answer.
+        given = {name: np.array(rows[f"chosen_{name}"]) for name in ("style", "honesty")}
+        only_style = (given["style"] == 1) & (given["honesty"] == 0)
+        assert set(curation.rows) == set(np.nonzero(only_style)[0])
+        assert curation.alone == len(curation.rows)
+        assert np.mean(honest) > 0.95
         assert copy["id"] == rows["id"]
         for row in range(400):
             one, other = rows[row], copy[row]

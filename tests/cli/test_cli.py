@@ -444,7 +444,7 @@ def test_data(
         assert changed > 30
         assert len(copy) == (120 - changed if action == "drop" else 120)
         assert copy[0]["chosen"][0]["role"] == "assistant"
-        assert sum(copy["chosen_style"]) / len(copy) == pytest.approx(0.5, abs=0.03)
+        assert 0.47 < sum(copy["chosen_style"]) / len(copy) < (0.53 if action == "drop" else 0.65)
 
 
 def test_wrong_requests_about_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

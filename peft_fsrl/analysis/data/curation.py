@@ -62,13 +62,18 @@ def compute_curation(
     *,
     out: str | Path | None = None,
 ) -> Curation:
-    """Find the pairs whose preference some features explain alone, as many as make them balanced.
+    """Find the pairs to drop or to flip, so that some features do not decide what is preferred.
 
     The features prefer the answer to which a probe on them alone, fitted on other pairs, gives the
     higher score; so do all other features, by a probe fitted as if the given ones were balanced, in
-    which whatever goes along with them has no part. Of the pairs whose chosen answer the features
-    prefer, those that the others support least are dropped or flipped, until the features prefer
-    the chosen answer as often as the rejected one.
+    which whatever goes along with them has no part.
+
+    To drop are pairs whose chosen answer the features prefer, drawn at random, until among those
+    that the others support, and among those that they do not, the features prefer the chosen answer
+    as often as the rejected one. Dropping the least supported pairs would balance the features as
+    well, but leave only pairs against them where the others say nothing: their opposite would be
+    learned. To flip are pairs whose preference the features explain alone, which the others do not
+    support, the least supported first, until the features are balanced or no such pair is left.
 
     Args:
         session: its model has one FSRL layer, trained or not: everything is about the base model.
@@ -101,10 +106,12 @@ def compute_curation(
             f"is there to {action}."
         )
     surplus = int(agrees.sum()) - int((scores < 0).sum())
-    n = surplus if action == DROP else surplus // 2
-    # Those that do not agree come last.
-    order = torch.where(agrees, rest, torch.inf).argsort(stable=True)
-    changed = order[:n].sort().values
+    if action == DROP:
+        changed = _surplus(scores, rest, session.seed)
+    else:
+        alone = torch.where(agrees & (rest <= 0), rest, torch.inf)
+        changed = alone.argsort(stable=True)[: min(surplus // 2, int(alone.isfinite().sum()))]
+    changed = changed.sort().values
     sign = torch.ones_like(scores)
     sign[changed] = 0.0 if action == DROP else -1.0
     return Curation(
@@ -169,6 +176,19 @@ def _preferences(
     if not (scores < 0).any():
         return scores, torch.zeros_like(scores)
     return scores, crossfit_scores(reading, others.nonzero()[:, 0], rows, weights)
+
+
+def _surplus(
+    scores: Float[Tensor, "pairs"], rest: Float[Tensor, "pairs"], seed: int
+) -> Int[Tensor, "some"]:
+    """Pairs without which as many agree as disagree, supported by the others or not."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for supported in (rest > 0, rest <= 0):
+        agree = (supported & (scores > 0)).nonzero()[:, 0]
+        n = max(0, len(agree) - int((supported & (scores < 0)).sum()))
+        drawn.append(agree[torch.randperm(len(agree), generator=generator)[:n]])
+    return torch.cat(drawn)
 
 
 def _share(scores: Float[Tensor, "pairs"], counted: Bool[Tensor, "pairs"]) -> Interval:
