@@ -117,14 +117,7 @@ def _categories(labels: Labels | None, names: str | None) -> dict[str, list[int]
         raise ValueError("--categories needs --labels: without them, features have no categories.")
     if labels is None:
         return {}
-    wanted = [name.strip() for name in names.split(",")] if names else list(labels.categories)
-    unknown = [name for name in wanted if name not in labels.categories]
-    if unknown:
-        raise ValueError(
-            f"Expected categories that the labels know, {list(labels.categories)}; got {unknown}."
-        )
-    found = {name: labels.members(name) for name in wanted}
-    return {name: members for name, members in found.items() if members}
+    return labels.by_category([name.strip() for name in names.split(",")] if names else None)
 
 
 def _features(asked: str, labels: Labels | None) -> list[int]:

@@ -11,8 +11,8 @@ import os
 import warnings
 from typing import Any
 
-from ..training.rollouts import offered_adapter
-from .requests import KEY, PREFIX, Served, SteeringRequest, parse_request
+from ..training.rollouts import KEY, offered_adapter
+from .requests import PREFIX, Served, SteeringRequest, parse_request
 
 ADAPTER, LABELS = "PEFT_FSRL_ADAPTER", "PEFT_FSRL_LABELS"
 TESTED = ("0.32.0", "0.32.0")

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# Under which vLLM's config, outputs and responses carry what is ours.
-KEY = "peft_fsrl"
+from ..training.rollouts import KEY
+
 PREFIX = "fsrl_"
 PHASES = ("all", "prompt", "generation")
 MOST_FEATURES = 20
@@ -81,7 +81,7 @@ class SteeringRequest:
             return salt
         else:
             key = [self.adapter, self.strength, self.ablated, self.phase]
-        return f"peft_fsrl:{json.dumps(key)}:{salt or ''}"
+        return f"{KEY}:{json.dumps(key)}:{salt or ''}"
 
 
 def parse_request(extra_args: Mapping[str, Any] | None, served: Served) -> SteeringRequest:

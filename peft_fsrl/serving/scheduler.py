@@ -7,8 +7,9 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from ..training.rollouts import KEY
 from .reports import MOST_TOKENS, Notes, make_report
-from .requests import KEY, Served, parse_request
+from .requests import Served, parse_request
 
 
 class ReportingScheduler(Scheduler):

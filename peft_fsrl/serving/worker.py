@@ -21,12 +21,13 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
+from ..training.rollouts import KEY
 from ..tuner.events import SteeringEvent, TokenStatistics
 from ..tuner.layer import FSRLLayer
 from .adapters import Place, labeled_sae, load_adapters, load_served_labels, update_layer
 from .counters import Counters
 from .reports import Notes, add_notes
-from .requests import KEY, Served, parse_request
+from .requests import Served, parse_request
 from .rows import Span, steer_rows
 
 _BASE = "vllm.v1.worker.cpu_worker.CPUWorker"

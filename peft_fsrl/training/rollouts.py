@@ -18,8 +18,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor
 
-# Under which vLLM's config says that it steers.
-_KEY = "peft_fsrl"
+# Under which vLLM's config, outputs and responses carry what is ours.
+KEY = "peft_fsrl"
 _offered: Callable[[], str] | None = None
 
 
@@ -83,7 +83,7 @@ def _send_adapter_only(trainer: Any, settings: Any) -> None:
             "be merged: set use_vllm=False, or train with GRPOTrainer or RLOOTrainer."
         )
     if generation.mode == "colocate":
-        if _KEY not in generation.llm.llm_engine.vllm_config.additional_config:
+        if KEY not in generation.llm.llm_engine.vllm_config.additional_config:
             raise ValueError(
                 "vLLM was started without the plugin of peft_fsrl and would not steer: its "
                 "rollouts would be the base model's. Install peft_fsrl where vLLM is (pip install "

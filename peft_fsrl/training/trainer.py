@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..files import write_text_atomically
 from ..steering import ForwardRecord, SteeringMonitor, adapter_configs, base_model, fsrl_layers
+from ..tuner.config import COEFFICIENTS
 from .card import CARD, keep_section, render_model_card
 from .checkpoints import find_checkpoint, mark_complete, replacing_adapter, require_same_run
 from .metrics import Means, NonfiniteReport, token_totals
@@ -349,7 +350,7 @@ class FSRLTrainerMixin(Trainer):
             scale = self._fsrl_scales.get(name)
             if scale is None or (config.target_l0 is None and not config.penalty_warmup_ratio):
                 continue
-            for kind in ("l1_coeff", "l2_coeff", "l0_coeff"):
+            for kind in COEFFICIENTS:
                 if getattr(config, kind):
                     found[f"fsrl/{kind}"] = scale * getattr(config, kind)
         return found

@@ -49,7 +49,7 @@ class SteeringAdapter(nn.Module):
         super().__init__()
         self.activation = config.activation
         # Whether somebody has to add a penalty to the loss; see ``PenaltyWatch``.
-        self.penalized = bool(config.l1_coeff or config.l2_coeff or config.l0_coeff)
+        self.penalized = config.penalizes
         self.bandwidth = config.jumprelu_bandwidth
         self.compiles = config.compile
         self.non_negative = config.non_negative

@@ -45,6 +45,8 @@ _MEANING = (
 )
 _REDUCTIONS = ("sequence", "token")
 _INIT_WEIGHTS = ("uniform", "encoder")
+# Weights of the terms of the sparsity penalty.
+COEFFICIENTS = ("l1_coeff", "l2_coeff", "l0_coeff")
 
 
 @dataclass
@@ -252,6 +254,11 @@ class FSRLConfig(PeftConfig):
         return self.init_weights == "encoder" or self.activation == "gain"
 
     @property
+    def penalizes(self) -> bool:
+        """Whether anything is added to the training loss."""
+        return any(getattr(self, name) for name in COEFFICIENTS)
+
+    @property
     def layers(self) -> list[int]:
         """The layers that ``layer`` names, as a list."""
         if self.layer is None:
@@ -395,7 +402,7 @@ class FSRLConfig(PeftConfig):
             _require_number(name, getattr(self, name), positive=True)
         if self.init_scale is not None:
             _require_number("init_scale", self.init_scale, positive=True)
-        for name in ("l1_coeff", "l2_coeff", "l0_coeff", "penalty_warmup_ratio"):
+        for name in (*COEFFICIENTS, "penalty_warmup_ratio"):
             _require_number(name, getattr(self, name), positive=False)
         _require_schedule(self)
         if self.init_threshold is not None:
@@ -533,7 +540,7 @@ def _require_schedule(config: Any) -> None:
     if config.target_l0 is None:
         return
     _require_number("target_l0", config.target_l0, positive=True)
-    if not (config.l1_coeff or config.l2_coeff or config.l0_coeff):
+    if not config.penalizes:
         raise ValueError(
             "`target_l0` moves the penalty's weight from where it starts, which must not be zero. "
             "Give `l1_coeff` (or another coefficient) a positive start."

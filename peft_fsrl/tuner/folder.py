@@ -24,9 +24,9 @@ from ..sae.loading import take_sae
 # How a saved config names an SAE that lies in a folder next to the weights.
 BESIDE = "beside_adapter"
 _BESIDE_FOLDER = re.compile(r"sae(_layer_\d+)?")
-_OWN_KEY = re.compile(
-    r"(?:.*\.)?fsrl_adapter\.(weight|bias|down|threshold|log_threshold|gain|identity)"
-)
+# An adapter's tensors, beside its identity; of one value per feature where nothing else is said.
+_OWN_NAMES = ("weight", "bias", "down", "threshold", "log_threshold", "gain")
+_OWN_KEY = re.compile(rf"(?:.*\.)?fsrl_adapter\.({'|'.join(_OWN_NAMES)}|identity)")
 _FLOATING = ("F64", "F32", "F16", "BF16")
 
 
@@ -154,7 +154,7 @@ def check_header(
     promised: dict[str, set[tuple[int, ...]]] = {}
     for n_features, d_in in shapes:
         allowed = {"weight": (n_features, rank or d_in), "down": (rank or 0, d_in)}
-        for name in ("weight", "bias", "down", "threshold", "log_threshold", "gain"):
+        for name in _OWN_NAMES:
             promised.setdefault(name, set()).add(allowed.get(name, (n_features,)))
     for key, (shape, dtype) in found.items():
         own = _OWN_KEY.fullmatch(key)

@@ -175,21 +175,14 @@ class Stages:
         """Features by category: those asked for that have any."""
         if self.labels is None:
             return {}
-        names, wanted = self.labels.categories, self.settings.categories
-        unknown = sorted(set(wanted or ()) - set(names))
-        if unknown:
-            raise ValueError(
-                f"Expected categories that the labels know, {list(names)}; got {unknown}."
-            )
-        mcc = self.settings.label_mcc
-        stray = sorted(set(mcc) - set(wanted or names)) if isinstance(mcc, Mapping) else []
+        found = self.labels.by_category(self.settings.categories)
+        mcc, names = self.settings.label_mcc, self.settings.categories or self.labels.categories
+        stray = sorted(set(mcc) - set(names)) if isinstance(mcc, Mapping) else []
         if stray:
             raise ValueError(
-                f"Expected a label_mcc for categories among {list(wanted or names)}, got one for "
-                f"{stray}."
+                f"Expected a label_mcc for categories among {list(names)}, got one for {stray}."
             )
-        found = {name: self.labels.members(name) for name in wanted or names}
-        return {name: members for name, members in found.items() if members}
+        return found
 
     @property
     def no_category(self) -> str:

@@ -20,7 +20,7 @@ from .probe import crossfit_scores
 from .reading import PairReading, read_pairs
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 # Below so many pairs nothing is said at all, and of a feature that differs in fewer neither: a test
 # of a mean needs some values.
@@ -218,14 +218,16 @@ def compute_contrast(
     places = {name: sae.positions(members) for name, members in (categories or {}).items()}
     reading = read_pairs(session, None if out is None else Path(out))
     found = contrast_features(reading, topics=topics, n_topics=n_topics, seed=session.seed)
-    order = found.effect.abs().argsort(descending=True)
-    order = order[found.tested[order]][:n_features]
+    strongest = found.effect.abs().argsort(descending=True)
+    order = strongest[found.tested[strongest]][:n_features]
     features = describe_features(reading, found, order, session.seed)
     index = sae.feature_index.tolist()
     features = tuple(
         replace(each, feature=index[each.feature], label=(labels or {}).get(index[each.feature]))
         for each in features
     )
+    shared = strongest[found.separates[strongest]][:_MOST_SHARED]
+    differences = reading.dense(shared)
     everything = {EVERYTHING: torch.arange(reading.n_features), **places}
     sizes = {name: len(set(members)) for name, members in (categories or {}).items()}
     lengths = reading.lengths.double()
@@ -245,7 +247,7 @@ def compute_contrast(
                 sizes.get(name, len(members)),
                 int(found.tested[members].sum()),
                 int(found.separates[members].sum()),
-                _share(reading, found, members, session.seed),
+                _share(differences, torch.isin(shared, members), session.seed),
                 _accuracy(crossfit_scores(reading, members, session.rows), session.seed),
             )
             for name, members in everything.items()
@@ -363,22 +365,20 @@ def _residual_sum(
 
 
 def _share(
-    reading: PairReading, found: Contrasts, members: Int[Tensor, "some"], seed: int
+    differences: Float[Tensor, "pairs features"], inside: Bool[Tensor, "features"], seed: int
 ) -> Interval | None:
     """A category's part of the squared effects, mean over root mean square of the differences."""
-    order = found.effect.abs().argsort(descending=True)
-    order = order[found.separates[order]][:_MOST_SHARED]
-    if not len(order):
+    n_pairs, n_features = differences.shape
+    if not n_features:
         return None
-    differences = reading.dense(order).numpy()
-    inside = torch.isin(order, members).numpy()
+    values, mine = differences.numpy(), inside.numpy()
 
     def share(weights: Any) -> Any:
-        means, squares = weights @ differences, weights @ differences**2
+        means, squares = weights @ values, weights @ values**2
         effects = means**2 / np.where(squares > 0, squares, 1.0)
-        return effects[:, inside].sum(axis=1) / effects.sum(axis=1)
+        return effects[:, mine].sum(axis=1) / effects.sum(axis=1)
 
-    return statistics.weighted_interval(share, reading.n_pairs, size=3 * len(order), seed=seed)
+    return statistics.weighted_interval(share, n_pairs, size=3 * n_features, seed=seed)
 
 
 def _accuracy(scores: Float[Tensor, "pairs"], seed: int) -> Interval:

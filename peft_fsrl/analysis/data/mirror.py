@@ -13,7 +13,7 @@ from torch import Tensor
 from ...records import Interval, Record
 from .. import statistics
 from ..segments import TokenChunk, active_sae, stream_tokens
-from ..session import Session
+from ..session import CHOSEN, Session
 from ..usage import Usage, require_chosen
 from .contrast import contrast_features, require_pairs
 from .reading import PairReading, read_pairs
@@ -182,6 +182,6 @@ def _steering(
         v = chunk.v[:, places.to(chunk.v.device)].double()
         sums[:, chunk.row] += torch.stack([v.sum(0), v.abs().sum(0)]).cpu()
 
-    stream_tokens(session, ("chosen",), add, "steering")
+    stream_tokens(session, (CHOSEN,), add, "steering")
     signed, mass = sums
     return signed, mass

@@ -78,6 +78,21 @@ class Labels(Record):
         """The features of a category, ascending."""
         return sorted(label.feature for label in self.features if category in label.categories)
 
+    def by_category(self, wanted: Iterable[str] | None = None) -> dict[str, list[int]]:
+        """Features by category: those asked for, or all, that have any.
+
+        Raises:
+            ValueError: for a category that the labels do not know.
+        """
+        names = list(wanted or self.categories)
+        unknown = sorted(set(names) - set(self.categories))
+        if unknown:
+            raise ValueError(
+                f"Expected categories that the labels know, {list(self.categories)}; got {unknown}."
+            )
+        found = {name: self.members(name) for name in names}
+        return {name: members for name, members in found.items() if members}
+
 
 def _set_printable(record: Record, *names: str) -> None:
     for name in names:
