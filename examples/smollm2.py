@@ -23,7 +23,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,10 @@ from peft_fsrl.analysis import (
 from peft_fsrl.analysis.data import compute_contrast
 from peft_fsrl.analysis.labels import FeatureEvidence, collect_evidence
 from peft_fsrl.analysis.layout import table, title
+from peft_fsrl.analysis.segments import active_sae
+from peft_fsrl.analysis.triggers import read_states
 from peft_fsrl.files import write_text_atomically
-from peft_fsrl.steering import SteeringEvent, observe
+from peft_fsrl.steering import fsrl_layers
 from peft_fsrl.training import (
     FSRLArguments,
     SimPOConfig,
@@ -242,20 +244,17 @@ def make_pairs(
 
 def mean_activations(session: Session) -> Tensor:
     """Mean activation of every feature over each answer: all chosen ones, then all rejected."""
-    found: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
-    for side, means in found.items():
+    [layer_name], sae, means = fsrl_layers(session.model), active_sae(session.model), []
+    for side in ("chosen", "rejected"):
         for texts in session.batches("detectors", (side,)):
             batch = session.pad(texts)
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             weights = (session.counted(batch) & batch.answer_mask.bool()).float()
             weights = weights / weights.sum(dim=1, keepdim=True)
-
-            def look(event: SteeringEvent, weights: Tensor = weights) -> None:
-                f = event.sae.encode(event.hidden_states)
-                means.append(torch.einsum("bt,btf->bf", weights, f).cpu())  # noqa: B023
-
-            with torch.no_grad(), observe(session.model, look):
-                session.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    return torch.cat([*found["chosen"], *found["rejected"]])
+            with torch.no_grad():
+                f = sae.encode(read_states(session.model, layer_name, **inputs))
+            means.append(torch.einsum("bt,btf->bf", weights, f).cpu())
+    return torch.cat(means)
 
 
 def compute_auroc(values: Tensor, positive: Sequence[bool]) -> Tensor:
@@ -269,6 +268,30 @@ def compute_auroc(values: Tensor, positive: Sequence[bool]) -> Tensor:
     n, rest = int(is_positive.sum()), int((~is_positive).sum())
     ranks = torch.from_numpy(rankdata(values.double().numpy(), axis=0))
     return (ranks[is_positive].sum(dim=0) - n * (n + 1) / 2) / (n * rest)
+
+
+def score_attributes(means: Tensor, pairs: Dataset, names: Iterable[str]) -> dict[str, Tensor]:
+    """AUROC of every feature for each planted attribute.
+
+    Args:
+        means: from ``mean_activations``: of all chosen answers, then of all rejected ones.
+        pairs: from ``make_pairs``, with the truth.
+        names: of the attributes.
+    """
+    scores = {}
+    for name in names:
+        of_chosen = pairs[f"{name}_chosen"]
+        scores[name] = compute_auroc(means, [*of_chosen, *(not each for each in of_chosen)])
+    return scores
+
+
+def unrelated_prompts(tokenizer: Any) -> list[str]:
+    """Prompts that have nothing to do with the pairs, as text."""
+    chats = [[{"role": "user", "content": text}] for text in UNRELATED]
+    return [
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for chat in chats
+    ]
 
 
 def find_detectors(scores: Mapping[str, Tensor], clean: float = 0.9, least: int = 10) -> dict:
@@ -441,11 +464,7 @@ def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
         gamma=args.simpo_gamma,
         progress=True,
     )
-    means = mean_activations(session)
-    scores = {}
-    for name in planted:
-        of_chosen = balanced[f"{name}_chosen"]
-        scores[name] = compute_auroc(means, [*of_chosen, *(not each for each in of_chosen)])
+    scores = score_attributes(mean_activations(session), balanced, planted)
     categories = find_detectors(scores)
     both = enumerate(zip(scores["style"].tolist(), scores["honesty"].tolist(), strict=True))
     labels = {i: f"AUROC style {style:.2f}, honesty {honest:.2f}" for i, (style, honest) in both}
@@ -461,12 +480,7 @@ def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
     coherence = compare_coherence(
         model, session.prompts[:8], tokenizer, batch_size=8, max_new_tokens=48, seed=7
     )
-    chats = [[{"role": "user", "content": text}] for text in UNRELATED]
-    prompts = [
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        for chat in chats
-    ]
-    unrelated = compare_generations(session, prompts, do_sample=False)
+    unrelated = compare_generations(session, unrelated_prompts(tokenizer), do_sample=False)
     text = "\n".join(
         [
             title("What tells style and honesty apart, and what is steered"),

@@ -29,17 +29,17 @@ import torch
 from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 from smollm2 import (
     SAE,
-    UNRELATED,
     attach_probe,
     choose_features,
-    compute_auroc,
     find_detectors,
     load_base,
     load_facts,
     make_pairs,
     require_packages,
+    score_attributes,
     split_countries,
     unpack_model,
+    unrelated_prompts,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,6 +49,7 @@ from transformers import AutoTokenizer
 from peft_fsrl import FSRLConfig
 from peft_fsrl.analysis import Session, compare_coherence, compare_generations
 from peft_fsrl.analysis.ablation import draw_by_mass
+from peft_fsrl.analysis.concentration import gini
 from peft_fsrl.analysis.layout import table
 from peft_fsrl.analysis.statistics import mean_interval
 from peft_fsrl.files import write_text_atomically
@@ -151,7 +152,7 @@ class World:
     def __init__(self, args: argparse.Namespace, name: str, seed: int) -> None:
         self.folder = unpack_model(Path(args.model_dir))
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        self.knobs, self.layer, self.batch_size = WORLDS[name], args.layer, args.batch_size
+        self.knobs, self.batch_size = WORLDS[name], args.batch_size
         facts = load_facts()
         known, held_out = split_countries(facts)
         n_train = args.batch_size * args.steps
@@ -276,20 +277,7 @@ def score_features(world: World, peft: Any, batches: Sequence[Packed]) -> dict[s
             weights = (packed.kind == kind).float()
             weights = weights / weights.sum(1, keepdim=True)
             means[side].append(torch.einsum("bt,btf->bf", weights, f))
-    values = torch.cat([*means[0], *means[1]])
-    scores = {}
-    for name in world.knobs:
-        of_chosen = world.detect[f"{name}_chosen"]
-        scores[name] = compute_auroc(values, [*of_chosen, *(not each for each in of_chosen)])
-    return scores
-
-
-def gini(mass: Tensor) -> float:
-    """Gini coefficient of the mass over all features of the SAE."""
-    ordered = mass.double().sort().values
-    n = len(ordered)
-    rank = torch.arange(1, n + 1, dtype=torch.float64)
-    return float((2 * rank - n - 1) @ ordered / (n * ordered.sum()))
+    return score_attributes(torch.cat([*means[0], *means[1]]), world.detect, world.knobs)
 
 
 def ablate(
@@ -334,28 +322,30 @@ def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) ->
     torch.manual_seed(seed)
     began, form = time.time(), FORMS[form_name]
     world = World(args, world_name, seed)
+    place = {"layer": args.layer, "sae": str(SAE)}
     features, saved = None, Path(args.out, f"{form_name}-{world_name}-{seed}")
-    if saved.is_dir():
+    # Trained before what came afterwards was interrupted.
+    is_trained = saved.is_dir()
+    if is_trained:
         features = FSRLConfig.from_pretrained(str(saved)).features
     elif form.n_features is not None:
         some = world.train.select(range(min(args.contrast_pairs, len(world.train))))
-        place = {"layer": args.layer, "sae": str(SAE)}
         features = choose_features(world.model, world.tokenizer, some, **place, n=form.n_features)
-    place = {"layer": args.layer, "sae": str(SAE), "task_type": "CAUSAL_LM"}
-    parts = {name: world.batches(getattr(world, name)) for name in ("train", "test", "detect")}
+    config = FSRLConfig(**place, **form.config, features=features, task_type="CAUSAL_LM")
+    names = ("test", "detect") if is_trained else ("test", "detect", "train")
+    parts = {name: world.batches(getattr(world, name)) for name in names}
     every = [packed for part in parts.values() for packed in part]
     with without_lower_layers(world.model, args.layer, every):
-        probe = attach_probe(world.model, args.layer, str(SAE))
+        probe = attach_probe(world.model, **place)
         scores = score_features(world, probe, parts["detect"])
         probe.unload()
         categories = find_detectors(scores)
-        peft = get_peft_model(world.model, FSRLConfig(**place, **form.config, features=features))
+        peft = get_peft_model(world.model, config)
         with peft.disable_adapter():
             base = [losses(world.model, packed) for packed in parts["test"]]
         base_loss = torch.cat([each[0].detach() for each in base])
         start = evaluate(world, peft, parts["test"])
-        if saved.is_dir():
-            # Trained before what came afterwards was interrupted.
+        if is_trained:
             set_peft_model_state_dict(peft, load_peft_weights(str(saved)))
         else:
             train(world, peft, form, parts["train"])
@@ -372,9 +362,7 @@ def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) ->
     coherence = compare_coherence(
         peft, session.prompts[:8], world.tokenizer, batch_size=8, max_new_tokens=48, seed=7
     )
-    chats = [[{"role": "user", "content": text}] for text in UNRELATED]
-    render = world.tokenizer.apply_chat_template
-    prompts = [render(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    prompts = unrelated_prompts(world.tokenizer)
     unrelated = compare_generations(session, prompts, do_sample=False)
     top = sorted(mass, key=lambda f: -mass[f])[:20]
     return {
@@ -390,7 +378,7 @@ def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) ->
         "l0": trained["l0"],
         "l1": float(dense.sum()),
         "start_l0": start["l0"],
-        "gini": gini(dense),
+        "gini": gini(dense.tolist()),
         "top_10": float(ordered[9]),
         "top_50": float(ordered[49]),
         "ablations": ablations,
