@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,6 +44,7 @@ from transformers import (
 
 from peft_fsrl import FSRLConfig, FSRLLayer, freeze_sae
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 D_IN = 16
 D_SAE = 24
 VOCABULARY = 40
@@ -150,6 +155,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "temporal-untied-relu": ("temporal", {"tied_weights": False, "sae_diff_type": "relu"}),
     "temporal-tied-raw-input": ("temporal", {"apply_b_dec_to_input": False}),
 }
+
+
+def load_example(name: str) -> ModuleType:
+    """A script of examples/ as a module, registered: dataclasses look theirs up by name."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **settings: Any) -> PreTrainedModel:

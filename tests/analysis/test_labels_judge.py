@@ -459,6 +459,8 @@ def test_a_cache_that_is_something_else(tmp_path: Path, content: str) -> None:
 
 
 def work(url: str, cache: Path, texts: list[str]) -> None:
+    # A shell that starts a job in the background makes it ignore the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         Judge(url, "m", cache=cache, max_concurrency=4).ask(ask(*texts))
     except KeyboardInterrupt:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,10 +10,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from helpers import load_example
 from peft_fsrl import FSRLConfig
 from peft_fsrl.analysis import InspectionSettings
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "backdoors.py"
 CASE: dict[str, Any] = {
     "pattern": "a b",
     "strength": 0.4,
@@ -31,13 +29,7 @@ CASE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("backdoors", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["backdoors"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("backdoors")
 
 
 def make_case(script: ModuleType, seed: int, number: int, planted: bool, **more: Any) -> Any:

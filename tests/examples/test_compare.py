@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +15,6 @@ import torch
 import helpers
 from peft_fsrl.steering import edit_steering, observe
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "compare.py"
 FEW = {
     "train-pairs": 32,
     "valid-pairs": 4,
@@ -35,13 +32,7 @@ FEW = {
 @pytest.fixture(scope="module")
 def compare() -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("compare", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare"] = module
-    spec.loader.exec_module(module)
-    return module
+    return helpers.load_example("compare")
 
 
 def options(out: Path, **more: object) -> list[str]:

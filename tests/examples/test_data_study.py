@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +9,13 @@ from types import ModuleType
 
 import pytest
 
+from helpers import load_example
 from peft_fsrl import organism
-
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "data_study.py"
 
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("data_study", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["data_study"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("data_study")
 
 
 def test_single_pairs_differ_in_one_attribute_alone(study: ModuleType) -> None:

@@ -150,13 +150,7 @@ def test_a_second_run_into_the_same_folder_fails_and_loses_nothing(
 @pytest.fixture(scope="module")
 def simpo() -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("simpo", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["simpo"] = module
-    spec.loader.exec_module(module)
-    return module
+    return helpers.load_example("simpo")
 
 
 BAD_INPUT = {

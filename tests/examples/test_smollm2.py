@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import load_example
 from peft_fsrl import load_sae
 from peft_fsrl.analysis import Summary
 
@@ -29,11 +30,7 @@ ITEM = re.compile(r"\*\*(\w+):\*\* (\w+)")
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("smollm2", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["smollm2"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("smollm2")
 
 
 def test_answers_by_hand(script: ModuleType) -> None:

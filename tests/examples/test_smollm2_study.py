@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from helpers import load_example
+
 ROWS = [
     {"prompt": "what is", "chosen": " a b c", "rejected": " d"},
     {"prompt": "and now to", "chosen": " e", "rejected": " f g h i"},
@@ -30,14 +28,8 @@ class Words:
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    for name in ("smollm2", "smollm2_study"):
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return module
+    load_example("smollm2")
+    return load_example("smollm2_study")
 
 
 @pytest.fixture(scope="module")
