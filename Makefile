@@ -4,6 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # vLLM wants older releases of some libraries than the pinned ones.
 SERVING_VENV ?= .venv-serving
+DOCS_VENV ?= .venv-docs
 # Passed on, as in `make demo ARGS="--seed 1"` or `make test ARGS="-k steer"`.
 ARGS ?=
 RUN = $(VENV)/bin/python -m
@@ -13,10 +14,10 @@ LAUNCH = accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_p
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test serving docs lint format types build ci bench conformance mutants lock clean
+.PHONY: help setup demo real test serving docs docs-site docs-serve lint format types build ci bench conformance mutants lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: ## create or refresh the virtual environment; does nothing when it is up to date
 	@$(PYTHON) tools/setup_venv.py --venv $(VENV) --constraints $(CONSTRAINTS)
@@ -38,6 +39,18 @@ serving: ## run the tests of serving with vLLM (its build for CPUs), in an envir
 docs: setup ## run only the snippets in README.md and docs/
 	$(RUN) pytest tests/test_docs.py $(ARGS)
 
+# griffe reads docstrings without importing the package, so the site needs neither it nor torch.
+$(DOCS_VENV)/stamp: tools/site/requirements.txt
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install -qq -r $<
+	@touch $@
+
+docs-site: $(DOCS_VENV)/stamp ## build the documentation as a site into build/site, and check its links
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+docs-serve: $(DOCS_VENV)/stamp ## show the documentation on http://127.0.0.1:8000, with search
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs serve $(ARGS)
+
 lint: setup ## check style and formatting
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -55,7 +68,7 @@ build: setup ## build sdist and wheel into dist/; run the wheel in an environmen
 	$(RUN) build --no-isolation >/dev/null
 	$(VENV)/bin/python tools/check_wheel.py dist
 
-ci: lint types build test ## all that must pass before a change lands
+ci: lint types build docs-site test ## all that must pass before a change lands
 
 bench: setup ## measure speed and memory; ARGS="--device cuda" on a GPU, in five minutes
 	$(VENV)/bin/python benchmarks/speed.py $(ARGS)
@@ -70,5 +83,5 @@ lock: setup ## write constraints.txt from what is installed
 	$(VENV)/bin/python tools/lock.py
 
 clean: ## remove the virtual environment, caches and build products
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
