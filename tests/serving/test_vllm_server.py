@@ -20,7 +20,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make serving")
 
-from serving_helpers import load_reference, prompts, save_adapter, save_model, say
+from serving_helpers import load_reference, prompts, save_adapter, save_model, say, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -185,3 +185,17 @@ def test_two_hundred_requests_each_get_their_own_answer(server: Server) -> None:
             ablated=wish["fsrl_ablate"],
         )
         assert answer == expected
+
+
+def test_rollouts_of_a_server_are_those_of_the_model(server: Server, tmp_path: Path) -> None:
+    # Last of all: training changes the server's first adapter.
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "model").symlink_to(server.model)
+    (folder / "adapter").symlink_to(server.model.parent / "one")
+    _, own = train("GRPO", folder, tmp_path / "a", generation_kwargs={"do_sample": False})
+    settings = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}
+    # Several answers at temperature 0 are refused by vLLM; one token to choose from is as greedy.
+    _, rollouts = train("GRPO", folder, tmp_path / "b", top_k=1, **settings)
+    assert rollouts == own
+    assert own[: len(own) // 2] != own[len(own) // 2 :]
