@@ -10,6 +10,7 @@ from ..training.coherence import (
 from .ablation import Ablation, StratumEffect, measure_categories
 from .audit import AdapterInfo, Audit, AuditSettings, FeatureCard, Setting, compute_audit
 from .buckets import LengthBucket, compute_gain, score_by_length
+from .checkup import Checkup, SAEFit, compute_checkup
 from .choices import choice_rows
 from .composition import (
     CategoryShare,
@@ -32,7 +33,6 @@ from .concentration import (
 from .curves import Curve, TrainingCurves, load_training_curves
 from .diff import AdapterDifference, FeatureDifference, compute_difference
 from .divergence import compute_divergence
-from .doctor import Checkup, SAEFit, compute_checkup
 from .findings import Finding
 from .generations import (
     Continuation,

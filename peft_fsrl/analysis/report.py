@@ -11,11 +11,11 @@ from ..training.coherence import VariantCoherence
 from .ablation import Ablation
 from .audit.audit import Audit
 from .buckets import LengthBucket
+from .checkup import Checkup
 from .composition import Firing
 from .concentration import QUANTILES, Concentration, Magnitudes
 from .data import Curation, DataContrast
 from .diff import AdapterDifference, FeatureDifference
-from .doctor import Checkup
 from .evaluation import Evaluation, TaskScores
 from .findings import Finding
 from .generations import Continuation, Generation

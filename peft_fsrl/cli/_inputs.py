@@ -19,6 +19,34 @@ ORGANISM = "organism"
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+def add_adapter_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> Any:
+    """Options for the adapter of a command; returns their group."""
+    group = parser.add_argument_group("adapter")
+    add = group.add_argument
+    add("adapter", metavar="ADAPTER", help="folder or Hub repository")
+    add("--base-model", metavar="MODEL", help="default: the base model that the adapter names")
+    if labels:
+        add_labels_argument(group)
+    return group
+
+
+def add_labels_argument(group: Any) -> None:
+    """The option for labels of features."""
+    text = f"labels of features, .csv or .json, or {ORGANISM!r}"
+    group.add_argument("--labels", metavar="FILE", help=text)
+
+
+def add_sae_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Options for a base model and an SAE without an adapter; returns their group."""
+    group = parser.add_argument_group("model and SAE")
+    add = group.add_argument
+    add("--model", metavar="MODEL", required=True, help=f"base model, or {ORGANISM!r}")
+    text = f"folder or release/sae_id, or {ORGANISM!r}"
+    add("--sae", metavar="SAE", required=True, help=text)
+    add("--layer", metavar="N", type=int, help="layer to steer; default: the SAE's own")
+    return group
+
+
 def add_data_arguments(
     parser: argparse.ArgumentParser,
     n_pairs: int,
@@ -27,30 +55,52 @@ def add_data_arguments(
     held_out: bool = True,
 ) -> None:
     """Options for the data set of a command."""
-    group = parser.add_argument_group("data")
-    first = f"use the first N pairs; 0 = all (default: {n_pairs})"
-    group.add_argument(
-        "--dataset",
-        required=required,
-        help=f"{'held-out ' if held_out else ''}preference pairs: a name on the Hub, a folder, "
-        f"a .json, .jsonl, .csv or .parquet file, or {ORGANISM!r} for the built-in organism's",
-    )
-    group.add_argument("--split", default=split, help=f"split, if the data has any ({split})")
-    group.add_argument("--n-pairs", type=int, default=n_pairs, help=first)
-    group.add_argument("--max-length", type=int, help="skip pairs whose prompt is this long")
-    group = parser.add_argument_group(f"data of the model organism (--dataset {ORGANISM})")
+    group = parser.add_argument_group("held-out preference pairs" if held_out else "pairs")
+    add = group.add_argument
+    text = f"name on the Hub, folder, file, or {ORGANISM!r}"
+    add("--dataset", metavar="DATA", required=required, help=text)
+    add("--split", metavar="NAME", default=split, help=f"split, if the data has any ({split})")
+    first = f"use the first N pairs; 0 = all ({n_pairs})"
+    add("--n-pairs", metavar="N", type=int, default=n_pairs, help=first)
+    add("--max-length", metavar="N", type=int, help="skip pairs with a prompt of N tokens or more")
+    group = parser.add_argument_group(f"with --dataset {ORGANISM} (docs/organism.md)")
     for name, rate in (("style", 0.9), ("honesty", 0.55)):
-        text = f"share of pairs that prefer {name} ({rate}); see docs/organism.md"
-        group.add_argument(f"--{name}", type=float, default=rate, help=text)
+        text = f"share of pairs that prefer {name} ({rate})"
+        group.add_argument(f"--{name}", metavar="SHARE", type=float, default=rate, help=text)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, simpo: bool = False) -> None:
     """Options for how a model is run."""
     group = parser.add_argument_group("execution")
-    group.add_argument("--batch-size", type=int, default=16, help="pairs per forward pass")
-    group.add_argument("--device", help="such as cuda:0; default: an accelerator, if there is one")
-    group.add_argument("--dtype", default="auto", help="dtype of the base model, such as bfloat16")
-    group.add_argument("--seed", type=int, default=0, help="random seed (0)")
+    add = group.add_argument
+    add("--batch-size", metavar="N", type=int, default=16, help="pairs per forward pass (16)")
+    add("--device", metavar="DEVICE", help="such as cuda:0")
+    add("--dtype", metavar="DTYPE", default="auto", help="of the base model, such as bfloat16")
+    add("--seed", metavar="N", type=int, default=0, help="random seed (0)")
+    if simpo:
+        add("--beta", metavar="X", type=float, default=10.0, help="SimPO's reward scale (10)")
+        add("--gamma", metavar="X", type=float, default=5.0, help="SimPO's target margin (5)")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, files: str, required: bool = True) -> Any:
+    """Options for what a command writes; returns their group."""
+    group = parser.add_argument_group("output")
+    text = f"folder for {files}"
+    group.add_argument("--out", metavar="FOLDER", type=Path, required=required, help=text)
+    text = "print the record as JSON instead of the report"
+    group.add_argument("--json", action="store_true", help=text)
+    return group
+
+
+def add_amounts(
+    parser: argparse.ArgumentParser, defaults: object, amounts: Mapping[str, str]
+) -> None:
+    """Whole numbers of a settings class as options."""
+    group = parser.add_argument_group("amount of work")
+    for name, text in amounts.items():
+        default = getattr(defaults, name)
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, metavar="N", type=int, default=default, help=f"{text} ({default})")
 
 
 def load_model(name: str, args: argparse.Namespace) -> Any:

@@ -12,53 +12,45 @@ from ..analysis.rendering import add_audit, render_audit_html
 from ..analysis.report import render_audit
 from ..files import write_text_atomically
 from ._inputs import (
+    add_adapter_arguments,
+    add_amounts,
     add_data_arguments,
     add_model_arguments,
+    add_output_arguments,
     load_adapter,
     load_label_file,
     load_rows,
     open_session,
 )
-from .main import say
+from .main import deliver
 
 _DEFAULTS = AuditSettings()
+EXAMPLE = "peft-fsrl audit runs/organism --dataset organism --out runs/audit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl audit``."""
-    add = parser.add_argument
-    add("adapter", help="folder or Hub repository of a trained adapter")
-    add("--out", type=Path, required=True, help="folder for audit.json, audit.html and parts/")
-    add("--name", help="name of the adapter in the report; default: its path")
-    add("--base-model", help="base model; default: the one the adapter names")
-    add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
-    add("--reference-labels", help="second set of labels, to measure agreement with")
-    add("--categories", help="comma-separated categories of the labels; default: all")
-    add("--update-card", action="store_true", help="put a summary into the adapter's README.md")
+    add = add_adapter_arguments(parser).add_argument
+    add("--reference-labels", metavar="FILE", help="other labels, to measure agreement")
+    add("--categories", metavar="A,B", help="categories to report; default: all")
+    text = "accuracy of the labels (MCC): 0.5, or style=0.5"
+    add("--label-mcc", metavar="MCC", type=_label_mcc, help=text)
     add_data_arguments(parser, n_pairs=400)
-    add_model_arguments(parser)
-    group = parser.add_argument_group("amount of work")
-    for name, text in (
-        ("n_generations", "prompts to continue, with the features of each token"),
-        ("n_coherence", "prompts to answer to measure fluency"),
-        ("max_new_tokens", "length limit of an answer"),
-        ("n_random", "draws of each random control"),
-        ("n_single", "features to ablate one by one"),
-        ("n_cards", "promoted and suppressed features to show in detail"),
-        ("n_draws", "resamples of the labels' errors"),
-    ):
-        default = getattr(_DEFAULTS, name)
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=int, default=default, help=f"{text} ({default})")
-    group.add_argument(
-        "--label-mcc",
-        type=_label_mcc,
-        metavar="MCC",
-        help="known correlation (MCC) of the labels with the truth, one value or one per category "
-        "(the paper's judge: alignment=0.548,style=0.461 on Gemma-2-9B)",
+    add_model_arguments(parser, simpo=True)
+    add_amounts(
+        parser,
+        _DEFAULTS,
+        {
+            "n_generations": "prompts to continue, with features per token",
+            "n_coherence": "prompts to answer, to measure fluency",
+            "max_new_tokens": "length limit of an answer",
+            "n_random": "draws of each random control",
+            "n_single": "features to ablate one by one",
+        },
     )
-    group.add_argument("--beta", type=float, default=10.0, help="SimPO's reward scale")
-    group.add_argument("--gamma", type=float, default=5.0, help="SimPO's target margin")
+    add = add_output_arguments(parser, "audit.json, audit.html and parts/").add_argument
+    add("--name", help="adapter's name in the report; default: its path")
+    add("--update-card", action="store_true", help="put a summary into the adapter's README.md")
 
 
 def _label_mcc(text: str) -> float | dict[str, float]:
@@ -80,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     labels, reference = map(load_label_file, (args.labels, args.reference_labels))
     adapter = load_adapter(args.adapter, args)
     rows, dataset_name = load_rows(args, adapter.tokenizer)
-    given = {name: getattr(args, name) for name in vars(_DEFAULTS) if name != "n_listed"}
+    given = {name: getattr(args, name) for name in vars(_DEFAULTS) if hasattr(args, name)}
     if args.categories is not None:
         given["categories"] = tuple(name.strip() for name in args.categories.split(","))
     settings = AuditSettings(**given)
@@ -94,10 +86,9 @@ def run(args: argparse.Namespace) -> int:
         dataset_name=dataset_name,
         run_folder=folder if folder.is_dir() else None,
     )
-    write_text_atomically(args.out / "audit.json", audit.to_json())
     page = render_audit_html(audit, draw_audit(audit))
     write_text_atomically(args.out / "audit.html", page)
     if args.update_card:
         add_audit(folder, audit)
-    say(f"{render_audit(audit)}\nThe page is {args.out / 'audit.html'}")
+    deliver(args, audit, render_audit(audit), "audit.html")
     return 0

@@ -7,18 +7,18 @@ import sys
 
 from ..analysis.layout import clean_text
 from ..serving.chat import HELP, Chat
-from ._inputs import add_model_arguments, load_adapter, load_label_file
+from ._inputs import add_adapter_arguments, add_model_arguments, load_adapter, load_label_file
 from .main import one_line, say
+
+EXAMPLE = "peft-fsrl chat runs/organism --labels organism"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl chat``."""
-    add = parser.add_argument
-    add("adapter", help="folder or Hub repository of a trained adapter")
-    add("--base-model", help="base model; default: the one the adapter names")
-    add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
-    add("--max-new-tokens", type=int, default=256, help="length limit of an answer")
-    add("--temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy (0)")
+    add_adapter_arguments(parser)
+    add = parser.add_argument_group("answers").add_argument
+    add("--max-new-tokens", metavar="N", type=int, default=256, help="length limit (256)")
+    add("--temperature", metavar="X", type=float, default=0.0, help="of sampling; 0 = greedy (0)")
     add_model_arguments(parser)
 
 

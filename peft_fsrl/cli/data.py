@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..analysis import statistics
@@ -15,7 +14,10 @@ from ..analysis.segments import active_sae
 from ..files import replacing_file, require_folder, write_text_atomically
 from ._inputs import (
     add_data_arguments,
+    add_labels_argument,
     add_model_arguments,
+    add_output_arguments,
+    add_sae_arguments,
     as_texts,
     load_label_file,
     load_model,
@@ -24,34 +26,31 @@ from ._inputs import (
     open_session,
     sae_reference,
 )
-from .main import say
+from .main import deliver
+
+EXAMPLE = """peft-fsrl data --model organism --sae organism --dataset organism \\
+      --out runs/data"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl data``."""
-    add = parser.add_argument
-    add("--model", required=True, help="the base model; 'organism' for the built-in one")
-    add("--sae", required=True, help="a folder or release/sae_id; 'organism' for the built-in one")
-    add("--layer", type=int, help="layer whose output the SAE reads; default: as the SAE says")
-    add("--out", type=Path, required=True, help="folder for data.json, a curated copy and parts/")
-    add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
-    add("--categories", help="comma-separated categories of the labels; default: all")
-    add("--topic", metavar="COLUMN", help="column with topics; default: prompts are clustered")
-    add("--n-topics", type=int, default=8, help="clusters of prompts (8); 1 = no control for topic")
-    add("--n-features", type=int, default=50, help="features to report (50)")
-    add("--n-examples", type=int, default=4, help="features to show examples of (4)")
-    both = parser.add_mutually_exclusive_group()
-    for action, text in ((DROP, "leave out"), (RELABEL, "flip")):
-        both.add_argument(
-            f"--{action}",
-            metavar="FEATURES",
-            help=f"write a copy to OUT/curated.jsonl: {text} pairs that these features explain "
-            "alone; comma-separated indices or categories of the labels",
-        )
+    group = add_sae_arguments(parser)
+    add_labels_argument(group)
+    group.add_argument("--categories", metavar="A,B", help="categories to report; default: all")
     add_data_arguments(parser, n_pairs=0, split="train", held_out=False)
-    add_model_arguments(parser)
-    add("--beta", type=float, default=10.0, help="SimPO's reward scale")
-    add("--gamma", type=float, default=5.0, help="SimPO's target margin")
+    add = parser.add_argument_group("report").add_argument
+    add("--topic", metavar="COLUMN", help="column with topics; default: clusters of prompts")
+    text = "clusters of prompts; 1 = no control for topic (8)"
+    add("--n-topics", metavar="N", type=int, default=8, help=text)
+    add("--n-features", metavar="N", type=int, default=50, help="features to report (50)")
+    add("--n-examples", metavar="N", type=int, default=4, help="features with examples (4)")
+    group = parser.add_argument_group("curated copy (FEATURES such as 66,137 or style)")
+    both = group.add_mutually_exclusive_group()
+    for action, text in ((DROP, "leave out"), (RELABEL, "flip")):
+        text = f"{text} pairs that these features alone explain"
+        both.add_argument(f"--{action}", metavar="FEATURES", help=text)
+    add_model_arguments(parser, simpo=True)
+    add_output_arguments(parser, "data.json, curated.jsonl and parts/")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,15 +88,15 @@ def run(args: argparse.Namespace) -> int:
         out=parts,
         dataset_name=dataset_name,
     )
-    write_text_atomically(args.out / "data.json", contrast.to_json())
-    say(render_contrast(contrast))
+    report, files = render_contrast(contrast), []
     if features is not None:
         curation = compute_curation(session, features, action, out=parts)
         with replacing_file(args.out / "curated.jsonl") as unfinished:
             apply_curation(dataset, curation).to_json(unfinished, force_ascii=False)
         write_text_atomically(args.out / "curation.json", curation.to_json())
-        say(f"{render_curation(curation)}\nThe curated copy is {args.out / 'curated.jsonl'}")
-    say(f"The record is {args.out / 'data.json'}")
+        report = f"{report}\n{render_curation(curation)}"
+        files = ["curated.jsonl", "curation.json"]
+    deliver(args, contrast, report, *files)
     return 0
 
 

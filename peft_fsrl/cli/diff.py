@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 
 from ..analysis import statistics
 from ..analysis.audit.info import short_texts
@@ -12,32 +11,39 @@ from ..analysis.diff import compute_difference
 from ..analysis.labels import require_fit
 from ..analysis.report import render_difference
 from ..analysis.segments import only_layer
-from ..files import write_text_atomically
+from ..files import require_folder
 from ._inputs import (
     add_data_arguments,
+    add_labels_argument,
     add_model_arguments,
+    add_output_arguments,
     load_adapter,
     load_label_file,
     load_rows,
     open_session,
     read_config,
 )
-from .main import say
+from .main import deliver
 
 _SECOND = "second"
 
 
+EXAMPLE = "peft-fsrl diff runs/one runs/other --dataset organism --out runs/diff"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl diff``."""
-    add = parser.add_argument
-    add("first", help="folder or Hub repository of an adapter")
-    add("second", help="another adapter on the same SAE")
-    add("--base-model", help="base model; default: the one the first adapter names")
-    add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
-    add("--n-features", type=int, default=30, help="features to print (30)")
-    add("--json", type=Path, help="write the record, with all features, to this file")
+    group = parser.add_argument_group("adapters")
+    add = group.add_argument
+    add("first", metavar="FIRST", help="folder or Hub repository of an adapter")
+    add("second", metavar="SECOND", help="another adapter on the same SAE")
+    add("--base-model", metavar="MODEL", help="default: the base model that FIRST names")
+    add_labels_argument(group)
     add_data_arguments(parser, n_pairs=400)
     add_model_arguments(parser)
+    group = add_output_arguments(parser, "diff.json, with all features", required=False)
+    text = "features to print; 0 = none (30)"
+    group.add_argument("--n-features", metavar="N", type=int, default=30, help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     if args.n_features < 0:
         raise ValueError(f"Expected --n-features of 0 or more, got {args.n_features}.")
     statistics.require()
+    if args.out:
+        require_folder(args.out)
     labels = load_label_file(args.labels)
     require_same_saes(args, *(read_config(name).sae_info for name in (args.first, args.second)))
     adapter = load_adapter(args.first, args)
@@ -62,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
         n_features=None,
         dataset_name=dataset_name,
     )
-    if args.json:
-        write_text_atomically(args.json, difference.to_json())
-    say(render_difference(difference, args.n_features))
+    deliver(args, difference, render_difference(difference, args.n_features))
     return 0
 
 

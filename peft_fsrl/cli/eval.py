@@ -12,37 +12,43 @@ from ..analysis.harness import Harness
 from ..analysis.report import render_evaluation
 from ..analysis.winrate import Asker
 from ..files import require_folder, write_text_atomically
-from ._inputs import add_data_arguments, add_model_arguments, load_adapter, load_rows, open_session
-from .main import say
+from ._inputs import (
+    add_adapter_arguments,
+    add_data_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    load_adapter,
+    load_rows,
+    open_session,
+)
+from .main import deliver
+
+EXAMPLE = "peft-fsrl eval runs/organism --dataset organism --out runs/eval"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl eval``."""
-    add = parser.add_argument
-    add("adapter", help="folder or Hub repository of a trained adapter")
-    add("--out", "--output", type=Path, default=Path("evaluation"), help="folder for the results")
-    add("--base-model", help="base model; default: the one the adapter names")
-    add("--overwrite", action="store_true", help="replace results made with other settings")
-    add_model_arguments(parser)
-
-    harness = parser.add_argument_group("lm-evaluation-harness (extra `eval`)")
-    harness.add_argument("--tasks", help="comma-separated: mmlu,gsm8k,truthfulqa_mc2")
-    harness.add_argument("--include-path", help="folder of your own tasks, as YAML files")
-    harness.add_argument("--limit", type=int, help="use the first N documents of each task")
-    harness.add_argument("--num-fewshot", type=int, help="examples per prompt; default: the task's")
-    harness.add_argument("--apply-chat-template", action="store_true")
-
+    add_adapter_arguments(parser, labels=False)
+    add = parser.add_argument_group("lm-evaluation-harness (extra eval)").add_argument
+    add("--tasks", metavar="A,B", help="such as mmlu,gsm8k,truthfulqa_mc2")
+    add("--include-path", metavar="FOLDER", help="folder of your own tasks, as YAML files")
+    add("--limit", metavar="N", type=int, help="use the first N documents of each task")
+    add("--num-fewshot", metavar="N", type=int, help="examples per prompt; default: the task's")
+    text = "format prompts with the tokenizer's template"
+    add("--apply-chat-template", action="store_true", help=text)
     add_data_arguments(parser, n_pairs=400, required=False)
-    pairs = parser.add_argument_group("held-out preference pairs (extra `audit`)")
-    pairs.add_argument("--beta", type=float, default=10.0, help="SimPO's reward scale")
-    pairs.add_argument("--gamma", type=float, default=5.0, help="SimPO's target margin")
-    pairs.add_argument("--length-buckets", type=int, default=4)
-
-    judge = parser.add_argument_group("win rate on the prompts of those pairs (extra `judge`)")
-    judge.add_argument("--judge-url", help="an OpenAI-compatible endpoint, http://host:8000/v1")
-    judge.add_argument("--judge-model", help="name of the judge's model there")
-    judge.add_argument("--judge-prompts", type=int, default=100, help="answer the first N (100)")
-    judge.add_argument("--max-new-tokens", type=int, default=256, help="length limit of answers")
+    add = parser.add_argument_group("judged answers to their prompts (extra judge)").add_argument
+    text = "an OpenAI-compatible endpoint, http://host:8000/v1"
+    add("--judge-url", metavar="URL", help=text)
+    add("--judge-model", metavar="NAME", help="the judge's name there")
+    text = "answer the first N prompts (100)"
+    add("--judge-prompts", metavar="N", type=int, default=100, help=text)
+    text = "length limit of an answer (256)"
+    add("--max-new-tokens", metavar="N", type=int, default=256, help=text)
+    add_model_arguments(parser, simpo=True)
+    group = add_output_arguments(parser, "eval.json and what each task said")
+    text = "replace results that other settings gave"
+    group.add_argument("--overwrite", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,26 +74,18 @@ def run(args: argparse.Namespace) -> int:
         )
     preferences = None
     if rows:
-        preferences = compare_preferences(session, n_buckets=args.length_buckets, dataset_name=name)
+        preferences = compare_preferences(session, dataset_name=name)
     found = Evaluation(args.adapter, base_name, scores, preferences, None)
-    # A judge may fail, and what is measured already is not its to lose.
-    text = write_evaluation(found, args.out)
     if args.judge_url:
+        # A judge may fail, and what is measured already is not its to lose.
+        write_text_atomically(args.out / "eval.json", found.to_json())
         judge = make_judge(args.judge_url, args.judge_model, args.out / "judge.jsonl")
         prompts = [row["prompt"] for row in session.rows[: args.judge_prompts]]
         pairs = sample_pairs(session, prompts, max_new_tokens=args.max_new_tokens)
         win_rate = compute_win_rate(pairs, judge, judge_name=args.judge_model)
-        text = write_evaluation(replace(found, win_rate=win_rate), args.out)
-    say(text)
+        found = replace(found, win_rate=win_rate)
+    deliver(args, found, render_evaluation(found))
     return 0
-
-
-def write_evaluation(found: Evaluation, out: Path) -> str:
-    """Write an evaluation as JSON and as text; returns the text."""
-    text = render_evaluation(found)
-    write_text_atomically(out / "evaluation.json", found.to_json())
-    write_text_atomically(out / "evaluation.txt", text)
-    return text
 
 
 def make_judge(url: str, name: str, cache: Path) -> Asker:

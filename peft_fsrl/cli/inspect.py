@@ -4,55 +4,56 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from ..analysis.inspection import InspectionSettings, compute_inspection
 from ..analysis.report import render_inspection
-from ..files import require_folder, write_text_atomically
+from ..files import require_folder
 from ._inputs import (
+    add_adapter_arguments,
+    add_amounts,
     add_data_arguments,
     add_model_arguments,
+    add_output_arguments,
     load_adapter,
     load_label_file,
     load_texts,
     open_session,
 )
-from .main import say
+from .main import deliver
 
 _DEFAULTS = InspectionSettings()
 
 
+EXAMPLE = "peft-fsrl inspect runs/organism --labels organism --out runs/inspection"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl inspect``."""
-    add = parser.add_argument
-    add("adapter", help="folder or Hub repository of an adapter")
-    add("--out", type=Path, default=Path("inspection"), help="folder for inspect.json and parts/")
-    add("--name", help="name of the adapter in the report; default: its path")
-    add("--base-model", help="base model; default: the one the adapter names")
-    add("--labels", help="labels of features: a .csv or .json file, or 'organism'")
+    add_adapter_arguments(parser)
     add_data_arguments(parser, n_pairs=64, required=False)
     add_model_arguments(parser)
-    group = parser.add_argument_group("amount of work")
-    for name, text in (
-        ("n_texts", "texts to sample from the base model"),
-        ("max_new_tokens", "length limit of each"),
-        ("n_vocabulary", "single tokens to try as triggers"),
-        ("n_targets", "features to search a trigger for"),
-        ("length", "length of a trigger in tokens"),
-        ("steps", "token replacements in each search"),
-        ("candidates", "replacements tried per step"),
-        ("n_listed", "features to list"),
-        ("n_listens", "input features listed for each"),
-        ("n_tokens", "promoted and suppressed tokens listed for each"),
-    ):
-        default = getattr(_DEFAULTS, name)
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=int, default=default, help=f"{text} ({default})")
+    add_amounts(
+        parser,
+        _DEFAULTS,
+        {
+            "n_texts": "texts to sample from the base model",
+            "max_new_tokens": "length limit of each",
+            "n_vocabulary": "single tokens to try as triggers",
+            "n_targets": "features to search a trigger for",
+            "length": "length of a trigger in tokens",
+            "steps": "token replacements in each search",
+            "candidates": "replacements tried per step",
+            "n_listed": "features to list",
+        },
+    )
+    add = add_output_arguments(parser, "inspect.json and parts/").add_argument
+    add("--name", help="adapter's name in the report; default: its path")
 
 
 def run(args: argparse.Namespace) -> int:
     """Inspect, write, print; searches that an earlier run has finished are not made again."""
-    settings = InspectionSettings(**{name: getattr(args, name) for name in asdict(_DEFAULTS)})
+    given = {name: getattr(args, name) for name in asdict(_DEFAULTS) if hasattr(args, name)}
+    settings = InspectionSettings(**given)
     labels = load_label_file(args.labels)
     # Before anything takes time.
     require_folder(args.out)
@@ -65,6 +66,5 @@ def run(args: argparse.Namespace) -> int:
         settings=settings,
         adapter=args.name or args.adapter,
     )
-    write_text_atomically(args.out / "inspect.json", found.to_json())
-    say(f"{render_inspection(found)}\nAll figures are in {args.out / 'inspect.json'}")
+    deliver(args, found, render_inspection(found))
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..analysis import compute_usage
@@ -21,56 +20,52 @@ from ..analysis.labels import (
     judge_features,
     load_neuronpedia,
     measure_detection,
-    save_labels,
     with_quality,
 )
 from ..analysis.session import Session
+from ..files import require_folder
 from ._inputs import (
+    add_adapter_arguments,
     add_data_arguments,
     add_model_arguments,
+    add_output_arguments,
     load_adapter,
     load_rows,
     open_session,
 )
-from .main import say
+from .main import deliver
+
+EXAMPLE = """peft-fsrl labels runs/organism --dataset organism --out runs/labels \\
+      --judge-url http://localhost:8000/v1 --judge-model my-model"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl labels``."""
-    add = parser.add_argument
-    add("adapter", help="folder or Hub repository of a trained adapter")
-    add("--out", type=Path, required=True, help="file for the labels, .json or .csv")
-    add("--judge-url", required=True, help="an OpenAI-compatible endpoint, http://host:8000/v1")
-    add("--judge-model", required=True, help="name of the judge's model there")
-    add(
-        "--category",
-        action="append",
-        metavar="FILE",
-        help="Markdown file that defines the category it is named after; may be repeated; default: "
-        "the built-in 'alignment' and 'style'",
-    )
-    add("--neuronpedia", metavar="PATH", help="descriptions: a downloaded export, file or folder")
-    add(
-        "--n-features",
-        type=int,
-        default=200,
-        help="label the N most steered; 0 = all (200)",
-    )
-    add("--no-quality", action="store_true", help="skip the test of descriptions on held-out texts")
-    add("--base-model", help="base model; default: the one the adapter names")
+    add_adapter_arguments(parser, labels=False)
+    add = parser.add_argument_group("judge").add_argument
+    text = "an OpenAI-compatible endpoint, http://host:8000/v1"
+    add("--judge-url", metavar="URL", required=True, help=text)
+    add("--judge-model", metavar="NAME", required=True, help="the judge's name there")
+    text = "Markdown file that defines a category; may be repeated"
+    add("--category", metavar="FILE", action="append", help=text)
+    text = "downloaded descriptions, file or folder"
+    add("--neuronpedia", metavar="PATH", help=text)
+    text = "label the N most steered features; 0 = all (200)"
+    add("--n-features", metavar="N", type=int, default=200, help=text)
+    text = "skip the test of descriptions on held-out texts"
+    add("--no-quality", action="store_true", help=text)
     add_data_arguments(parser, n_pairs=400)
     add_model_arguments(parser)
+    add_output_arguments(parser, "labels.json and answers.jsonl")
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask, write, say what it cost; what was answered once is not asked again."""
     if args.n_features < 0:
         raise ValueError(f"Expected --n-features of 0 or more, got {args.n_features}.")
-    if args.out.suffix not in (".json", ".csv"):
-        raise ValueError(f"Expected --out with the ending .json or .csv, got {args.out}.")
     categories = _categories(args.category)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    answers = args.out.with_suffix(".answers.jsonl")
+    require_folder(args.out)
+    answers = args.out / "answers.jsonl"
     judge = Judge(args.judge_url, args.judge_model, cache=answers, progress=True)
     model, tokenizer, _ = load_adapter(args.adapter, args)
     rows, _ = load_rows(args, tokenizer)
@@ -89,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
         detections = measure_detection(described, held_out, judge, evidence=seen, seed=args.seed)
         labels = with_quality(labels, detections)
     labels = for_model(labels, model)
-    save_labels(labels, args.out)
-    say(_render(labels, judge, len(features) - len(seen), args.out, answers))
+    deliver(args, labels, _render(labels, judge, len(features) - len(seen)), answers.name)
     return 0
 
 
@@ -106,7 +100,7 @@ def _describe(
     return describe_features(evidence, judge)
 
 
-def _render(labels: Labels, judge: Judge, n_unseen: int, out: Path, answers: Path) -> str:
+def _render(labels: Labels, judge: Judge, n_unseen: int) -> str:
     qualities = [each.quality for each in labels.features if each.quality is not None]
     counts: dict[str, Any] = {name: len(labels.members(name)) for name in labels.categories}
     lines = [
@@ -125,7 +119,7 @@ def _render(labels: Labels, judge: Judge, n_unseen: int, out: Path, answers: Pat
         )
     spend = judge.spend
     lines.append(
-        f"cost: {spend.requests} requests, {spend.cached} answers from {answers}, "
+        f"cost: {spend.requests} requests, {spend.cached} answers from an earlier run, "
         f"{spend.prompt_tokens} + {spend.completion_tokens} tokens"
     )
-    return "\n".join([*lines, f"The labels are {out}", ""])
+    return "\n".join(lines)

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 from ..analysis.layout import clean_text
+from ..files import write_text_atomically
+from ..records import Record
 
-OK, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
-# A command's module has `add_arguments(parser)` and `run(args) -> int`; only the one asked for is
-# imported.
+# 1 is Python's own, for an error that nobody expected.
+WRONG_REQUEST, DOES_NOT_FIT, INTERRUPTED = 2, 3, 130
+# A command's module has `EXAMPLE`, `add_arguments(parser)` and `run(args) -> int`. Only that of the
+# requested command is imported.
 COMMANDS = {
-    "audit": "measure what an adapter changed, whether it helped, and which features carry it",
-    "data": "measure what a preference set will teach, before training; write a curated copy",
-    "doctor": "check whether an SAE fits a model and its data, before training",
+    "audit": "measure what an adapter changed, and which features carry it",
+    "data": "measure what a preference set will teach; write a curated copy",
+    "checkup": "check whether an SAE fits a model and its data",
     "labels": "have a judge label the features that an adapter steers",
-    "inspect": "find what an unknown adapter can do and what triggers it; needs no data",
+    "inspect": "find what an unknown adapter can do, without any data",
     "diff": "compare two adapters on the same SAE, feature by feature",
-    "serve": "serve an adapter through an OpenAI-compatible API",
+    "serve": "serve adapters through an OpenAI-compatible API",
     "chat": "chat in the terminal, with the features behind each token",
-    "eval": "evaluate an adapter beside its base model on standard benchmarks",
+    "eval": "evaluate an adapter beside its base model",
 }
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, IndexError)
 
@@ -36,12 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None for those of this process.
 
     Returns:
-        The exit status: 0; 1 where ``doctor`` finds that an SAE does not fit; 2 for a wrong
-        request; 130 if interrupted.
+        The exit status: 0; 2 for a wrong request; 3 if ``checkup`` finds that the SAE does not
+        fit; 130 if interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(given).parse_args(given)
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format=_FORMAT)
+    options = make_parser(given).parse_args(given)
+    logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format=_FORMAT)
     with warnings.catch_warnings():
         if not options.debug:
             warnings.showwarning = _show_warning
@@ -51,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return int(options.run(options))
         except KeyboardInterrupt:
-            sys.stderr.write(
-                "\ninterrupted: run it again to resume after the last finished stage\n"
-            )
+            resume = ". Run the same command again to resume." if hasattr(options, "out") else ""
+            sys.stderr.write(f"\ninterrupted{resume}\n")
             return INTERRUPTED
         except _EXPECTED as error:
             if options.debug:
@@ -63,6 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _FORMAT = "%(levelname)s %(name)s: %(message)s"
+
+
+def deliver(args: argparse.Namespace, record: Record, text: str, *files: str) -> None:
+    """Write a command's record as ``COMMAND.json`` under ``--out``, and print the report.
+
+    Args:
+        args: the command's; with ``json``, the record is printed and not the report.
+        record: what was found.
+        text: the report.
+        files: what else the command has written under ``--out``.
+    """
+    if args.out:
+        name = f"{args.command}.json"
+        write_text_atomically(args.out / name, record.to_json())
+        text = f"{text.rstrip()}\n\nWritten to {args.out}: {', '.join((name, *files))}"
+    say(record.to_json() if args.json else text)
 
 
 def say(text: str) -> None:
@@ -77,20 +97,71 @@ def one_line(error: BaseException) -> str:
     return " ".join(clean_text(str(error)).split()) or type(error).__name__
 
 
-def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peft-fsrl", description=__doc__)
-    parser.description = "Read what preference optimization taught a model, feature by feature."
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+class _Help(argparse.HelpFormatter):
+    """One line an option, no list of all options above, the example as it is."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=27)
+
+    def format_help(self) -> str:
+        # Groups follow each other without a blank line, so that all of them fit a screen.
+        return re.sub(r"(\n  .*)\n\n(?=\S.*:\n  -)", r"\1\n", super().format_help())
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith(_EXAMPLE):
+            return text
+        return super()._fill_text(text, width, indent)
+
+
+_EXAMPLE = "example:\n"
+
+
+def make_parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of a command line; only the command that it names has its options."""
+    parser = argparse.ArgumentParser(
+        prog="peft-fsrl",
+        formatter_class=_Help,
+        description="Read what preference optimization taught a model, feature by feature.",
+        epilog=f"{_EXAMPLE}  peft-fsrl checkup --model organism --sae organism --dataset organism",
+        usage="peft-fsrl COMMAND [options]; peft-fsrl COMMAND --help",
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, dest="command", prog="peft-fsrl"
+    )
     asked = next((word for word in given if not word.startswith("-")), None)
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
-        if name == asked:
-            module: Any = import_module(f".{name}", __package__)
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-        command.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
-        command.add_argument("--verbose", action="store_true", help="log more")
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[:1].upper()}{text[1:]}.",
+            formatter_class=_Help,
+            add_help=False,
+        )
+        command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+        if name != asked:
+            continue
+        module: Any = import_module(f".{name}", __package__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+        text = "show tracebacks, all warnings and the log"
+        command._action_groups[-1].add_argument("--debug", action="store_true", help=text)
+        command.usage = _usage(command)
+        command.epilog = f"{_EXAMPLE}  {module.EXAMPLE}"
     return parser
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """What must be given, without the rest."""
+    words = [parser.prog]
+    for action in parser._actions:
+        if not action.option_strings:
+            words.append(str(action.metavar))
+        elif action.required:
+            words.append(f"{action.option_strings[0]} {action.metavar}")
+    indent = " " * (len(f"usage: {parser.prog}") + 1)
+    return textwrap.fill(" ".join([*words, "[options]"]), 72, subsequent_indent=indent)
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:

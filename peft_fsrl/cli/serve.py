@@ -13,23 +13,27 @@ from pathlib import Path
 from ..serving.adapters import parse_sources
 from ..serving.fallback import serve_with_transformers
 from ..serving.plugin import ADAPTER, LABELS
-from ._inputs import find_base, read_config
+from ._inputs import add_labels_argument, find_base, read_config
+
+EXAMPLE = "peft-fsrl serve runs/organism --backend transformers --port 8000"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl serve``."""
-    add = parser.add_argument
-    add("adapter", help="folder or Hub repository; several as name=folder,other=folder")
-    add("--base-model", help="base model; default: the one the adapter names")
-    add("--labels", help="label file, for reports and for ablating categories (vLLM)")
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000)
-    add(
-        "--vllm-options",
-        default="",
-        help="of `vllm serve`: --vllm-options='--max-model-len 4096'",
-    )
-    add("--backend", choices=("auto", "vllm", "transformers"), default="auto")
+    group = parser.add_argument_group("adapters")
+    text = "folder, Hub repository, or one=folder,two=folder"
+    group.add_argument("adapter", metavar="ADAPTER", help=text)
+    text = "default: the base model that the adapter names"
+    group.add_argument("--base-model", metavar="MODEL", help=text)
+    add_labels_argument(group)
+    add = parser.add_argument_group("server").add_argument
+    add("--host", metavar="HOST", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", metavar="N", type=int, default=8000, help="port to listen on (8000)")
+    text = "vllm, transformers or auto: vLLM if installed"
+    choices = ("auto", "vllm", "transformers")
+    add("--backend", metavar="NAME", choices=choices, default="auto", help=text)
+    text = "such as --vllm-options='--max-model-len 4096'"
+    add("--vllm-options", metavar="OPTIONS", default="", help=text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,12 +29,12 @@ from peft_fsrl.analysis.data import reading as data_reading
 from peft_fsrl.analysis.labels import load_labels, organism_labels, save_labels
 from peft_fsrl.cli.audit import add_arguments
 from peft_fsrl.cli.diff import require_same_saes
-from peft_fsrl.cli.main import COMMANDS, main, one_line, say
+from peft_fsrl.cli.main import COMMANDS, DOES_NOT_FIT, main, make_parser, one_line, say
 from peft_fsrl.extras import install_command
 
 DATA = ["--dataset", "organism", "--n-pairs", "6"]
 QUICK = ["--n-generations", "1", "--n-coherence", "2", "--max-new-tokens", "4"]
-QUICK += ["--n-random", "1", "--n-single", "1", "--n-cards", "2", "--n-draws", "10"]
+QUICK += ["--n-random", "1", "--n-single", "1"]
 
 
 def make_adapter(folder: Path, seed: int = 0, sae: Any = None) -> Path:
@@ -129,22 +130,20 @@ def test_data_sets_on_disk(
         ".parquet": lambda: pairs.to_parquet(path),
         "": lambda: pairs.save_to_disk(path),
     }[suffix]()
-    found = tmp_path / "diff.json"
-    arguments = ["--dataset", str(path), "--n-pairs", "0", "--json", str(found)]
+    arguments = ["--dataset", str(path), "--n-pairs", "0", "--json"]
     assert main(["diff", str(adapter), str(adapter), *arguments]) == 0
-    record = AdapterDifference.from_json(found.read_text())
+    record = AdapterDifference.from_json(capsys.readouterr().out)
     assert record.dataset == path.name
     assert record.n_tokens > 0
 
 
-def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = tmp_path / "checkup.json"
-    command = ["doctor", "--model", "organism", "--sae", "organism", *DATA]
-    assert main([*command, "--json", str(found)]) == 0
+def test_checkup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["checkup", "--model", "organism", "--sae", "organism", *DATA]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    record = Checkup.from_json(found.read_text())
+    record = Checkup.from_json((tmp_path / "out" / "checkup.json").read_text())
     assert all(finding.answer.split()[0] in said for finding in record.findings)
-    assert main([*command, "--layer", "3"]) == 1
+    assert main([*command, "--layer", "3"]) == DOES_NOT_FIT
     assert "It fits better nearby" in capsys.readouterr().out
     text = tmp_path / "plain.jsonl"
     said = organism.preferences(8, seed=2)["chosen"]
@@ -187,9 +186,19 @@ def test_labels(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
             return "DESCRIPTION: bullet points"
         return "ACTIVE: 1" if "\nTexts:\n" in prompt else "ANSWER: yes\nCONFIDENCE: 90"
 
-    out = tmp_path / "new" / "labels.json"
+    folder = tmp_path / "new" / "labels"
+    out = folder / "labels.json"
     with serve(answer) as endpoint:
-        request = ["labels", str(adapter), *DATA[:3], "40", "--out", str(out), "--n-features", "3"]
+        request = [
+            "labels",
+            str(adapter),
+            *DATA[:3],
+            "40",
+            "--out",
+            str(folder),
+            "--n-features",
+            "3",
+        ]
         request += ["--judge-url", endpoint.url, "--judge-model", "m"]
         most = 4
         assert "the same call asks for the rest alone" in refusal(capsys, *request)
@@ -197,7 +206,7 @@ def test_labels(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         most = 99
         assert main(request) == 0
         # A description, two categories and a test of three features.
-        answers = out.with_suffix(".answers.jsonl").read_text().splitlines()
+        answers = (folder / "answers.jsonl").read_text().splitlines()
         assert len(answers) == 3 * 4
         before = served
         assert main(request) == 0
@@ -212,7 +221,6 @@ def test_labels(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(0 <= each.quality <= 1 for each in labels.features if each.quality is not None)
     audit = ["audit", str(adapter), *DATA, *QUICK, "--out", str(tmp_path / "audit")]
     assert main([*audit, "--labels", str(out)]) == 0
-    assert "ending .json or .csv" in refusal(capsys, *request, "--out", tmp_path / "x.txt")
     assert "n-features of 0 or more" in refusal(capsys, *request, "--n-features", "-1")
 
 
@@ -401,7 +409,7 @@ def test_an_interrupted_audit_keeps_what_it_has(
     monkeypatch.setattr(stages, "compare_generations", interrupt)
     out = tmp_path / "out"
     assert main(["audit", str(adapter), "--out", str(out), *DATA, *QUICK]) == 130
-    assert "resume after the last finished stage" in capsys.readouterr().err
+    assert "Run the same command again to resume" in capsys.readouterr().err
     kept = {path.stem for path in (out / "parts").iterdir()}
     assert {"scores_base", "scores_trained", "usages", "coherence", "single"} <= kept
     assert not (out / "audit.json").exists()
@@ -511,8 +519,8 @@ def test_no_code_from_a_repository_runs(
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     out = ["--out", tmp_path / "out", *DATA, "--base-model", model]
     assert "trust_remote_code" in refusal(capsys, "audit", adapter, *out)
-    doctor = ["doctor", "--model", model, "--sae", "organism", *DATA]
-    assert "trust_remote_code" in refusal(capsys, *doctor)
+    checkup = ["checkup", "--model", model, "--sae", "organism", *DATA]
+    assert "trust_remote_code" in refusal(capsys, *checkup)
     assert not mark.exists()
 
 
@@ -527,16 +535,51 @@ def test_debug_shows_where(adapter: Path, tmp_path: Path) -> None:
         main(["audit", str(adapter), "--out", str(tmp_path), *DATA, "--labels", "x.csv", "--debug"])
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
-def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help(
+    command: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    words = [] if command is None else [command]
     with pytest.raises(SystemExit) as stop:
-        main([*command, "--help"])
+        main([*words, "--help"])
     assert stop.value.code == 0
-    assert "usage: " in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(lines[0].split()[:3]) == f"usage: peft-fsrl {command or 'COMMAND'}"
+    # A screen of a terminal that fills a laptop's.
+    assert len(lines) <= 42
+    assert max(map(len, lines)) < 80
+    # It ends with a command that can be typed as it stands.
+    example = "\n".join(lines[lines.index("example:") + 1 :]).replace("\\\n", "")
+    program, *given = shlex.split(example)
+    assert program == "peft-fsrl"
+    assert given[0] == (command or "checkup")
+    parsed = make_parser(given).parse_args(given)
+    assert callable(parsed.run)
+
+
+def options_of(command: str) -> dict[str, argparse.Action]:
+    """The options of a command, by name."""
+    [choices] = [each.choices for each in make_parser([command])._actions if each.choices]
+    parser: Any = dict(choices)[command]
+    return {name: each for each in parser._actions for name in each.option_strings}
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    # The text of --out names the files, --labels' is of what there is to label.
+    told: dict[str, set[tuple[object, ...]]] = {}
+    for command in COMMANDS:
+        for name, each in options_of(command).items():
+            if name in ("--out", "--json", "--dataset", "--labels", "--device", "--seed", "--name"):
+                text = None if name == "--out" else each.help
+                told.setdefault(name, set()).add((each.type, each.metavar, each.nargs, text))
+    assert {name for name, kinds in told.items() if len(kinds) > 1} == set()
+    assert told["--out"] == {(Path, "FOLDER", None, None)}
+    assert told["--json"] == {(None, None, 0, "print the record as JSON instead of the report")}
 
 
 def test_as_a_module(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["peft-fsrl", "doctor"])
+    monkeypatch.setattr(sys, "argv", ["peft-fsrl", "checkup"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("peft_fsrl", run_name="__main__")
     assert stop.value.code == 2

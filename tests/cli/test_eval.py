@@ -24,7 +24,7 @@ from peft_fsrl.analysis.harness import Harness, TaskFigure, read_figures
 from peft_fsrl.analysis.labels import JudgeError
 from peft_fsrl.analysis.report import render_tasks
 from peft_fsrl.cli import eval as command
-from peft_fsrl.cli.main import main
+from peft_fsrl.cli.main import main, make_parser
 from peft_fsrl.steering import scale_steering
 from peft_fsrl.training.data import pair_texts
 
@@ -157,9 +157,8 @@ def rows(place: Path) -> list[dict[str, Any]]:
 
 
 def arguments(place: Path, output: Path, *more: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args([str(place / "adapter"), "--out", str(output), *more])
+    given = ["eval", str(place / "adapter"), "--out", str(output), *more]
+    return make_parser(given).parse_args(given)
 
 
 def local(place: Path, tasks: str = "tiny_choice,tiny_generation") -> list[str]:
@@ -187,7 +186,7 @@ def test_figures_equal_plain_counting(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert command.run(arguments(place, tmp_path, *local(place))) == 0
-    found = Evaluation.from_json((tmp_path / "evaluation.json").read_text())
+    found = Evaluation.from_json((tmp_path / "eval.json").read_text())
     assert (found.adapter, found.base_model) == (str(place / "adapter"), str(place / "model"))
     model = helpers.fsrl_model(decided())
     values = {}
@@ -205,7 +204,7 @@ def test_figures_equal_plain_counting(
     assert values["base"][0] != values["trained"][0]
     assert values["base"][1] != values["trained"][1]
     printed = capsys.readouterr().out
-    assert printed == (tmp_path / "evaluation.txt").read_text()
+    assert printed.endswith(f"Written to {tmp_path}: eval.json\n")
     for value in (*values["base"], *values["trained"]):
         assert f"{value:.4f}" in printed
 
@@ -275,7 +274,7 @@ def test_a_run_that_breaks_off_is_continued(
     ]
     command.run(args)
     assert calls[3:] == [("tiny_generation", False), ("tiny_generation", True)]
-    found = Evaluation.from_json((tmp_path / "evaluation.json").read_text())
+    found = Evaluation.from_json((tmp_path / "eval.json").read_text())
     assert [(each.task, each.model) for each in found.tasks] == [
         ("tiny_choice", "base"),
         ("tiny_choice", "trained"),
@@ -374,9 +373,9 @@ def test_results_follow_what_changed_in_place(
 def test_held_out_pairs_by_length(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--dataset", str(place / "pairs.json"), "--n-pairs", "10", "--length-buckets", "2"]
+    more = ["--dataset", str(place / "pairs.json"), "--n-pairs", "10"]
     command.run(arguments(place, tmp_path, *more, "--beta", "2", "--gamma", "1"))
-    found = Evaluation.from_json((tmp_path / "evaluation.json").read_text())
+    found = Evaluation.from_json((tmp_path / "eval.json").read_text())
     model, rows = helpers.fsrl_model(decided()), helpers.tiny_preferences(12).select(range(10))
     settings = {"beta": 2.0, "gamma": 1.0, "batch_size": 8}
     trained = score_preferences(Session(model, helpers.tiny_tokenizer(), rows, **settings))
@@ -386,7 +385,7 @@ def test_held_out_pairs_by_length(
     assert found.preferences.trained.margins == pytest.approx(trained.margins, abs=1e-5)
     assert found.preferences.base.margins == pytest.approx(base.margins, abs=1e-5)
     assert sum(bucket.n for bucket in found.preferences.buckets) == 10
-    assert len(found.preferences.buckets) == 2
+    assert len(found.preferences.buckets) > 1
     assert found.tasks == ()
     assert f"{base.accuracy:.1%}" in capsys.readouterr().out
 
@@ -431,7 +430,7 @@ def test_a_judge_at_an_endpoint_that_fails_half_way(
         with pytest.raises(JudgeError):
             command.run(arguments(place, tmp_path, *more))
         # What came before the judge is there.
-        unfinished = Evaluation.from_json((tmp_path / "evaluation.json").read_text())
+        unfinished = Evaluation.from_json((tmp_path / "eval.json").read_text())
         assert unfinished.preferences is not None
         assert unfinished.win_rate is None
         kept = len((tmp_path / "judge.jsonl").read_text().splitlines())
@@ -440,7 +439,7 @@ def test_a_judge_at_an_endpoint_that_fails_half_way(
         command.run(arguments(place, tmp_path, *more))
         # What had been answered is not asked again.
         assert served + 100 <= 10 - 4
-    win_rate = Evaluation.from_json((tmp_path / "evaluation.json").read_text()).win_rate
+    win_rate = Evaluation.from_json((tmp_path / "eval.json").read_text()).win_rate
     assert win_rate is not None
     assert (win_rate.n, win_rate.judge, win_rate.win_rate.value) == (5, "j", 0.5)
     assert (win_rate.consistency, win_rate.unreadable) == (0.0, 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 import helpers
 from peft_fsrl import organism
 from peft_fsrl.analysis import Checkup, SAEFit, Session, compute_checkup
-from peft_fsrl.analysis.doctor import judge_fits
+from peft_fsrl.analysis.checkup import judge_fits
 from peft_fsrl.training.tokens import tokenize
 
 ROWS = list(helpers.tiny_preferences(7))
