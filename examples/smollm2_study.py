@@ -53,8 +53,14 @@ from peft_fsrl.analysis.concentration import gini
 from peft_fsrl.analysis.layout import table
 from peft_fsrl.analysis.statistics import mean_interval
 from peft_fsrl.files import write_text_atomically
-from peft_fsrl.functional import token_l1
-from peft_fsrl.steering import SteeringEvent, ablate_features, observe
+from peft_fsrl.steering import (
+    ForwardRecord,
+    SteeringEvent,
+    ablate_features,
+    observe,
+    token_statistics,
+)
+from peft_fsrl.training.penalty import SparsityPenalty
 from peft_fsrl.training.tokens import tokenize
 
 BETA, GAMMA = 10.0, 5.0
@@ -74,13 +80,15 @@ class Form:
 
     Attributes:
         config: fields of ``FSRLConfig``.
-        lr: learning rate of Adam.
+        lr: learning rate.
         n_features: steer only so many features, those that separate chosen from rejected most.
+        optimizer: a kind of Adam.
     """
 
     config: dict[str, Any]
     lr: float
     n_features: int | None = None
+    optimizer: Any = torch.optim.Adam
 
 
 FORMS = {
@@ -231,22 +239,68 @@ def losses(model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
     return F.softplus(GAMMA - margin), margin
 
 
-def train(world: World, peft: Any, form: Form, batches: Sequence[Packed]) -> None:
-    """Adam on the steps' batches in their order; the learning rate warms up and falls to zero."""
+def train(
+    world: World,
+    peft: Any,
+    form: Form,
+    batches: Sequence[Packed],
+    held_out: Sequence[Packed] = (),
+    *,
+    every: int = 10,
+) -> list[dict[str, float]]:
+    """Train on the steps' batches in their order; the learning rate warms up and falls to zero.
+
+    Args:
+        world: whose model is steered.
+        peft: the same with a fresh adapter.
+        form: what is trained, and how.
+        batches: one per step.
+        held_out: pairs to score before the first step and after every so many; none to skip that.
+        every: that many steps.
+
+    Returns:
+        A row per step and per evaluation, with the names that a trainer logs.
+    """
+    # Nothing drops out, and a layer that trains would miss its penalty, which is made here.
+    peft.eval()
     trained = [p for p in peft.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=form.lr, betas=(0.9, 0.98))
-    l1_coeff = form.config["l1_coeff"]
+    optimizer = form.optimizer(trained, lr=form.lr, betas=(0.9, 0.98))
+    penalize = SparsityPenalty(peft)
     events: list[SteeringEvent] = []
-    for step, packed in enumerate(tqdm(batches, desc="training", leave=False)):
-        share = min(1.0, (step + 1) / 5) * (1 - step / len(batches))
+    history: list[dict[str, float]] = []
+
+    def score(step: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = evaluate(world, peft, held_out)
+        names = {"loss": "eval_loss", "margin": "eval_rewards/margins", "l0": "eval_fsrl/l0"}
+        means = {new: float(torch.as_tensor(found[old]).mean()) for old, new in names.items()}
+        history.append({"step": step, **means})
+
+    if held_out:
+        score(0)
+    for step, packed in enumerate(tqdm(batches, desc="training", leave=False), start=1):
+        share = min(1.0, step / 5) * (1 - (step - 1) / len(batches))
         optimizer.param_groups[0]["lr"] = form.lr * share
         events.clear()
         with observe(peft, events.append), torch.autocast("cpu", torch.bfloat16):
-            loss = losses(world.model, packed)[0].mean()
-        penalty = token_l1(events[0].steering_vector)[packed.kind > 0].mean()
+            loss, margin = (each.mean() for each in losses(world.model, packed))
+        real = packed.kind > 0
+        tokens = token_statistics(events[0])
+        penalty = penalize(ForwardRecord(real, training=True, tokens=[tokens]))
         optimizer.zero_grad()
-        (loss + l1_coeff * penalty).backward()
+        total = loss + penalty
+        total.backward()
         optimizer.step()
+        logged = {
+            "loss": total,
+            "fsrl/penalty": penalty,
+            "fsrl/l0": tokens.l0[real].mean(),
+            "rewards/margins": margin,
+        }
+        history.append({"step": step, **{name: each.item() for name, each in logged.items()}})
+        if held_out and step % every == 0:
+            score(step)
+    return history
 
 
 @torch.no_grad()
