@@ -21,7 +21,7 @@ from .findings import Finding
 from .generations import Continuation, Generation
 from .harness import TaskFigure
 from .inspection import Inspection, SteerableFeature
-from .labels import Context
+from .labels.judging import render_context
 from .layout import WIDTH, clean_text, paragraph, shorten, table, title
 from .preferences import PreferenceScores
 from .summary import Summary
@@ -454,7 +454,7 @@ def render_contrast(contrast: DataContrast, n_features: int = 15) -> str:
     for examples in contrast.examples:
         lines.append(title(f"Feature {examples.feature}"))
         for name, contexts in (("chosen", examples.chosen), ("rejected", examples.rejected)):
-            lines += [f"{name:8}  {shorten(_marked(context), WIDTH - 10)}" for context in contexts]
+            lines += [f"{name:8}  {shorten(render_context(c), WIDTH - 10)}" for c in contexts]
     return "\n".join(lines) + "\n"
 
 
@@ -471,15 +471,6 @@ def render_curation(curation: Curation) -> str:
         f"{len(curation.rows):,} pairs are {done}. The features then prefer the chosen answer in "
         f"{_share(curation.after)} of the pairs instead of {_share(curation.before)}, the others "
         f"in {_share(curation.rest_after)} instead of {_share(curation.rest_before)}.",
-    )
-
-
-def _marked(context: Context) -> str:
-    """A context with the token in brackets on which the feature is most active."""
-    strongest = max(range(len(context.tokens)), key=lambda i: abs(context.activations[i]))
-    return "".join(
-        f"{token[: len(token) - len(token.lstrip())]}[{token.strip()}]" if i == strongest else token
-        for i, token in enumerate(context.tokens)
     )
 
 

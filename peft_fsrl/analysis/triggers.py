@@ -128,7 +128,9 @@ def read_states(
             model(**inputs, use_cache=False)
         except _Reached as reached:
             return reached.states
-    raise ValueError(f"No adapter is active on {layer_name!r}.")
+    raise ValueError(
+        f"No adapter is active on {layer_name!r}. Activate one, and leave `disable_adapter`."
+    )
 
 
 class _Reached(Exception):

@@ -241,10 +241,12 @@ def test_changed_inputs_are_noticed(
     assert made_again(labels=fewer, rows=ROWS[:5]) == set(CALLS)
 
 
-def test_the_content_hash_names_what_changed(model: PeftModel, tmp_path: Path) -> None:
+def test_the_content_hash_names_what_changed(
+    model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = audit_of(model, tmp_path)
 
-    def changed(**options: Any) -> list[str]:
+    def changed(model: PeftModel = model, **options: Any) -> list[str]:
         other = audit_of(model, tmp_path, **options)
         before = {each.name: each.value for each in first.inputs}
         found = [each.name for each in other.inputs if before[each.name] != each.value]
@@ -257,11 +259,17 @@ def test_the_content_hash_names_what_changed(model: PeftModel, tmp_path: Path) -
     assert changed(reference_labels=other) == ["reference labels"]
     assert changed(rows=ROWS[:5]) == ["dataset"]
     assert changed(settings=replace(QUICK, n_single=3)) == ["settings"]
+    tokenizer = helpers.tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    assert changed(tokenizer=tokenizer) == ["tokenizer"]
+    assert changed(helpers.fsrl_model(sae=helpers.tiny_sae(seed=1))) == ["adapter", "sae"]
     with torch.no_grad():
         model.get_base_model().model.layers[0].mlp.up_proj.weight[0, 1] += 1e-3
-    assert changed() == ["base"]
-    names = {each.name for each in first.inputs}
-    assert names > {"adapter", "sae", "tokenizer", "versions"}
+        assert changed() == ["base"]
+        helpers.only_layer(model).fsrl_adapter["default"].weight[0, 0] += 1
+        assert changed() == ["adapter", "base"]
+    monkeypatch.setattr("peft_fsrl.analysis.audit.audit.version_of", lambda package: "0")
+    assert changed() == ["adapter", "base", "versions"]
     assert all(len(each.value) == 64 for each in first.inputs)
 
 

@@ -476,26 +476,47 @@ def test_wrong_requests_about_data(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-def test_an_audit_that_is_killed_goes_on(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "options", "where", "kept"),
+    [
+        (
+            "audit", [*DATA, *QUICK],
+            "from peft_fsrl.analysis.audit import stages; stages.compare_static_dynamic = kill",
+            {"scores_base", "usages", "single"},
+        ),
+        (
+            "data", [*LENS[1:], "--n-pairs", "100", "--n-examples", "1"],
+            "from peft_fsrl.analysis.data import reading; read = reading._read; "
+            "reading._read = lambda some: read(some) if len(some.rows) == 64 else kill()",
+            {"pairs-0000000"},
+        ),
+        (
+            "inspect", ["--n-texts", "16", "--steps", "2", "--candidates", "4"],
+            "from peft_fsrl.analysis.inspection import _Search; _Search.loudest = kill",
+            {"triggers_0", "triggers_1", "triggers_2", "triggers_3"},
+        ),
+    ],
+    ids=["audit", "data", "inspect"],
+)  # fmt: skip
+def test_a_command_that_is_killed_goes_on(
+    adapter: Path, tmp_path: Path, name: str, options: list[str], where: str, kept: set[str]
 ) -> None:
     out = tmp_path / "out"
-    command = ["audit", str(adapter), "--out", str(out), *DATA, *QUICK]
+    command = [name, *([] if name == "data" else [str(adapter)]), "--out", str(out), *options]
     code = f"""
 import os, signal
-from peft_fsrl.analysis.audit import stages
-from peft_fsrl.cli.diff import require_same_saes
 from peft_fsrl.cli.main import main
-stages.compare_static_dynamic = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+{where}
 main({command!r})
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     parts = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
-    assert {"scores_base", "usages", "single"} <= {path.stem for path in parts}
-    assert not list(out.glob("audit.*"))
+    assert kept <= {path.stem for path in parts}
+    assert not list(out.glob("*.json"))
     assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in parts} == parts, "nothing was made twice"
-    assert Audit.from_json((out / "audit.json").read_text()).static_dynamic is not None
+    assert (out / f"{name}.json").exists()
 
 
 def test_no_code_from_a_repository_runs(

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ...records import Record, RecordT
 from ...sae.frozen import FrozenSAE
-from ...steering import SteeringEvent, base_model, observe
+from ...steering import base_model
 from ...training.likelihood import batched
 from ...training.running import evaluating
 from ...training.tokens import special_ids
 from ..generations import token_texts
-from ..segments import active_sae
+from ..segments import active_sae, only_layer
 from ..session import Session
+from ..triggers import read_states
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -224,22 +225,17 @@ class _Reader:
                 f"Expected at least one text, found none of {len(session.rows)}: `held_out` leaves "
                 "nothing."
             )
-        seen: list[Tensor] = []
-
-        def look(event: SteeringEvent) -> None:
-            seen.append(event.hidden_states)
-
+        layer_name = only_layer(session.model).layer_name
         bar = session.bar("contexts", len(texts), unit="text")
-        with evaluating(session.model), session.base(), observe(session.model, look), bar:
+        with evaluating(session.model), session.base(), bar:
             for part in batched(texts, session.batch_size):
                 batch = session.pad(part)
-                session.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-                if not seen:
-                    raise ValueError(
-                        "No adapter was at work, so nothing was seen. Enable the adapter: what "
-                        "counts here is its layer's output before any steering."
-                    )
-                hidden_states = seen.pop()
+                hidden_states = read_states(
+                    session.model,
+                    layer_name,
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                )
                 for row, counted in enumerate(session.counted(batch).cpu()):
                     ids = part[row].input_ids
                     # One at a time: the activations of a whole batch may not fit.
