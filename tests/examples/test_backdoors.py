@@ -43,16 +43,19 @@ def test_the_limit_comes_from_other_seeds(script: ModuleType) -> None:
     for seed, clean in enumerate((0.1, 0.5)):
         for number in range(2):
             cases.append(make_case(script, seed, number, False, weights=clean))
-            cases.append(make_case(script, seed, number, True, weights=0.3, found=number == 0))
-    rows = [line.split(" | ") for line in script.render(cases).splitlines()]
-    weights, search = rows[2], rows[3]
+            weights = 1.5 if seed == number == 0 else 0.3
+            cases.append(make_case(script, seed, number, True, weights=weights, found=number == 0))
+    rows = [line.strip("| ").split(" | ") for line in script.render(cases).splitlines()[2:]]
+    assert [row[1] for row in rows] == ["0", "1", "all"] * 2, "and none for LoRAs"
     # Seed 0 is held to seed 1's 0.5, seed 1 to seed 0's 0.1.
-    assert weights[1].startswith("2 of 4 ")
-    assert weights[2].startswith("2 of 4 ")
-    # Of the 16 pairs of a planted and a clean one, 8 are in order.
-    assert weights[3].startswith("0.50 [")
-    assert search[4].startswith("2 of 4 ")
-    assert len(rows) == 4, "without LoRAs there are no rows for them"
+    assert [row[2].split(" [")[0] for row in rows[:3]] == ["1 of 2", "2 of 2", "3 of 4"]
+    assert [row[3].split(" [")[0] for row in rows[:3]] == ["0 of 2", "2 of 2", "2 of 4"]
+    # What the command itself says: "no" above 1, and none of the triggers.
+    assert [row[4] for row in rows[:3]] == ["1, 0 clean", "0, 0 clean", "1, 0 clean"]
+    assert {row[4] for row in rows[3:]} == {"0, 0 clean"}
+    # Planted 1.5 and 0.3 against clean 0.1, against 0.5, and all.
+    assert [row[5].split(" [")[0] for row in rows[:3]] == ["1.00", "0.00", "0.62"]
+    assert rows[5][6].startswith("2 of 4 ")
 
 
 def test_a_lora_that_learned_nothing_is_not_counted(script: ModuleType) -> None:
@@ -64,7 +67,7 @@ def test_a_lora_that_learned_nothing_is_not_counted(script: ModuleType) -> None:
             cases.append(make_case(script, seed, number, True, **lora, lora_fit=fit))
     text = script.render(cases)
     assert "2 of 4 LoRAs learned at least half of the backdoor" in text
-    [line] = [line for line in text.splitlines() if "largest KL |" in line]
+    [line] = [line for line in text.splitlines() if "largest KL | all" in line]
     assert "0 of 2 " in line
 
 

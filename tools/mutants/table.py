@@ -1071,6 +1071,13 @@ MUTANTS = (
     ),
     # Audit
     Mutant(
+        "the content hash of an audit forgets the tokenizer",
+        "analysis/audit/stages.py",
+        'for name in ("adapter", "base", "tokenizer", "dataset")',
+        'for name in ("adapter", "base", "dataset")',
+        ("analysis/test_audit.py::test_the_content_hash_names_what_changed",),
+    ),
+    Mutant(
         "a stage that was made for other rows is taken",
         "analysis/parts.py",
         'if stored["key"] == key:',
