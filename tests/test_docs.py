@@ -17,6 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if page.exists()]
+# These open with a command, because what they show takes minutes, a download or another library.
+OPENS_OTHERWISE = {"inspect", "paper", "real", "serving"}
 FENCE = re.compile(
     r"^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`\n]*)\n(?P<body>.*?)^ *(?P=fence) *$",
     flags=re.MULTILINE | re.DOTALL,
@@ -60,6 +62,18 @@ def test_snippets_of(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for runs, code in compiled:
         if runs:
             exec(code, module.__dict__)
+
+
+@pytest.mark.parametrize(
+    "page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name.removesuffix(".md")
+)
+def test_a_page_opens_with_what_one_gets_and_a_snippet_that_runs(page: Path) -> None:
+    opening = re.split("^## ", page.read_text("utf-8"), flags=re.MULTILINE)[0]
+    title, _, rest = opening.partition("\n\n")
+    assert title.startswith("# ")
+    if page.stem not in OPENS_OTHERWISE:
+        assert re.match(r"[A-Z`][^\n]{40}", rest), "words before code"
+        assert any(snippet.runs for snippet in find_snippets(opening))
 
 
 def test_find_snippets() -> None:
