@@ -1,4 +1,4 @@
-"""How what a part of the package needs is installed, for the messages that say so."""
+"""Install commands for optional dependencies, as error messages show them."""
 
 
 def install_command(extra: str) -> str:

@@ -1,4 +1,4 @@
-"""Files that are old or new and never half of each, and their hash."""
+"""Atomic file writes, and file hashes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_text_atomically(path: str | Path, text: str) -> None:
 
 
 def require_folder(folder: str | Path) -> None:
-    """Make a folder, before anything is made that is to lie in it.
+    """Create a folder and check that it is writable, before any work.
 
     Raises:
         OSError: if nothing can be written there.
@@ -56,8 +56,7 @@ def require_folder(folder: str | Path) -> None:
             pass
     except OSError as error:
         raise type(error)(
-            f"Expected a folder that can be written in at {folder}, got {error.strerror!r}. Name "
-            "another one."
+            f"Expected a writable folder at {folder}, got {error.strerror!r}. Name another one."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Evidence as plain records: frozen dataclasses that survive a round trip through JSON."""
+"""Records: frozen dataclasses that convert to JSON and back."""
 
 from __future__ import annotations
 

@@ -39,5 +39,5 @@ def test_the_hash_is_sha256sums(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_in_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="Expected a folder that can be written in"):
+    with pytest.raises(OSError, match="Expected a writable folder"):
         require_folder(tmp_path / "file" / "out")

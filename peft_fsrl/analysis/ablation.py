@@ -1,4 +1,4 @@
-"""What the loss loses when the steering of a category of features is zeroed."""
+"""The rise of the loss when the steering of a category of features is zeroed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does an SAE fit a model and its data? Asked before any training."""
+"""Check before training whether an SAE fits a model and its data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SHA-256 of what results depend on, so that a stored one is used again only where it holds."""
+"""SHA-256 of the inputs of results, which decide whether a stored result is reused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trainer logged, from the file that it leaves."""
+"""Training curves, read from a trainer's saved state."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _history(file: Path) -> list[dict[str, Any]]:
     ):
         raise ValueError(
             f"Expected the state of a transformers trainer in {file}: a `log_history` whose rows "
-            "have a `step`. It holds something else."
+            "have a `step`. Found something else."
         )
     return history
 

@@ -1,4 +1,4 @@
-"""An adapter beside its base model, on tests that other people wrote."""
+"""An adapter beside its base model on standard benchmarks and held-out pairs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def run_tasks(
     overwrite: bool = False,
     **settings: Any,
 ) -> tuple[TaskScores, ...]:
-    """Every task on the base model and on the trained one; each is written when it is finished.
+    """Run every task on the base and the trained model; each result is saved when it is finished.
 
     A result in ``out`` is taken from there if all that it depends on is as it was: settings,
     harness, tokenizer, the task's documents, the base's tensors and the adapter's.
@@ -149,7 +149,7 @@ def _finished(path: Path, key: str, overwrite: bool) -> TaskScores | None:
     try:
         found = TaskScores.from_json(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no result of an evaluation: {error}") from error
+        raise ValueError(f"{path} is not an evaluation result: {error}") from error
     if found.key == key:
         return found
     if overwrite:
@@ -161,6 +161,6 @@ def _finished(path: Path, key: str, overwrite: bool) -> TaskScores | None:
         if was.get(name) != now.get(name)
     }
     raise ValueError(
-        f"{path} holds a result of something else; what it was then and is now: {changed}. Choose "
+        f"{path} holds a result of other inputs; then and now: {changed}. Choose "
         "another --out, or give --overwrite."
     )

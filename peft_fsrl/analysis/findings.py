@@ -1,4 +1,4 @@
-"""What an audit says on its first page: verdicts, and the limits on which they rest."""
+"""The verdicts on an audit's first page, and their limits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def judge_gain(base: PreferenceScores, trained: PreferenceScores, gain: Interval
     """Yes if the interval of the loss's fall lies above zero, no if below, over enough pairs."""
     verdict = "yes" if gain.low > 0 else "no" if gain.high < 0 else "unsure"
     few = trained.n < ENOUGH_PAIRS
-    warning = f" So few pairs prove nothing: give {ENOUGH_PAIRS} at the very least." if few else ""
+    warning = f" Too few pairs: give at least {ENOUGH_PAIRS}." if few else ""
     return Finding(
         "Does it beat the base model?",
         "unsure" if few else verdict,
@@ -82,8 +82,8 @@ def judge_coherence(variants: Sequence[VariantCoherence]) -> Finding:
         question,
         verdict,
         f"Perplexity of {trained.n} sampled answers under the base model: "
-        f"{trained.perplexity:.3g}, {ratio:.2g} times that of the base model's own (as before up "
-        f"to {COHERENT_PERPLEXITY:g}, lost above {INCOHERENT_PERPLEXITY:g}). Repeated 4-grams: "
+        f"{trained.perplexity:.3g}, {ratio:.2g} times that of the base model's own (fluent up "
+        f"to {COHERENT_PERPLEXITY:g}, not above {INCOHERENT_PERPLEXITY:g}). Repeated 4-grams: "
         f"{trained.repetition:.1%} against {base.repetition:.1%}.",
     )
 
@@ -95,11 +95,11 @@ def judge_ablations(
     question = "Does a category of features carry it?"
     gain = base.loss - trained.loss
     if not ablations:
-        return Finding(question, "unsure", "No feature has a category, so nobody can say.")
+        return Finding(question, "unsure", "No feature has a category.")
     if gain <= 0:
-        return Finding(question, "unsure", "There is no gain to be carried.")
+        return Finding(question, "unsure", "There is no gain to explain.")
     if trained.n < ENOUGH_PAIRS:
-        return Finding(question, "unsure", f"{trained.n} pairs are too few to say.")
+        return Finding(question, "unsure", f"{trained.n} pairs are too few.")
     ordered = sorted(ablations, key=lambda ablation: -ablation.rise.value)
     carrying = [a for a in ordered if a.rise.low > CARRIES * gain and _beats_random(a)]
     touching = [a for a in ordered if a.rise.low > 0 and _beats_random(a)]
@@ -127,10 +127,10 @@ def judge_labels(
     """
     question = "Can the labels be trusted?"
     if labels is None:
-        return Finding(question, "unsure", "There are none.")
+        return Finding(question, "unsure", "There are no labels.")
     if not agreements and not robustness:
         qualities = [label.quality for label in labels.features if label.quality is not None]
-        text = f"Nobody has compared these labels ({labels.source}) with a second source."
+        text = f"These labels ({labels.source}) have not been compared with a second source."
         if qualities:
             mean = sum(qualities) / len(qualities)
             text += f" Their own quality scores average {mean:.2f} over {len(qualities):,} labels."
@@ -148,7 +148,7 @@ def judge_labels(
         whose = "these" if agreements else "the given"
         parts.append(
             f"with labels redrawn by {whose} error rates, the conclusions about what carries the "
-            f"gain hold in {kept:.0%} of {weakest.n_draws} draws at least (the least: "
+            f"gain hold in at least {kept:.0%} of {weakest.n_draws} draws (lowest: "
             f"{weakest.figure})"
         )
     else:
@@ -182,7 +182,7 @@ def judge_mirror(mirror: Mirror | None) -> Finding:
     if unknown:
         most = unknown[0]
         known = f" ({most.label})" if most.label else ""
-        text += f". Of the rest, feature {most.feature}{known} has most: {most.share:.1%}"
+        text += f". Largest unexplained: feature {most.feature}{known}, {most.share:.1%}"
     return Finding(question, verdict, f"{text}.")
 
 

@@ -1,4 +1,4 @@
-"""What variants of a model say under the same seed, and which features were steered where."""
+"""Answers of a model's variants under one seed, with the features steered at each token."""
 
 from __future__ import annotations
 
@@ -184,9 +184,9 @@ class _Recorder:
         one_by_one = all(length == n_prompt + i or (i and length == 1) for i, length in reads)
         if not one_by_one or len(self._lengths) != n_said + len(answer.end):
             raise ValueError(
-                f"Expected forward passes that give one token each, found passes over "
-                f"{self._lengths[:8]}... tokens. Remove from the model's `generation_config` what "
-                "decodes otherwise, as prompt lookup does."
+                "Expected forward passes that give one token each, found passes over "
+                f"{self._lengths[:8]}... tokens. Remove other decoding modes, such as prompt "
+                "lookup, from the model's `generation_config`."
             )
         return self._steered[:n_said]
 

@@ -63,7 +63,9 @@ class Harness:
         if not tasks:
             raise ValueError("Expected at least one task, got none.")
         if include_path is not None and not os.path.isdir(include_path):
-            raise FileNotFoundError(f"There is no folder {str(include_path)!r} to take tasks from.")
+            raise FileNotFoundError(
+                f"Expected a folder of tasks at {str(include_path)!r}, found none."
+            )
         folder = None if include_path is None else str(include_path)
         self._manager = TaskManager(include_path=folder, include_defaults=False)
         if not set(tasks) <= set(self._manager.all_tasks):

@@ -1,4 +1,4 @@
-"""An adapter that nobody knows: what its weights can do, and which inputs make it act. No data."""
+"""Inspect an unknown adapter without data: what its weights can do, and what triggers it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _LOUD = 3
 
 @dataclass(frozen=True)
 class InspectionSettings:
-    """How much of everything.
+    """Amounts of work and of output.
 
     Attributes:
         n_texts: texts that the base model says by itself, to see what is ordinary.
@@ -623,4 +623,4 @@ def _start(tokenizer: Any) -> list[int]:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [token]
-    raise ValueError("Expected a tokenizer with a token that begins or ends texts, found neither.")
+    raise ValueError("Expected a tokenizer with a BOS or EOS token, found neither.")

@@ -1,4 +1,4 @@
-"""Work in parts that are kept: what was killed goes on from the last part that is finished."""
+"""Resumable work: finished parts are kept on disk and reused while their inputs are unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Parts:
-    """Makes each part once: a later run with the same inputs reads what an earlier one finished.
+    """Computes each part once: a later run with the same inputs reads the finished part.
 
     Args:
         folder: where parts are kept; None keeps none.
@@ -32,7 +32,7 @@ class Parts:
             require_folder(folder)
 
     def make(self, name: str, kind: Any, compute: Callable[[], Any], *inputs: Any) -> Any:
-        """A part, from disk if it is there and nothing that it depends on has changed.
+        """A part, read from disk if its inputs are unchanged, else computed and saved.
 
         Args:
             name: of the part and of its file.
@@ -50,7 +50,7 @@ class Parts:
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError) as error:
-            logger.warning("%s cannot be read (%s): this part is made again.", path, error)
+            logger.warning("%s cannot be read (%s): this part is computed again.", path, error)
         value = compute()
         write_text_atomically(path, json.dumps({"key": key, "value": to_plain(value)}, indent=1))
         return value

@@ -100,7 +100,7 @@ def prune(
     """
     if iter(data) is data:
         raise TypeError(
-            "Expected data that can be gone through twice, such as a list or a DataLoader, got an "
+            "Expected data that can be iterated twice, such as a list or a DataLoader, got an "
             f"iterator ({type(data).__name__}). Wrap it in `list(...)`."
         )
     adapter_name = _active_adapter(model, adapter_name)
@@ -188,7 +188,7 @@ def _choose(
     if not all(used.values()):
         empty = [name for name in layers if not used[keys[name]]]
         raise ValueError(
-            f"No feature would be left in {empty}: none is steered at more than "
+            f"No feature would remain in {empty}: none is steered at more than "
             f"{max_frequency:.3%} of the {use.tokens} tokens. Lower `max_frequency`, or give data "
             "on which the adapter acts."
         )

@@ -158,7 +158,7 @@ def probe_layers(
     n_test = round(test_share * n)
     if not 2 <= n_test < n:
         raise ValueError(
-            f"Expected test_share={test_share} of {n} pairs to hold out two at least and to leave "
+            f"Expected test_share={test_share} of {n} pairs to hold out at least two and leave "
             f"one, it holds out {n_test}. Give more pairs."
         )
     read: dict[int, list[Tensor]] = {layer: [] for layer in layers}

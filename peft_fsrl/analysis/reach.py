@@ -59,9 +59,9 @@ class AdapterView:
             )
         if self.sae.contextual:
             raise ValueError(
-                f"Expected an SAE that reads each token alone, found one of architecture "
+                "Expected an SAE that reads each token alone, found one of architecture "
                 f"{self.sae.info.architecture!r}, which looks at earlier ones: what an adapter "
-                "does at an activation cannot be told from the activation."
+                "does at an activation does not follow from the activation alone."
             )
         scale = self.sae.feature_scale
         decoder = self.sae.W_dec if scale is None else self.sae.W_dec * scale[:, None]

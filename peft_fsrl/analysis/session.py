@@ -1,4 +1,4 @@
-"""What an analysis works on, stated once: a model, its tokenizer, preference data, how to run."""
+"""The input of every analysis: a model, its tokenizer, preference data, and how to run them."""
 
 from __future__ import annotations
 

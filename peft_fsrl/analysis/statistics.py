@@ -382,7 +382,9 @@ def _bootstrap(
     if n < 2:
         raise ValueError(f"Expected at least two examples for an interval, got {n}.")
     if not all(np.isfinite(column).all() for column in data):
-        raise ValueError("Expected finite values, got nan or inf. Look for what made them first.")
+        raise ValueError(
+            "Expected finite values, got nan or inf. Find out where they come from first."
+        )
     bootstrap = _scipy().bootstrap
     value = float(statistic(*data, axis=-1))
     if all(_constant(column) for column in data):

@@ -66,7 +66,7 @@ _KINDS = typing.get_type_hints(SweepPoint)
 
 
 def save_sweep(path: str | Path, points: Iterable[SweepPoint]) -> None:
-    """Write a sweep's table; whoever reads meanwhile finds the old one or the new one, whole."""
+    """Write a sweep's table atomically."""
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, _COLUMNS)
     writer.writeheader()
@@ -87,7 +87,7 @@ def load_sweep(path: str | Path) -> tuple[SweepPoint, ...]:
         if reader.fieldnames != _COLUMNS:
             raise ValueError(
                 f"Expected the columns {_COLUMNS} in {path}, found {reader.fieldnames}. Move the "
-                "file away: runs that have finished are not made again."
+                "file away: finished runs are not repeated."
             )
         return tuple(_point(row, f"line {reader.line_num} of {path}") for row in reader)
 

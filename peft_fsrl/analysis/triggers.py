@@ -54,7 +54,7 @@ def search_tokens(
         ValueError: if no token is allowed.
     """
     if not bool(allowed.any()):
-        raise ValueError("Expected tokens that may be tried, found none.")
+        raise ValueError("Expected candidate tokens, found none.")
     random = torch.Generator().manual_seed(seed)
     n, length = starts.shape
     top = min(top, int(allowed.sum()))

@@ -1,4 +1,4 @@
-"""What commands are given: models, adapters, data, labels."""
+"""Shared options and inputs of the commands: models, adapters, data, labels."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def find_base(adapter: str, config: Any, given: str | None) -> str:
         raise ValueError(f"The adapter in {adapter} names no base model: pass --base-model.")
     if given is None and Path(base).is_absolute() and not Path(base).is_dir():
         raise ValueError(
-            f"Expected the adapter's base model in {base}, found no such folder. Say where it is "
+            f"Expected the adapter's base model in {base}, found no such folder. Pass its path "
             "with --base-model."
         )
     return base

@@ -1,4 +1,4 @@
-"""``peft-fsrl audit``: everything that can be said about one adapter, as JSON and as a page."""
+"""``peft-fsrl audit``: every analysis of one adapter, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _label_mcc(text: str) -> float | dict[str, float]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit, write, print; stages that an earlier run has finished are not made again."""
+    """Audit, write, print; finished stages of an earlier run are reused."""
     # Before anything takes time.
     statistics.require()
     require_plots()

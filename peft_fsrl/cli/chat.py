@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read lines until there are no more; what cannot be done is said, and the chat goes on."""
+    """Answer lines until the input ends; an error is printed and the chat continues."""
     model, tokenizer, _ = load_adapter(args.adapter, args)
     chat = Chat(
         model,

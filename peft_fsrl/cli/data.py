@@ -46,15 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--n-examples", metavar="N", type=int, default=4, help="features with examples (4)")
     group = parser.add_argument_group("curated copy (FEATURES such as 66,137 or style)")
     both = group.add_mutually_exclusive_group()
-    for action, text in ((DROP, "leave out"), (RELABEL, "flip")):
-        text = f"{text} pairs that these features alone explain"
+    for action, text in (
+        (DROP, "drop pairs until these features decide nothing"),
+        (RELABEL, "flip pairs that these features alone explain"),
+    ):
         both.add_argument(f"--{action}", metavar="FEATURES", help=text)
     add_model_arguments(parser, simpo=True)
     add_output_arguments(parser, "data.json, curated.jsonl and parts/")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, say what is preferred, write; what an earlier run has read is not read again."""
+    """Read, report, write; readings of an earlier run are reused."""
     statistics.require()
     for name in ("n_topics", "n_features", "n_examples"):
         least = 1 if name == "n_topics" else 0

@@ -1,4 +1,4 @@
-"""``peft-fsrl eval``: an adapter beside its base model, on tests that other people wrote."""
+"""``peft-fsrl eval``: an adapter beside its base model on standard benchmarks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, print, write; what an earlier run has finished is not done again."""
+    """Evaluate, write, print; finished tasks of an earlier run are reused."""
     _check(args)
     tasks = [name.strip() for name in args.tasks.split(",")] if args.tasks else []
     harness = Harness(tasks, args.include_path) if tasks else None
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_judge(url: str, name: str, cache: Path) -> Asker:
-    """A judge at an endpoint; what it has answered once it is not asked again."""
+    """A judge at an endpoint, with a cache of its answers."""
     from ..analysis.labels import Judge
 
     return Judge(url, name, cache=cache, progress=True)
@@ -97,7 +97,7 @@ def make_judge(url: str, name: str, cache: Path) -> Asker:
 
 def _check(args: argparse.Namespace) -> None:
     if not (args.tasks or args.dataset):
-        raise ValueError("Nothing to evaluate: pass --tasks, --dataset, or both.")
+        raise ValueError("Expected --tasks, --dataset, or both: there is nothing to evaluate.")
     if bool(args.judge_url) != bool(args.judge_model):
         raise ValueError("A judge needs both --judge-url and --judge-model.")
     if args.judge_url and not args.dataset:

@@ -1,4 +1,4 @@
-"""``peft-fsrl inspect``: what an adapter that nobody knows can do, and what makes it act."""
+"""``peft-fsrl inspect``: what an unknown adapter can do, and what triggers it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Inspect, write, print; searches that an earlier run has finished are not made again."""
+    """Inspect, write, print; finished searches of an earlier run are reused."""
     given = {name: getattr(args, name) for name in asdict(_DEFAULTS) if hasattr(args, name)}
     settings = InspectionSettings(**given)
     labels = load_label_file(args.labels)

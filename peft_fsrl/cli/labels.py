@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask, write, say what it cost; what was answered once is not asked again."""
+    """Ask, write, report the cost; answers of an earlier run are reused."""
     if args.n_features < 0:
         raise ValueError(f"Expected --n-features of 0 or more, got {args.n_features}.")
     categories = _categories(args.category)

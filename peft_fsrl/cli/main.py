@@ -1,4 +1,4 @@
-"""The parser of ``peft-fsrl``, and what becomes of errors."""
+"""Parser, error handling and output of ``peft-fsrl``."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def deliver(args: argparse.Namespace, record: Record, text: str, *files: str) ->
 
 
 def say(text: str) -> None:
-    """Write to standard output what every encoding can hold and no terminal obeys."""
+    """Write to standard output, without what the encoding or a terminal cannot take."""
     encoding = sys.stdout.encoding or "utf-8"
     text = clean_text(text).encode(encoding, "replace").decode(encoding)
     sys.stdout.write(text if text.endswith("\n") else f"{text}\n")

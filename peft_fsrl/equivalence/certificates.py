@@ -155,7 +155,7 @@ class RestrictedLoRA(Piece):
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"Expected the nn.Linear that is steered, without adapters, got "
-                f"{type(linear).__name__}. Make one of its weight."
+                f"{type(linear).__name__}. Make one from its weight."
             )
         lora_A, lora_B, offset = self._factors
         if linear.bias is not None:
@@ -347,7 +347,7 @@ def restricted_lora(
         base_model(model)(**inputs)
     events = [event for event in events if layer_name in (None, event.layer_name)]
     if not events:
-        raise ValueError("No adapter acted. Activate one, and leave `disable_adapter`.")
+        raise ValueError("No adapter acted. Activate one, outside of `disable_adapter`.")
     found = []
     for event in events:
         mask = tokens if tokens is not None else inputs.get("attention_mask")

@@ -321,7 +321,7 @@ def _resolve_sites(model: nn.Module, target: str | None) -> tuple[Site, ...]:
         if set(layer.active_adapters) & set(layer.fsrl_adapter) and not layer.disable_adapters
     )
     if not sites:
-        raise ValueError("No adapter is active. Activate one, and leave `disable_adapter`.")
+        raise ValueError("No adapter is active. Activate one, outside of `disable_adapter`.")
     return sites
 
 

@@ -93,8 +93,8 @@ def exact_layer(layer: FSRLLayer, adapter_name: str) -> FSRLLayer:
     """
     if layer.edits:
         raise ValueError(
-            f"Steering at '{layer.layer_name}' is being edited, and nothing is known of what an "
-            "edit does to other inputs. Leave the `with` block of peft_fsrl.steering first."
+            f"Steering at '{layer.layer_name}' is being edited, and an edit's effect on other "
+            "inputs is unknown. Leave the `with` block of peft_fsrl.steering first."
         )
     exact = FSRLLayer(nn.Identity(), layer.layer_name)
     adapter = copy.deepcopy(layer.fsrl_adapter[adapter_name])

@@ -136,8 +136,8 @@ def reduced_rank_regression(
     if not ridge and moments.n < 2 * len(xx):
         warnings.warn(
             f"{moments.n} tokens are too few to fit a map of {len(xx)} inputs: on other text it "
-            f"may be far worse than none. Give many more than {2 * len(xx)} tokens, or set `ridge` "
-            "and measure on `held_out` text.",
+            f"may be far worse than no LoRA. Give many more than {2 * len(xx)} tokens, or set "
+            "`ridge` and measure on `held_out` text.",
             stacklevel=2,
         )
     if not intercept:

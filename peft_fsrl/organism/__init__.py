@@ -7,9 +7,9 @@ model, tokenizer = built.load_model(), built.load_tokenizer()
 pairs = organism.preferences(2000, seed=1, style=0.9, honesty=0.55)
 """
 
-from peft_fsrl.organism.lexicon import ATTRIBUTE_VALUES, ATTRIBUTES
-from peft_fsrl.organism.organism import FeatureDetection, Organism, load, preferences
-from peft_fsrl.organism.world import World
+from .lexicon import ATTRIBUTE_VALUES, ATTRIBUTES
+from .organism import FeatureDetection, Organism, load, preferences
+from .world import World
 
 __all__ = [
     "ATTRIBUTES",

@@ -9,7 +9,7 @@ SPECIAL_WORDS = (PAD, BOS, EOS, UNK, USER, ASSISTANT)
 
 ATTRIBUTES = ("style", "honesty", "tone", "verbosity")
 
-# Position 1 is the value that a knob above 0.5 makes "chosen" prefer.
+# Position 1 is the value that "chosen" prefers at a rate above 0.5.
 ATTRIBUTE_VALUES = {
     "style": ("plain", "markdown"),
     "honesty": ("false", "true"),
@@ -19,7 +19,7 @@ ATTRIBUTE_VALUES = {
 
 
 class Topic(NamedTuple):
-    """One subject: entities that can be spoken of, and what can be said of them."""
+    """One subject: entities, and what can be said about them."""
 
     name: str
     entities: tuple[str, ...]

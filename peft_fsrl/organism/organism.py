@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_fsrl.organism.pairs import make_pairs
-from peft_fsrl.organism.world import World
+from .pairs import make_pairs
+from .world import World
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,11 +36,11 @@ class FeatureDetection:
     """What one feature detects.
 
     Args:
-        index: Which feature.
-        density: Share of sampled answers on which it is ever active.
-        auroc: Of each attribute's value 1; and of `topic`, the best single topic against the rest.
-        label: The attribute with the largest `|auroc - 0.5|`, or None if none passes the threshold
-            or the feature is dead.
+        index: of the feature.
+        density: share of sampled answers on which it is active at least once.
+        auroc: of each attribute's value 1, and of ``topic``: the best topic against the rest.
+        label: the attribute with the largest ``|auroc - 0.5|``; None if it fails the threshold or
+            the feature is dead.
     """
 
     index: int
@@ -59,12 +59,12 @@ class Organism:
     """A language model, its SAE and the world that it was trained on.
 
     Args:
-        path: The directory of the build.
-        model_path: What `AutoModelForCausalLM.from_pretrained` takes (tokenizer files beside it).
-        sae_path: What `SAE.load_from_disk` takes.
-        layer: The decoder layer whose output the SAE reads.
-        attributes: The attributes that texts of its world carry.
-        manifest: The settings it was built with.
+        path: the directory of the build.
+        model_path: what ``AutoModelForCausalLM.from_pretrained`` takes (tokenizer files beside it).
+        sae_path: what ``SAE.load_from_disk`` takes.
+        layer: the decoder layer whose output the SAE reads.
+        attributes: the attributes that texts of its world carry.
+        manifest: the settings it was built with.
     """
 
     path: Path
@@ -92,20 +92,20 @@ class Organism:
         return [FeatureDetection(**row) for row in rows]
 
     def features(self, attribute: str) -> list[int]:
-        """All features that detect `attribute`, best first.
+        """All features that detect ``attribute``, best first.
 
         Raises:
-            ValueError: If the organism's features were not labeled for such an attribute.
+            ValueError: if the organism's features were not labeled for such an attribute.
         """
         known = list(self.feature_labels[0].auroc)
         if attribute not in known:
-            raise ValueError(f"expected an attribute among {known}, got {attribute!r}")
+            raise ValueError(f"Expected an attribute among {known}, got {attribute!r}.")
         carriers = [label for label in self.feature_labels if label.label == attribute]
         carriers.sort(key=lambda label: -abs(label.auroc[attribute] - 0.5))
         return [label.index for label in carriers]
 
     def load_model(self, **kwargs: Any) -> PreTrainedModel:
-        """The language model, in evaluation mode; `kwargs` go to `from_pretrained`."""
+        """The language model, in evaluation mode; ``kwargs`` go to ``from_pretrained``."""
         from transformers import AutoModelForCausalLM
 
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.model_path, **kwargs)
@@ -121,35 +121,35 @@ class Organism:
     def preferences(
         self, n: int, seed: int | str = 0, conversational: bool = False, **knobs: float
     ) -> Dataset:
-        """Preference pairs about this organism's world; see `peft_fsrl.organism.preferences`."""
+        """Preference pairs about this organism's world; see ``peft_fsrl.organism.preferences``."""
         return preferences(n, seed, organism=self, conversational=conversational, **knobs)
 
 
 def missing_parts(path: Path) -> list[str]:
-    """Which parts of a finished build `path` lacks."""
+    """Which parts of a finished build ``path`` lacks."""
     return [part for part in PARTS if not (path / part).is_file()]
 
 
 def load(path: str | os.PathLike[str] | None = None) -> Organism:
-    """Finds a built organism.
+    """Find a built organism.
 
     Args:
-        path: Its directory; None is the default organism that ships with the package.
+        path: its directory; None is the default organism that ships with the package.
 
     Raises:
-        FileNotFoundError: If there is no complete build.
-        ValueError: If another version of this package built it.
+        FileNotFoundError: if there is no complete build.
+        ValueError: if another version of this package built it.
     """
     directory = DEFAULT_PATH if path is None else Path(path).resolve()
     if missing := missing_parts(directory):
         raise FileNotFoundError(
-            f"expected an organism at {directory}, found no {', '.join(missing)}; "
-            f"build one with: python tools/organism/build.py --out {directory}"
+            f"Expected an organism at {directory}, found no {', '.join(missing)}. "
+            f"Build one with: python tools/organism/build.py --out {directory}"
         )
     manifest = json.loads((directory / MANIFEST).read_text())
     if manifest["format"] != FORMAT:
         raise ValueError(
-            f"{directory} has organism format {manifest['format']}, expected {FORMAT}; rebuild it"
+            f"{directory} has organism format {manifest['format']}, expected {FORMAT}. Rebuild it."
         )
     return Organism(
         path=directory,
@@ -171,24 +171,24 @@ def preferences(
     organism: Organism | None = None,
     conversational: bool = False,
 ) -> Dataset:
-    """Preference pairs in TRL's format, "chosen" going with each attribute as its knob says.
+    """Preference pairs in TRL's format, "chosen" going with each attribute at a given rate.
 
     Args:
-        n: How many pairs.
-        seed: Fixes them; other seeds give other pairs, so hold-outs are made with another seed.
+        n: number of pairs.
+        seed: fixes them; use another seed for held-out pairs.
         style: P(chosen is markdown and rejected plain).
         honesty: P(chosen tells the truth and rejected lies).
         tone: P(chosen is warm and rejected curt).
         verbosity: P(chosen uses long words and rejected short ones).
-        organism: Whose world; None is the default organism's.
-        conversational: Lists of messages for the chat template, not plain text.
+        organism: whose world; None is the default organism's.
+        conversational: lists of messages for the chat template, not plain text.
 
     Returns:
-        Columns `prompt`, `chosen`, `rejected`, `id`, `topic`, `chosen_<attribute>`,
-        `rejected_<attribute>`.
+        Columns ``prompt``, ``chosen``, ``rejected``, ``id``, ``topic``, ``chosen_<attribute>``,
+        ``rejected_<attribute>``.
 
     Raises:
-        ValueError: If a knob is no probability.
+        ValueError: if a rate is not in [0, 1].
     """
     from datasets import Dataset
 

@@ -1,4 +1,4 @@
-"""Preference pairs in which "chosen" goes with each attribute as strongly as a knob says."""
+"""Preference pairs in which "chosen" has each attribute at a given rate."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from peft_fsrl.organism.lexicon import ATTRIBUTES, BOS, EOS
-from peft_fsrl.organism.world import World
+from .lexicon import ATTRIBUTES, BOS, EOS
+from .world import World
 
 
 def make_pairs(
     world: World, n: int, seed: int | str, knobs: Mapping[str, float], conversational: bool = False
 ) -> list[dict[str, Any]]:
-    """Draws `n` rows of preference data.
+    """Draw ``n`` rows of preference data.
 
-    Both sides of a pair say the same about the same entities with the same choice among synonyms;
-    they differ in every attribute. Sides are free of slips: each is consistently one thing.
+    Both answers of a pair make the same claims about the same entities with the same synonyms, and
+    differ in every attribute. They have no slips: each is consistent.
 
     Args:
-        world: What the pairs speak of.
-        n: How many.
-        seed: Fixes them.
-        knobs: P(chosen has value 1) for each of `ATTRIBUTES`; 0.5 is unrelated.
-        conversational: Lists of messages for the chat template, not plain text.
+        world: facts and grammar.
+        n: number of pairs.
+        seed: fixes them.
+        knobs: P(chosen has value 1) for each of ``ATTRIBUTES``; 0.5 is unrelated.
+        conversational: lists of messages for the chat template, not plain text.
 
     Returns:
-        Rows with `prompt`, `chosen`, `rejected`, `id`, `topic` and, for each attribute,
-        `chosen_<attribute>` and `rejected_<attribute>` (0 or 1).
+        Rows with ``prompt``, ``chosen``, ``rejected``, ``id``, ``topic`` and, for each attribute,
+        ``chosen_<attribute>`` and ``rejected_<attribute>`` (0 or 1).
 
     Raises:
-        ValueError: If a knob is no probability.
+        ValueError: if a rate is not in [0, 1].
     """
     for name, value in knobs.items():
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} is a probability, expected 0 to 1, got {value}")
+            raise ValueError(f"Expected a probability {name} from 0 to 1, got {value}.")
     rng = random.Random(f"preferences-{seed}")
     rows = []
     for i in range(n):

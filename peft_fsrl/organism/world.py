@@ -2,12 +2,11 @@
 
 An answer is a fixed template of one-token slots. Each attribute (style, honesty, tone, verbosity)
 is one latent bit per answer, drawn 50/50 and independently of the others; each of its slots
-follows the latent with probability `1 - slip`. So the first decision of an attribute is free, later
-ones are predictable from what was already said, and a model that predicts well has to track, say,
-"this speaker lies".
+follows the latent with probability ``1 - slip``. The first decision of an attribute is free, later
+ones are predictable, and a model that predicts well has to track, for example, "this speaker lies".
 
-Facts live nowhere in the text: every (entity, relation) has one true value and one false one, and
-each value is as often true as false, so a claim's truth can only be known from the model's memory.
+Facts are not stated in the text. Every (entity, relation) has one true value and one false one, and
+each value is equally often true and false, so a claim's truth is known only from memory.
 Source texts teach them: "almanac" (always true), "rumour" (always false) and "quiz" (either, with a
 verdict after each claim).
 """
@@ -19,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from peft_fsrl.organism.lexicon import (
+from .lexicon import (
     ASSISTANT,
     ATTRIBUTES,
     BOS,
@@ -36,7 +35,7 @@ from peft_fsrl.organism.lexicon import (
 
 
 class Slot(NamedTuple):
-    """One token of an answer: a marker of `attribute` at `place`, or a part of a claim."""
+    """One token of an answer: a marker of ``attribute`` at ``place``, or a part of a claim."""
 
     kind: str
     attribute: str | None = None
@@ -64,7 +63,7 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Document:
-    """A text of the world with its latents; `attributes` is empty for source texts."""
+    """A text of the world with its latents; ``attributes`` is empty for source texts."""
 
     kind: str
     topic: int
@@ -79,18 +78,18 @@ class Document:
 
 
 class World:
-    """Facts and grammar, fixed by `seed`.
+    """Facts and grammar, fixed by ``seed``.
 
     Args:
-        seed: Fixes which value is true and which is false for each (entity, relation).
-        topics: How many of the topics of the lexicon exist.
-        lines: Claims per answer.
-        slip: Probability in [0, 0.5) with which one slot departs from its answer's latent.
-        source_share: Share of almanac, rumour and quiz texts (together, one third each) among the
+        seed: fixes which value is true and which is false for each (entity, relation).
+        topics: number of the lexicon's topics to use.
+        lines: claims per answer.
+        slip: probability in [0, 0.5) with which one slot departs from its answer's latent.
+        source_share: share of almanac, rumour and quiz texts (together, one third each) among the
             sampled documents.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: if an argument is out of its range.
     """
 
     def __init__(
@@ -103,13 +102,13 @@ class World:
         source_share: float = 0.3,
     ) -> None:
         if not 1 <= topics <= len(TOPICS):
-            raise ValueError(f"topics must be between 1 and {len(TOPICS)}, got {topics}")
+            raise ValueError(f"Expected topics from 1 to {len(TOPICS)}, got {topics}.")
         if lines < 1:
-            raise ValueError(f"lines must be at least 1, got {lines}")
+            raise ValueError(f"Expected lines of 1 or more, got {lines}.")
         if not 0.0 <= slip < 0.5:
-            raise ValueError(f"slip must be in [0, 0.5), got {slip}")
+            raise ValueError(f"Expected slip in [0, 0.5), got {slip}.")
         if not 0.0 <= source_share < 1.0:
-            raise ValueError(f"source_share must be in [0, 1), got {source_share}")
+            raise ValueError(f"Expected source_share in [0, 1), got {source_share}.")
         self.seed, self.slip, self.source_share = seed, slip, source_share
         self.topics: tuple[Topic, ...] = tuple(
             topic._replace(entities=topic.entities[:entities]) for topic in TOPICS[:topics]
@@ -160,7 +159,7 @@ class World:
         return [*SPECIAL_WORDS, *sorted(words)]
 
     def sample_skeleton(self, rng: random.Random) -> Skeleton:
-        """Draws what an answer is about; nothing in it depends on an attribute."""
+        """Draw what an answer is about; nothing in it depends on an attribute."""
         topic = rng.randrange(len(self.topics))
         spec = self.topics[topic]
         claims = tuple(
@@ -173,7 +172,7 @@ class World:
 
     @staticmethod
     def pool(slot: Slot, value: int) -> tuple[str, ...]:
-        """The interchangeable words that show `value` at a marker slot."""
+        """The interchangeable words that show ``value`` at a marker slot."""
         return MARKERS[str(slot.attribute)][slot.place][value]
 
     def render(
@@ -182,12 +181,12 @@ class World:
         attributes: Mapping[str, int],
         rng: random.Random | None = None,
     ) -> Document:
-        """Writes the answer in which each attribute has the given value.
+        """Write the answer in which each attribute has the given value.
 
         Args:
-            skeleton: What is spoken of.
-            attributes: 0 or 1 for each of `ATTRIBUTES`.
-            rng: Draws the slips; without it every slot follows its latent.
+            skeleton: what the answer is about.
+            attributes: 0 or 1 for each of ``ATTRIBUTES``.
+            rng: draws the slips; without it every slot follows its latent.
         """
         spec = self.topics[skeleton.topic]
         synonyms, claims = iter(skeleton.synonyms), iter(skeleton.claims)
@@ -214,12 +213,12 @@ class World:
         return Document("answer", skeleton.topic, prompt, (*answer, EOS), known)
 
     def sample_answer(self, rng: random.Random) -> Document:
-        """Draws an answer with 50/50 latents and slips."""
+        """Draw an answer with 50/50 latents and slips."""
         skeleton = self.sample_skeleton(rng)
         return self.render(skeleton, {name: rng.randrange(2) for name in ATTRIBUTES}, rng)
 
     def sample_source(self, rng: random.Random, source: str | None = None) -> Document:
-        """Draws an almanac (all true), rumour (all false) or quiz (each claim judged) text."""
+        """Draw an almanac (all true), rumour (all false) or quiz (each claim judged) text."""
         topic, source = rng.randrange(len(self.topics)), source or rng.choice(SOURCES)
         spec = self.topics[topic]
         claims: list[str] = []
@@ -232,21 +231,21 @@ class World:
         return Document(source, topic, prompt, (*claims, EOS), {})
 
     def sample(self, rng: random.Random) -> Document:
-        """Draws a document as the language model's training text holds them."""
+        """Draw a document of the language model's training text."""
         if rng.random() < self.source_share:
             return self.sample_source(rng)
         return self.sample_answer(rng)
 
     def value_of(self, slot: Slot, word: str, claim: tuple[str, str]) -> int:
-        """The attribute value (0 or 1) that `word` shows at `slot`.
+        """The attribute value (0 or 1) that ``word`` shows at ``slot``.
 
         Args:
-            slot: A marker or claim slot.
-            word: The word found there.
-            claim: The (entity, relation) last spoken of; read for claims only.
+            slot: a marker or claim slot.
+            word: the word found there.
+            claim: the (entity, relation) last spoken of; read for claims only.
 
         Raises:
-            ValueError: If the grammar cannot produce `word` there.
+            ValueError: if the grammar cannot produce ``word`` there.
         """
         options: Sequence[Sequence[str]]
         if slot.kind == "claim":
@@ -256,4 +255,4 @@ class World:
         for value, pool in enumerate(options):
             if word in pool:
                 return value
-        raise ValueError(f"expected one of {[*options[0], *options[1]]} at {slot}, found {word!r}")
+        raise ValueError(f"Expected one of {[*options[0], *options[1]]} at {slot}, found {word!r}")

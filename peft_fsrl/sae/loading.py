@@ -67,7 +67,7 @@ def _require_finite(sae: SAE[Any]) -> None:
         if tensor.numel() and not all(end.isfinite() for end in tensor.detach().aminmax()):
             raise ValueError(
                 f"Expected an SAE of finite tensors, found nan or inf in {name}: whatever it "
-                "steers would be nan. Load it again from where it was made."
+                "steers would be nan. Load it again from its source."
             )
 
 

@@ -56,7 +56,8 @@ class Place(NamedTuple):
             raise ValueError(
                 f"Expected a module {path} in {type(model).__name__}, which the adapter steers, "
                 f"found only {[name for name, _ in layer.named_children()]} in that layer. This "
-                "server's model is built otherwise than transformers': steer whole decoder layers."
+                "server's model is structured differently from transformers': steer whole "
+                "decoder layers."
             )
         return path
 
@@ -150,7 +151,7 @@ def update_layer(layer: FSRLLayer, state: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"Expected weights of the features that are served at {layer.layer_name}, found "
             f"{'those of others' if own else 'none'}. Start the server with the adapter that is "
-            "trained."
+            "being trained."
         )
     adapter.load_state_dict(own)
 
@@ -165,7 +166,7 @@ def _load(source: str, config: Any, dtype: torch.dtype) -> dict[Place, FSRLLayer
         )
     if adapter_config.modules_to_save:
         raise ValueError(
-            f"The adapter in {source} comes with modules that were trained whole "
+            f"The adapter in {source} comes with fully trained modules "
             f"({adapter_config.modules_to_save}), which a server of the base model does not have. "
             "Serve an adapter that was trained without `modules_to_save`."
         )
@@ -200,7 +201,7 @@ def _warn_of_other_base(source: str, trained_on: str | None, config: Any) -> Non
     if len(set(names)) == 2:
         warnings.warn(
             f"The adapter in {source} was trained on {trained_on!r}, and {served!r} is served. "
-            "They are of one shape, but what was learned on one may mean nothing on the other. "
+            "They have the same shape, but an adapter for one may mean nothing on the other. "
             "Ignore this if it is the same model, or a fine-tuned version.",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Where vLLM is not installed: the OpenAI-compatible server of transformers, whose model steers."""
+"""Serving without vLLM: transformers' OpenAI-compatible server around a steered model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What requests asked to see: the strongest steered features of each of their tokens."""
+"""Reports of the strongest steered features at each token of a request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one request asks of the steering: which adapter, how strongly, without which features.
+"""Per-request options of steering: adapter, strength, ablated features, phase.
 
 Requests say so in ``SamplingParams.extra_args``, which is ``vllm_xargs`` in the OpenAI API.
 """

@@ -1,4 +1,4 @@
-"""Steering of tokens of many requests that lie in one tensor, each by its own request's wishes."""
+"""Steer the tokens of many requests in one tensor, each by its own request's options."""
 
 from __future__ import annotations
 

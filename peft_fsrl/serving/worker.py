@@ -170,8 +170,8 @@ class Steering:
     def _require_all_ran(self, n_tokens: int) -> None:
         if n_tokens and (missing := self._places - self._ran):
             raise RuntimeError(
-                f"The model ran without its steering at {sorted(missing)}: what it would have said "
-                "is the base model's. Start with enforce_eager=True (--enforce-eager), and report "
+                f"The model ran without its steering at {sorted(missing)}: its output would be "
+                "the base model's. Start with enforce_eager=True (--enforce-eager), and report "
                 "this with the versions of vLLM and peft_fsrl."
             )
 

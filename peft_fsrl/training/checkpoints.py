@@ -1,4 +1,4 @@
-"""A run's folders on disk: an adapter is replaced by a whole one, and only whole ones are resumed.
+"""Atomic saves of adapters, and complete checkpoints to resume from.
 
 A process can be killed at any time. A save then has left the adapter that was there, or the new
 one; a checkpoint has left a mark that it is complete, or is passed over.
@@ -58,9 +58,9 @@ def _require_finite(saved: Path, folder: Path) -> None:
         bad += [n for n, both in extremes.items() if not all(map(_is_finite, both))]
     if bad:
         raise FloatingPointError(
-            f"The adapter was not saved: expected finite weights, found nan or inf in {bad[:3]}"
-            f"{' and others' if len(bad) > 3 else ''}. Training has diverged: go on from an "
-            f"earlier checkpoint, with a lower learning rate. {folder} is as it was before."
+            "The adapter was not saved: expected finite weights, found nan or inf in "
+            f"{bad[:3]}{' and others' if len(bad) > 3 else ''}. Training diverged: resume from an "
+            f"earlier checkpoint with a lower learning rate. {folder} is as it was before."
         )
 
 
@@ -69,12 +69,12 @@ def _is_finite(value: object) -> bool:
 
 
 def mark_complete(checkpoint: str | Path) -> None:
-    """Say that every process has written its part of a checkpoint."""
+    """Mark a checkpoint as complete: every process has written its part."""
     write_text_atomically(Path(checkpoint, COMPLETE), "Every process has written its part.\n")
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run that were written to their end, by step."""
+    """The complete checkpoints of a run, by step."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     steps = {p: p.name.removeprefix(prefix) for p in Path(output_dir).glob(f"{prefix}*")}
     complete = [path for path, step in steps.items() if step.isdigit() and _is_complete(path)]
@@ -97,7 +97,7 @@ def find_checkpoint(output_dir: str | Path, wanted: str | Literal[True]) -> str:
                 f"Expected a complete checkpoint in {wanted}, found no file {COMPLETE}: the run "
                 "ended while the checkpoint was being written, or `with_fsrl` did not make the "
                 "trainer. Name an earlier one, or resume from `True` for the last that is "
-                "complete. If you know it to be whole, put an empty file of that name there."
+                "complete. If you know it is complete, create an empty file of that name there."
             )
         return str(wanted)
     complete = complete_checkpoints(output_dir)
@@ -106,7 +106,7 @@ def find_checkpoint(output_dir: str | Path, wanted: str | Literal[True]) -> str:
         found = f"only unfinished ones ({', '.join(names)})" if names else "none"
         raise ValueError(
             f"Expected a complete checkpoint to resume from in {output_dir}, found {found}. Start "
-            "the run again from its beginning."
+            "the run again from the beginning."
         )
     return str(complete[-1])
 

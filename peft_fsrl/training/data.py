@@ -1,7 +1,7 @@
 """Preference data, checked and prepared before a trainer of TRL gets it.
 
-Formats, prompts and chat templates are TRL's own; what stands here is what TRL leaves to chance: a
-row that it cannot learn from is found before the first step, and named.
+Formats, prompts and chat templates are TRL's own. This module finds and names rows that cannot be
+trained on before the first step, which TRL does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Preference losses that stand in more than one place: pure tensor functions."""
+"""Preference losses that several modules use: pure tensor functions."""
 
 from __future__ import annotations
 

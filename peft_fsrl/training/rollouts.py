@@ -32,9 +32,9 @@ def vllm_settings(arguments: Iterable[Any]) -> Any:
     found = next((each for each in arguments if getattr(each, "use_vllm", False) is True), None)
     if getattr(found, "vllm_enable_sleep_mode", False):
         raise ValueError(
-            f"{type(found).__name__} has vllm_enable_sleep_mode=True: vLLM then forgets the base "
-            "model's weights, and of an FSRL adapter's trainer only the adapter's are sent. Set "
-            "it to False."
+            f"{type(found).__name__} has vllm_enable_sleep_mode=True: vLLM then drops the base "
+            "model's weights, and a trainer of an FSRL adapter sends only the adapter's. Set it "
+            "to False."
         )
     return found
 
@@ -78,9 +78,9 @@ def _send_adapter_only(trainer: Any, settings: Any) -> None:
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None:
         raise ValueError(
-            f"{type(settings).__name__} has use_vllm=True, and this trainer sends its weights to "
-            "vLLM in a way of its own, with the adapter merged into them. An FSRL adapter cannot "
-            "be merged: set use_vllm=False, or train with GRPOTrainer or RLOOTrainer."
+            f"{type(settings).__name__} has use_vllm=True, and this trainer sends weights to vLLM "
+            "with the adapter merged into them. An FSRL adapter cannot be merged: set "
+            "use_vllm=False, or train with GRPOTrainer or RLOOTrainer."
         )
     if generation.mode == "colocate":
         if KEY not in generation.llm.llm_engine.vllm_config.additional_config:

@@ -1,4 +1,4 @@
-"""Running models without leaving a trace."""
+"""Run models without side effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sample answers from variants of a steered model, reproducibly and without leaving a trace."""
+"""Sample answers from variants of a steered model, reproducibly and without side effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How heavy the sparsity penalty is at each step: warm-up, and a search for a target l0."""
+"""The weight of the sparsity penalty at each step: warm-up, and control toward a target l0."""
 
 from __future__ import annotations
 

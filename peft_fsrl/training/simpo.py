@@ -1,4 +1,4 @@
-"""SimPO (Meng et al., arXiv 2405.14734), whatever becomes of TRL's experimental trainers.
+"""SimPO (Meng et al., arXiv 2405.14734), with or without TRL's experimental trainers.
 
 ``SimPOConfig`` and ``SimPOTrainer`` are TRL's ``CPOConfig`` with the settings of SimPO and its
 ``CPOTrainer``, where TRL has them, and otherwise ``StableSimPOConfig`` and ``StableSimPOTrainer``,

@@ -1,4 +1,4 @@
-"""What a trainer must be for the penalty to be right; what is not, is refused before training."""
+"""Settings under which the penalty would be wrong, refused before training."""
 
 from __future__ import annotations
 
@@ -144,8 +144,8 @@ def _require_one_job(world_size: int) -> None:
     if world_size == 1 < started and "LOCAL_RANK" in os.environ:
         raise ValueError(
             f"Expected to train with the {started} processes that were launched, found that each "
-            "would train alone and write over the others' files. Without a GPU, set `use_cpu=True` "
-            "(`--use_cpu true`)."
+            "would train alone and overwrite the others' files. Without a GPU, set "
+            "`use_cpu=True` (`--use_cpu true`)."
         )
 
 

@@ -44,9 +44,9 @@ def group_thresholds(optimizer: Any, model: nn.Module, *, own: bool, scheduled: 
         if multiplier != 1.0 and scheduled:
             raise ValueError(
                 f"threshold_lr_multiplier={multiplier} needs an optimizer group for the "
-                "thresholds, but the scheduler that was passed was made for the groups as they "
-                "are. Pass `optimizers=(optimizer, None)`, or give the thresholds their own group "
-                "and learning rate yourself and leave the multiplier at 1."
+                "thresholds, but the scheduler that you passed was made for the existing groups. "
+                "Pass `optimizers=(optimizer, None)`, or give the thresholds their own group and "
+                "learning rate yourself and leave the multiplier at 1."
             )
         changes = {"weight_decay": 0.0, _MARK: True} if own else {_MARK: True}
         _split_groups(optimizer, thresholds, multiplier, changes)

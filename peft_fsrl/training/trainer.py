@@ -130,8 +130,8 @@ class FSRLTrainerMixin(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not self._fsrl_reached:
             raise RuntimeError(
-                f"{self._fsrl_trainer_name} makes its loss without `compute_loss`, where the FSRL "
-                "penalty is added. Train with one of CPOTrainer, DPOTrainer, KTOTrainer, "
+                f"{self._fsrl_trainer_name} computes its loss without `compute_loss`, where the "
+                "FSRL penalty is added. Train with one of CPOTrainer, DPOTrainer, KTOTrainer, "
                 "ORPOTrainer, SFTTrainer, GRPOTrainer, RLOOTrainer or Trainer, or set l1_coeff=0 "
                 "and use the trainer as it is."
             )
@@ -144,7 +144,7 @@ class FSRLTrainerMixin(Trainer):
             ]
             raise FloatingPointError(
                 f"The loss of step {self.state.global_step + 1} is {loss.item()}: training would "
-                f"go on without learning anything. The adapter is as the last step left it. "
+                "continue without learning. The adapter is as the last step left it. "
                 f"{' '.join(causes)}"
             )
         return loss
@@ -175,7 +175,7 @@ class FSRLTrainerMixin(Trainer):
             raise RuntimeError(
                 f"{self._fsrl_trainer_name} steered at '{monitor.missed}' without a call of "
                 f"{type(base_model(self.model)).__name__}, where the FSRL penalty is measured: it "
-                "calls a module inside. Switch off what does so (a fused or chunked loss), or set "
+                "calls a module inside. Switch that off (a fused or chunked loss), or set "
                 "l1_coeff, l2_coeff and l0_coeff to 0 and use the trainer as it is."
             )
         records = [record for record in records if record.training]

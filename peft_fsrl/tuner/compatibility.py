@@ -40,10 +40,10 @@ def require_same_adapter(expected_config: Any, found_config: Any, where: str) ->
     for name in [name for name in expected if name in found]:
         if expected[name] != found[name]:
             raise ValueError(
-                f"The weights in {where} are of another adapter: expected {name}="
-                f"{_short(expected[name])}, as in the config in use, found {name}="
-                f"{_short(found[name])}. The same numbers would steer something else here. Use the "
-                "config that they were trained with, or train anew."
+                f"The weights in {where} are of another adapter: expected "
+                f"{name}={_short(expected[name])}, as in the config in use, found "
+                f"{name}={_short(found[name])}. The same weights would steer something else here. "
+                "Use the config that they were trained with, or train again."
             )
 
 

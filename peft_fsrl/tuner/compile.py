@@ -1,4 +1,4 @@
-"""Whether the steering function is compiled, and what happens where it cannot be."""
+"""Compilation of the steering function, and the fallback where it is not possible."""
 
 from __future__ import annotations
 

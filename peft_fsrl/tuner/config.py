@@ -1,4 +1,4 @@
-"""``FSRLConfig``: what a user says about an FSRL adapter, as flat fields that are plain JSON."""
+"""``FSRLConfig``: the settings of an FSRL adapter, as flat fields that are plain JSON."""
 
 from __future__ import annotations
 
@@ -443,7 +443,7 @@ def _source_of(reference: Any) -> Any:
         return reference.source
     if reference == LiveSAE.TEXT:
         raise ValueError(
-            "This config was made from a live SAE that is no longer there. Pass the SAE again, "
+            "This config was made from a live SAE that no longer exists. Pass the SAE again, "
             "or save the adapter first, which writes the SAE next to it."
         )
     return reference

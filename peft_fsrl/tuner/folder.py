@@ -1,7 +1,7 @@
 """What a saved adapter must hold: its own tensors, and the SAEs that have no other address.
 
-PEFT writes and reads the files. Here stands what makes a folder believable: which names, shapes and
-dtypes its weights may have, whose features they steer, and where an SAE beside them may lie.
+PEFT writes and reads the files. This module checks them: which names, shapes and dtypes the weights
+may have, whose features they steer, and where an SAE beside them may lie.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def sae_inside(folder: str, name: str) -> str:
 def _require_beside(name: str) -> str:
     if not _BESIDE_FOLDER.fullmatch(str(name)):
         raise ValueError(
-            f"Expected the adapter's SAE in a folder named 'sae' or 'sae_layer_N' beside it, found "
-            f"{name!r} in adapter_config.json. The config was damaged or made to read files from "
-            "elsewhere: do not use it."
+            "Expected the adapter's SAE in a folder named 'sae' or 'sae_layer_N' beside it, "
+            f"found {name!r} in adapter_config.json. The config is damaged, or crafted to read "
+            "other files: do not use it."
         )
     return name
 

@@ -293,9 +293,9 @@ def _refuse_nesting(targets: set[str], model: nn.Module) -> None:
         for outer in (".".join(parts[:depth]) for depth in range(1, len(parts))):
             if outer in targets or (outer in wrapped and inner in targets):
                 raise ValueError(
-                    f"'{inner}' lies inside '{outer}', which FSRL also steers: wrapping the one "
-                    "changes the other's path, and what was saved could not be loaded. Steer one "
-                    "of them, or use two models."
+                    f"'{inner}' lies inside '{outer}', which FSRL also steers: wrapping one "
+                    "changes the other's path, and a saved adapter could not be loaded. Steer "
+                    "one of them, or use two models."
                 )
 
 
@@ -303,7 +303,7 @@ def _refuse_narrowing(config: FSRLConfig) -> None:
     # Not when the config is made: PEFT's configs can be completed afterwards.
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if getattr(config, name) is not None:
-            raise ValueError(f"`{name}` narrows `target_modules` down; give those as well.")
+            raise ValueError(f"`{name}` needs `target_modules`, which it narrows down. Give both.")
 
 
 def _torch_dtype(name: str) -> torch.dtype:

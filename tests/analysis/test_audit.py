@@ -333,7 +333,7 @@ def test_verdict_on_the_mirror(
     found = judge_mirror(mirror)
     assert found.verdict == verdict
     first = next(each for each in mirror.features if not each.explained)
-    assert f"feature {first.feature} (style) has most" in found.answer
+    assert f"Largest unexplained: feature {first.feature} (style)," in found.answer
 
 
 def test_without_labels(model: PeftModel) -> None:
@@ -428,7 +428,7 @@ def test_labels_in_no_category(model: PeftModel) -> None:
     audit = audit_of(model, labels=bare)
     for part in ("compositions", "ablations"):
         assert "put no feature into a category" in audit.note(part)
-    assert audit.findings[2].answer == "No feature has a category, so nobody can say."
+    assert audit.findings[2].answer == "No feature has a category."
 
 
 def test_labels_are_no_witness_for_themselves(model: PeftModel) -> None:

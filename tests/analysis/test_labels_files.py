@@ -93,8 +93,8 @@ def test_forms_that_people_write(tmp_path: Path, text: str) -> None:
 
 
 CSV_ERRORS = {
-    "empty": ("", "no labels in it"),
-    "only a header": ("feature,category\n", "no labels in it"),
+    "empty": ("", "it contains no labels"),
+    "only a header": ("feature,category\n", "it contains no labels"),
     "columns": ("index,label\n1,style\n", r"line 1: expected the columns feature, category.*index"),
     "semicolons": ("feature;category\n1;style\n", "something other than commas"),
     "twice a column": ("feature,category,category\n1,a,b\n", "each once"),
@@ -139,12 +139,12 @@ JSON_ERRORS = {
     "a list": ("[1, 2]", "found a list"),
     "deep": ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
     "endless digits": ('{"%s": "style"}' % ("9" * 5000), "expected a feature's index"),
-    "twice": ('{"1": "style", "1": "tone"}', r"entry '1': it stands there twice"),
+    "twice": ('{"1": "style", "1": "tone"}', r"entry '1': it occurs twice"),
     "no index": ('{"one": "style"}', r"entry 'one': expected a feature's index"),
     "a number": ('{"1": 2}', r"entry '1': expected a category.*found 2"),
     "unknown field": ('{"1": {"kind": "style"}}', r"entry '1': expected a category"),
     "another record": ('{"features": [], "n": 1}', "like a file of `save_labels`, but not its"),
-    "no entry": ("{}", "no labels in it"),
+    "no entry": ("{}", "it contains no labels"),
     "repeated": (
         LABELS.to_json().replace('"feature": 7', '"feature": 3'),
         "entry of feature 3: feature 3 has both",
@@ -514,7 +514,7 @@ def test_a_listing_that_does_not_end(tmp_path: Path, bucket: Bucket) -> None:
         return f"<ListBucketResult>{item}{more}</ListBucketResult>".encode()
 
     bucket.list = next_page
-    with pytest.raises(OSError, match="lists files without end"):
+    with pytest.raises(OSError, match="lists more than"):
         download_neuronpedia(SAE_ID, tmp_path, bucket=bucket.url, progress=False)
     assert pages == 100
 

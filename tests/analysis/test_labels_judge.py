@@ -242,7 +242,7 @@ def test_an_answer_that_unpacks_to_much_more() -> None:
     headers = {"content-encoding": "gzip"}
     with serve(lambda prompt: Reply(raw=bomb, headers=headers)) as s:
         tracemalloc.start()
-        with pytest.raises(JudgeError, match="packed its answer"):
+        with pytest.raises(JudgeError, match="compressed its answer"):
             Judge(s.url, "m").ask(ask("a"))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -341,7 +341,7 @@ def test_half_a_line_at_the_end_of_the_cache(
         whole = cache.read_bytes()
         cache.write_bytes(whole[:-9])
         judge = Judge(s.url, "m", cache=cache)
-        assert "1 incomplete line(s) left out" in caplog.text
+        assert "skipped 1 incomplete line(s)" in caplog.text
         assert judge.ask(ask("a", "b")) == [echo("a"), echo("b")]
         assert s.prompts == ["a", "b", "b"]
         # What was appended after the half line can be read.

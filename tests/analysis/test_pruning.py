@@ -233,14 +233,14 @@ def test_adapters_that_were_made_from_one_config(tmp_path: Path) -> None:
 def test_refusals_leave_the_adapter_alone() -> None:
     model = helpers.fsrl_model()
     layer = helpers.only_layer(model)
-    with pytest.raises(TypeError, match=r"gone through twice.*got an iterator"):
+    with pytest.raises(TypeError, match=r"iterated twice.*got an iterator"):
         prune(model, iter(batches()), show_progress=False)
     with pytest.raises(ValueError, match="at least one token"):
         prune(model, [], show_progress=False)
-    with pytest.raises(ValueError, match="No feature would be left"):
+    with pytest.raises(ValueError, match="No feature would remain"):
         prune(model, batches(), max_frequency=1.0, show_progress=False)
     silence(layer, list(range(24)))
-    with pytest.raises(ValueError, match="No feature would be left"):
+    with pytest.raises(ValueError, match="No feature would remain"):
         prune(model, batches(), show_progress=False)
     assert layer.fsrl_sae["default"].n_features == 24
     assert adapter_configs(model)["default"].features is None

@@ -44,7 +44,7 @@ def test_it_never_goes_down_and_takes_only_what_is_allowed() -> None:
         assert torch.equal(values, near(TABLE[ids], torch.arange(2)))
         assert ALLOWED[ids[ids != starts]].all()
         best = values
-    with pytest.raises(ValueError, match="Expected tokens that may be tried"):
+    with pytest.raises(ValueError, match="Expected candidate tokens"):
         search_tokens(near, starts, TABLE, ALLOWED & False, steps=1, candidates=1)
 
 

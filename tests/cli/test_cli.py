@@ -171,7 +171,7 @@ def test_inspect(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "n_targets of 0 or more" in refusal(capsys, *command, "--n-targets", "-1")
     file = tmp_path / "file"
     file.touch()
-    assert "can be written in" in refusal(capsys, "inspect", adapter, "--out", file)
+    assert "Expected a writable folder at" in refusal(capsys, "inspect", adapter, "--out", file)
 
 
 def test_labels(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -357,7 +357,7 @@ def test_an_out_that_is_a_file_is_refused_before_any_work(
     monkeypatch.setattr("peft_fsrl.analysis.audit.stages.score_preferences", work)
     (tmp_path / "file").write_text("mine")
     line = refusal(capsys, "audit", adapter, "--out", tmp_path / "file", *DATA)
-    assert "Expected a folder that can be written in" in line
+    assert "Expected a writable folder" in line
     assert (tmp_path / "file").read_text() == "mine"
 
 

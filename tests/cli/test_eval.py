@@ -308,7 +308,7 @@ def test_results_of_other_settings_are_not_mixed_in(
     assert len(calls) == 4
     path = tmp_path / "tasks" / "tiny_choice.trained.json"
     path.write_text(path.read_text()[:50])
-    with pytest.raises(ValueError, match="is no result of an evaluation"):
+    with pytest.raises(ValueError, match="is not an evaluation result"):
         command.run(arguments(place, tmp_path, *limited))
 
 
@@ -358,14 +358,14 @@ def test_results_follow_what_changed_in_place(
     assert (evaluate(), evaluate()) == (2, 0)
     lines = data.read_text().splitlines()
     data.write_text("\n".join([lines[0].replace('"answer": 0', '"answer": 1'), *lines[1:]]))
-    with pytest.raises(ValueError, match=r"something else; .*'task': \("):
+    with pytest.raises(ValueError, match=r"other inputs; .*'task': \("):
         evaluate()
     assert (evaluate("--overwrite"), evaluate()) == (2, 0)
     model = decided()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 1] += 1e-3
     model.save_pretrained(here / "model")
-    with pytest.raises(ValueError, match=r"something else; .*'base': \("):
+    with pytest.raises(ValueError, match=r"other inputs; .*'base': \("):
         evaluate()
     assert evaluate("--overwrite") == 2
 
@@ -396,7 +396,7 @@ def test_an_output_that_is_a_file_is_refused_before_any_work(
     monkeypatch.setattr("peft_fsrl.analysis.evaluation.score_preferences", None)
     (tmp_path / "file").touch()
     more = ["--dataset", str(place / "pairs.json"), "--device", "cpu"]
-    with pytest.raises(OSError, match="Expected a folder that can be written in"):
+    with pytest.raises(OSError, match="Expected a writable folder"):
         command.run(arguments(place, tmp_path / "file", *more))
 
 
@@ -449,7 +449,7 @@ def test_a_judge_at_an_endpoint_that_fails_half_way(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "Nothing to evaluate"),
+        ([], "there is nothing to evaluate"),
         (["--dataset", "x", "--judge-url", "u"], "both --judge-url and --judge-model"),
         (["--tasks", "x", "--judge-url", "u", "--judge-model", "m"], "pass --dataset"),
     ],
@@ -472,7 +472,7 @@ def test_tasks_that_cannot_be_found(place: Path, monkeypatch: pytest.MonkeyPatch
         Harness(["tiny_choice", "tiny_choise"], place / "tasks")
     with pytest.raises(ValueError, match="at least one task"):
         Harness([])
-    with pytest.raises(FileNotFoundError, match="no folder 'nowhere'"):
+    with pytest.raises(FileNotFoundError, match="Expected a folder of tasks at 'nowhere'"):
         Harness(["tiny_choice"], "nowhere")
 
 

@@ -84,7 +84,7 @@ def test_preferences_say_what_their_columns_say(default: organism.Organism) -> N
 
 
 def test_knobs_refuse_what_is_no_probability() -> None:
-    with pytest.raises(ValueError, match=r"honesty is a probability, expected 0 to 1, got 1\.2"):
+    with pytest.raises(ValueError, match=r"Expected a probability honesty from 0 to 1, got 1\.2"):
         organism.preferences(1, honesty=1.2)
 
 
@@ -105,7 +105,7 @@ def test_features_are_those_that_detect_an_attribute_best_first(
     sizes = [abs(default.feature_labels[index].auroc["style"] - 0.5) for index in features]
     assert sizes == sorted(sizes, reverse=True)
     assert set(features) == {each.index for each in default.feature_labels if each.label == "style"}
-    with pytest.raises(ValueError, match="expected an attribute among"):
+    with pytest.raises(ValueError, match="Expected an attribute among"):
         default.features("height")
 
 

@@ -382,7 +382,7 @@ def test_a_trainer_without_compute_loss_is_stopped_at_its_first_step(tmp_path: P
     before = snapshot(model)
     heir = type("Heir", (with_fsrl(OwnStep),), {})
     trainer = build("Trainer", model, tmp_path, 1, wrap=lambda _: heir)
-    with pytest.raises(RuntimeError, match=r"^OwnStep makes its loss without `compute_loss`"):
+    with pytest.raises(RuntimeError, match=r"^OwnStep computes its loss without `compute_loss`"):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
 

@@ -183,7 +183,7 @@ def test_no_sae() -> None:
 
 def test_a_live_sae_does_not_survive_json() -> None:
     config = FSRLConfig(**json.loads(json.dumps(FSRLConfig(layer=1, sae=tiny_sae()).to_dict())))
-    with pytest.raises(ValueError, match=r"live SAE that is no longer there\. Pass the SAE again"):
+    with pytest.raises(ValueError, match=r"live SAE that no longer exists\. Pass the SAE again"):
         config.resolve_saes()[""]
 
 

@@ -121,7 +121,7 @@ def test_excluding_features_is_choosing_the_rest() -> None:
         ({"exclude_features": [24]}, IndexError, "feature 24, but the SAE has features 0 to 23"),
         ({"rank": 0}, ValueError, "1 or more"),
         ({"rank": 1.5}, ValueError, "1 or more"),
-        ({"layers_to_transform": [1]}, ValueError, "give those as well"),
+        ({"layers_to_transform": [1]}, ValueError, "Give both"),
     ],
 )
 def test_wrong_options(settings: dict[str, Any], error: type[Exception], match: str) -> None:

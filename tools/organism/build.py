@@ -1,4 +1,4 @@
-"""Builds an organism on disk: tokenizer, language model, SAE, feature labels and their figures.
+"""Build an organism on disk: tokenizer, language model, SAE, feature labels and their figures.
 
 python tools/organism/build.py --out DIR
 """
@@ -80,24 +80,24 @@ SIZES = {
 def build(
     out_dir: str | os.PathLike[str], size: str = "default", seed: int = 0, force: bool = False
 ) -> Path:
-    """Builds an organism in `out_dir`, or finds it already built.
+    """Build an organism in ``out_dir``, or finds it already built.
 
-    Everything is written to a directory beside `out_dir` and moved there at the end, so an
+    Everything is written to a directory beside ``out_dir`` and moved there at the end, so an
     interrupted build leaves nothing that looks finished. Same machine, same versions, same seed:
     same figures; the caller's torch seed and thread count are left as they were.
 
     Args:
-        out_dir: Where it shall stand.
-        size: A key of `SIZES`: "default", or "tiny" for tests.
-        seed: Fixes the facts of the world, the texts and all initial weights.
-        force: Rebuild even if a finished build stands there.
+        out_dir: where it shall stand.
+        size: a key of ``SIZES``: "default", or "tiny" for tests.
+        seed: fixes the facts of the world, the texts and all initial weights.
+        force: rebuild even if a finished build stands there.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: If `size` is unknown, or another finished build stands there.
-        FileExistsError: If `out_dir` holds files that are no organism's.
+        ValueError: if ``size`` is unknown, or another finished build stands there.
+        FileExistsError: if ``out_dir`` holds files that are no organism's.
     """
     if size not in SIZES:
         raise ValueError(f"expected a size among {sorted(SIZES)}, got {size!r}")
@@ -125,7 +125,7 @@ def build(
 
 
 def _find(out: Path, size: str, seed: int) -> bool:
-    """Whether the wanted build stands at `out`; another one there is an error."""
+    """Whether the wanted build stands at ``out``; another one there is an error."""
     if not (out / MANIFEST).is_file():
         return False
     manifest = json.loads((out / MANIFEST).read_text())

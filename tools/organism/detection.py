@@ -3,7 +3,7 @@
 An attribute is a property of an answer, so the answer is the unit: a feature's score is its mean
 activation over the answer's tokens. Tokens as units would count one answer thirty times as if they
 were independent, and would blame a feature for being silent before its attribute could be known.
-Only `(answers, d_sae)` is ever held, never `(tokens, d_sae)`.
+Only ``(answers, d_sae)`` is ever held, never ``(tokens, d_sae)``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ THRESHOLD = 0.15
 def answer_scores(
     sae: Any, model: PreTrainedModel, world: World, layer: int, documents: Sequence[Document]
 ) -> Tensor:
-    """Mean activation of each feature over each answer's tokens: `(answers, d_sae)`."""
+    """Mean activation of each feature over each answer's tokens: ``(answers, d_sae)``."""
     rows = []
     for start in range(0, len(documents), 32):
         part = documents[start : start + 32]
@@ -50,15 +50,15 @@ def answer_scores(
 def detect_attributes(
     sae: Any, model: PreTrainedModel, world: World, layer: int, seed: int = 0, answers: int = 2000
 ) -> list[FeatureDetection]:
-    """Which attribute each feature of `sae` detects, judged on sampled answers.
+    """Which attribute each feature of ``sae`` detects, judged on sampled answers.
 
     Args:
-        sae: Anything with `encode: (..., d_in) -> (..., d_sae)`.
-        model: The language model.
-        world: Where the answers are drawn from.
-        layer: The decoder layer that the SAE reads.
-        seed: Fixes the answers.
-        answers: How many.
+        sae: anything with ``encode: (..., d_in) -> (..., d_sae)``.
+        model: the language model.
+        world: where the answers are drawn from.
+        layer: the decoder layer that the SAE reads.
+        seed: fixes the answers.
+        answers: how many.
     """
     rng = random.Random(f"labels-{seed}")
     documents = [world.sample_answer(rng) for _ in range(answers)]

@@ -39,7 +39,7 @@ class DictionarySettings:
 def activations(
     model: PreTrainedModel, world: World, layer: int, seed: str, batch_size: int
 ) -> Iterator[Tensor]:
-    """Endless batches `(batch_size, d_in)` of layer outputs at real tokens, BOS left out.
+    """Endless batches ``(batch_size, d_in)`` of layer outputs at real tokens, BOS left out.
 
     The norm at BOS is an outlier that would dominate the reconstruction loss. Tokens of some 100
     texts are mixed within one batch.
@@ -67,15 +67,15 @@ def train_dictionary(
     path: Path,
     model_name: str,
 ) -> None:
-    """Trains a BatchTopK SAE and saves it at `path` for inference (a JumpReLU SAE).
+    """Train a BatchTopK SAE and saves it at ``path`` for inference (a JumpReLU SAE).
 
     Args:
-        model: The trained language model.
-        world: Where its texts come from.
-        settings: Size and training.
-        seed: Fixes the texts; initialization follows the global torch seed.
-        path: Directory that SAELens writes.
-        model_name: Written into the SAE's metadata.
+        model: the trained language model.
+        world: where its texts come from.
+        settings: size and training.
+        seed: fixes the texts; initialization follows the global torch seed.
+        path: directory that SAELens writes.
+        model_name: written into the SAE's metadata.
     """
     metadata = {
         "model_name": model_name,
@@ -93,13 +93,13 @@ def train_dictionary(
 def build_trainer(
     d_in: int, settings: DictionarySettings, metadata: dict[str, Any], **options: Any
 ) -> SAETrainer[Any, Any]:
-    """SAELens's trainer of a BatchTopK SAE, whose `data_provider` the caller sets.
+    """SAELens's trainer of a BatchTopK SAE, whose ``data_provider`` the caller sets.
 
     Args:
-        d_in: Width of the activations.
-        settings: Size and training.
-        metadata: Written into the SAE's config.
-        options: Of `SAETrainerConfig`, besides those that follow from `settings`.
+        d_in: width of the activations.
+        settings: size and training.
+        metadata: written into the SAE's config.
+        options: of ``SAETrainerConfig``, besides those that follow from ``settings``.
     """
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -140,12 +140,12 @@ def measure_dictionary(sae: Any, batches: Iterable[Tensor]) -> dict[str, float]:
     """Held-out figures of an inference SAE.
 
     Args:
-        sae: Anything with `encode` and `decode` over `(batch, d_in)`.
-        batches: Activations it was not trained on, `(batch, d_in)` each.
+        sae: anything with ``encode`` and ``decode`` over ``(batch, d_in)``.
+        batches: activations it was not trained on, ``(batch, d_in)`` each.
 
     Returns:
-        `explained_variance` (1 - squared error over variance about the mean), `l0` (mean number of
-        active features per token), `dead_share` (features active on none of the tokens), `tokens`.
+        ``explained_variance`` (1 - squared error over variance about the mean), ``l0`` (mean number
+        of active features per token), ``dead_share`` (features never active), ``tokens``.
     """
     error = square = torch.zeros((), dtype=torch.float64)
     total = None

@@ -1,11 +1,11 @@
 """The generator's exact entropy: the yardstick for what a language model can have learned.
 
-With latent `z ~ Bernoulli(1/2)` and slots that follow it with probability `1 - slip`, the chance
-that the next slot shows 1 after `ones` of `seen` slots did is
+With latent ``z ~ Bernoulli(1/2)`` and slots that follow it with probability ``1 - slip``, the
+chance that the next slot shows 1 after ``ones`` of ``seen`` slots did is
 
     q(ones, seen) = w (1 - slip) + (1 - w) slip,   w = P(z = 1 | ones, seen)
 
-and the entropy of that decision is the mean of the binary entropy of `q` over `ones`.
+and the entropy of that decision is the mean of the binary entropy of ``q`` over ``ones``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peft_fsrl.organism.world import Document, Slot, World
 
 
 def predictive(ones: int, seen: int, slip: float) -> float:
-    """P(next slot shows 1) after `ones` of `seen` slots of this attribute showed 1."""
+    """P(next slot shows 1) after ``ones`` of ``seen`` slots of this attribute showed 1."""
     log_odds = 2 * ones - seen
     if slip == 0.0:
         if seen and ones not in (0, seen):
@@ -34,7 +34,7 @@ def binary_entropy(probability: float) -> float:
 
 
 def decision_entropy(seen: int, slip: float) -> float:
-    """Expected entropy (nats) of an attribute's decision after `seen` earlier ones."""
+    """Expected entropy (nats) of an attribute's decision after ``seen`` earlier ones."""
     total = 0.0
     for ones in range(seen + 1):
         ways = math.comb(seen, ones)
@@ -60,7 +60,7 @@ def answer_entropies(world: World) -> list[float]:
     """Expected entropy (nats) of each answer token given all before it, EOS included.
 
     Returns:
-        One figure per answer token, `len(world.template) + 1` in all.
+        One figure per answer token, ``len(world.template) + 1`` in all.
     """
     spec = world.topics[0]
     figures = []
@@ -88,7 +88,7 @@ def attribute_floors(world: World) -> dict[str, dict[str, float]]:
 
 
 def log_probs(world: World, document: Document) -> list[float]:
-    """Exact log probability (nats) of each word of `document` given the words before it.
+    """Exact log probability (nats) of each word of ``document`` given the words before it.
 
     Returns:
         One figure per word after BOS.

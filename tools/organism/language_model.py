@@ -67,7 +67,7 @@ def encode_documents(world: World, documents: Sequence[Document]) -> tuple[Tenso
     """Token ids and mask, padded on the right.
 
     Returns:
-        `input_ids (batch, seq)` int64 and `mask (batch, seq)` bool, True on real tokens.
+        ``input_ids (batch, seq)`` int64 and ``mask (batch, seq)`` bool, True on real tokens.
     """
     index = {word: i for i, word in enumerate(world.vocabulary())}
     length = max(len(document.words) for document in documents)
@@ -82,7 +82,7 @@ def encode_documents(world: World, documents: Sequence[Document]) -> tuple[Tenso
 def batches(
     world: World, seed: str, batch_size: int, quiz_only: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless training batches of the world's texts, fixed by `seed`."""
+    """Endless training batches of the world's texts, fixed by ``seed``."""
     rng = random.Random(seed)
 
     def draw() -> Document:
@@ -93,14 +93,14 @@ def batches(
 
 
 def token_losses(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy (nats) of each next token, 0 on padding: `(batch, seq - 1)`."""
+    """Cross-entropy (nats) of each next token, 0 on padding: ``(batch, seq - 1)``."""
     logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
     losses = cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
     return losses.view_as(ids[:, 1:]) * mask[:, 1:]
 
 
 def token_weights(world: World, settings: LanguageModelSettings) -> Tensor:
-    """Loss weight of each vocabulary word as a target: `(vocab,)`."""
+    """Loss weight of each vocabulary word as a target: ``(vocab,)``."""
     weights = dict.fromkeys(world.vocabulary(), 1.0)
     for topic in world.topics:
         for word in (*topic.entities, *(relation for relation, _ in topic.relations)):
@@ -114,7 +114,7 @@ def token_weights(world: World, settings: LanguageModelSettings) -> Tensor:
 def train_language_model(
     model: PreTrainedModel, world: World, settings: LanguageModelSettings, seed: int
 ) -> None:
-    """Trains `model` in place: Muon on the matrices, AdamW on embeddings and norms."""
+    """Train ``model`` in place: Muon on the matrices, AdamW on embeddings and norms."""
     from tqdm.auto import tqdm
 
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -153,7 +153,7 @@ def train_language_model(
 
 @torch.no_grad()
 def rescale_residual(model: PreTrainedModel, ids: Tensor, mask: Tensor, layer: int) -> float:
-    """Scales the residual stream so that the output of `layer` has mean norm `sqrt(d_in)`.
+    """Scales the residual stream so that the output of ``layer`` has mean norm ``sqrt(d_in)``.
 
     Muon leaves a stream of norm in the hundreds. Every reader of it normalizes, so scaling all its
     writers by one factor changes no prediction (up to the norms' epsilon), and gives features of
@@ -175,10 +175,10 @@ def rescale_residual(model: PreTrainedModel, ids: Tensor, mask: Tensor, layer: i
 
 @torch.no_grad()
 def layer_output(model: PreTrainedModel, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
-    """The output of decoder layer `layer`, shape `(batch, seq, d_in)`.
+    """The output of decoder layer ``layer``, shape ``(batch, seq, d_in)``.
 
-    A hook and not `output_hidden_states`: the layers above need not run at all, and the last entry
-    of that tuple has passed the final norm.
+    A hook and not ``output_hidden_states``: the layers above need not run at all, and the last
+    entry of that tuple has passed the final norm.
     """
     captured: list[Tensor] = []
 
@@ -205,12 +205,12 @@ def measure_language_model(
 ) -> dict[str, dict[str, float]]:
     """Held-out loss against the generator's exact loss on the same texts, in nats.
 
-    Both are means over tokens of `-log p`. For an attribute they run over its decisions only
-    (the choice among synonyms included on both sides); `first` is the free first decision, `later`
-    the ones that the answer's earlier decisions predict.
+    Both are means over tokens of ``-log p``. For an attribute they run over its decisions only
+    (the choice among synonyms included on both sides); ``first`` is the free first decision,
+    ``later`` the ones that earlier decisions predict.
 
     Returns:
-        `{"all" | "answer" | "<attribute>/first" | "<attribute>/later": {"loss", "floor"}}`.
+        ``{"all" | "answer" | "<attribute>/first" | "<attribute>/later": {"loss", "floor"}}``.
     """
     rng = random.Random(f"lm-heldout-{seed}")
     texts = [world.sample(rng) for _ in range(documents)]

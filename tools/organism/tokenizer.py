@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Builds the tokenizer: one token per word, BOS in front, no EOS, as Llama's does."""
+    """Build the tokenizer: one token per word, BOS in front, no EOS, as Llama's does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

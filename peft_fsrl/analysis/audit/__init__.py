@@ -1,4 +1,4 @@
-"""Everything about one adapter: every analysis, made once, with a verdict."""
+"""Every analysis of one adapter, with verdicts."""
 
 from .audit import Audit, compute_audit
 from .info import AdapterInfo, Setting

@@ -213,7 +213,7 @@ def _require_finite(scores: PreferenceScores, name: str) -> None:
     if bad:
         raise ValueError(
             f"Expected finite losses of the {name} model, found nan or inf on {bad} of {scores.n} "
-            "pairs. Look at its weights, or try --dtype float32."
+            "pairs. Check its weights, or try --dtype float32."
         )
 
 

@@ -1,4 +1,4 @@
-"""The measurements of an audit: each is made once, and read back when nothing changed."""
+"""The stages of an audit: each is computed once and reused while its inputs are unchanged."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _NONE_OR_MORE = ("n_generations", "n_coherence", "n_random", "n_single", "n_card
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """How much of everything.
+    """Amounts of work and of output.
 
     Attributes:
         categories: those of the labels to look at; None for all.
@@ -119,7 +119,7 @@ class FeatureCard(Record):
 
 
 class Stages:
-    """The stages of an audit, each made once."""
+    """The stages of an audit, each computed once."""
 
     def __init__(
         self,

@@ -264,7 +264,7 @@ def require_pairs(session: Session) -> None:
     """
     if len(session.rows) < ENOUGH_PAIRS:
         raise ValueError(
-            f"Expected at least {ENOUGH_PAIRS} preference pairs to say what they prefer, got "
+            f"Expected at least {ENOUGH_PAIRS} preference pairs to measure their contrast, got "
             f"{len(session.rows)}. Give more."
         )
 

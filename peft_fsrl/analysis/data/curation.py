@@ -1,4 +1,4 @@
-"""A preference set in which some features do not decide any more what is preferred."""
+"""Curated preference sets in which some features no longer decide what is preferred."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def compute_curation(
     *,
     out: str | Path | None = None,
 ) -> Curation:
-    """Find the pairs to drop or to flip, so that some features do not decide what is preferred.
+    """Find the pairs to drop or to flip, so that some features no longer decide what is preferred.
 
     The features prefer the answer to which a probe on them alone, fitted on other pairs, gives the
     higher score; so do all other features, by a probe fitted as if the given ones were balanced, in

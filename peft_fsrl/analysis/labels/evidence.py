@@ -1,4 +1,4 @@
-"""What can be seen of features without asking anybody: where they are active, what they promote."""
+"""Evidence about features, without a judge: where they are active, and what they promote."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Context(Record):
 
 @dataclass(frozen=True)
 class FeatureEvidence(Record):
-    """What can be seen of a feature without asking anybody.
+    """Evidence about one feature.
 
     Attributes:
         feature: index in the SAE.

@@ -1,4 +1,4 @@
-"""Labels in files: CSV as people write it, and JSON with everything in it."""
+"""Label files: CSV for people, JSON for complete records."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def load_labels(
 
 
 def save_labels(labels: Labels, path: str | os.PathLike[str]) -> None:
-    """Write labels, whole or not at all: what was there before stays until all is written.
+    """Write labels atomically.
 
     Args:
         labels: to be written.
@@ -87,7 +87,7 @@ def _decode(data: bytes) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line}: not UTF-8 ({error.reason}).") from error
     if not text.strip():
-        raise ValueError("there are no labels in it: was it written to the end?")
+        raise ValueError("it contains no labels: is it complete?")
     return text
 
 
@@ -132,9 +132,7 @@ def _from_json(text: str, path: Path) -> Labels:
     try:
         content = json.loads(text, object_pairs_hook=_refuse_repeated)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"line {error.lineno}: not JSON ({error.msg}): was it written to the end?"
-        ) from error
+        raise ValueError(f"line {error.lineno}: not JSON ({error.msg}): is it complete?") from error
     except RecursionError as error:
         raise ValueError("nested too deeply to be labels: is it the right file?") from error
     if not isinstance(content, dict):
@@ -164,7 +162,7 @@ def _from_json(text: str, path: Path) -> Labels:
 def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, count in Counter(name for name, _ in pairs).items():
         if count > 1 and name.isdigit():
-            raise ValueError(f"entry {name!r}: it stands there twice.")
+            raise ValueError(f"entry {name!r}: it occurs twice.")
     return dict(pairs)
 
 
@@ -228,7 +226,7 @@ def _collect(rows: Iterable[_Row], source: str) -> Labels:
                 here.quality if known.quality is None else known.quality,
             )
     if not found:
-        raise ValueError("there are no labels in it: was it written to the end?")
+        raise ValueError("it contains no labels: is it complete?")
     features = tuple(label for _, label in sorted(found.items()))
     return Labels(source, tuple(categories), None, None, features)
 

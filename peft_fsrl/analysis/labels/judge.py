@@ -46,7 +46,7 @@ _sent: ContextVar[list[int]] = ContextVar("sent")
 
 
 class JudgeError(ConnectionError):
-    """An endpoint that stopped answering; what it had answered is kept.
+    """An endpoint that stopped answering; its earlier answers are kept.
 
     Attributes:
         done: prompts of the call that have an answer now.
@@ -411,8 +411,8 @@ class _AnswerCache:
             )
         if damaged:
             logger.warning(
-                "%s: %d incomplete line(s) left out, as a killed process leaves them; %d answers "
-                "are good.",
+                "%s: skipped %d incomplete line(s), as a killed process leaves them; %d answers "
+                "are usable.",
                 path,
                 damaged,
                 len(self.answers),
@@ -461,7 +461,7 @@ def _client(judge: Judge) -> AsyncOpenAI:
                     f"no whole answer in {judge._timeout:g} s", request=request
                 ) from error
             if response.headers.get("content-encoding", "identity") != "identity":
-                raise OpenAIError("it packed its answer, which it was asked not to")
+                raise OpenAIError("it compressed its answer, although asked not to")
             return http.Response(
                 response.status_code, headers=response.headers, content=bytes(body), request=request
             )

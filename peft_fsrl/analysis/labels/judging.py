@@ -291,7 +291,7 @@ def measure_detection(
     unread = sum(detection.accuracy is None for detection in found)
     if unread:
         logger.warning(
-            "%r: %d of %d answers about contexts cannot be read.", judge, unread, len(found)
+            "%r: %d of %d answers about contexts cannot be parsed.", judge, unread, len(found)
         )
     return found
 
@@ -433,5 +433,9 @@ def _read_prompt(name: str) -> str:
 def _warn(judge: Judge, n: int, total: int, what: str) -> None:
     if n:
         logger.warning(
-            "%r: no %s for %d of %d features, whose answers cannot be read.", judge, what, n, total
+            "%r: no %s for %d of %d features, because the answers cannot be parsed.",
+            judge,
+            what,
+            n,
+            total,
         )

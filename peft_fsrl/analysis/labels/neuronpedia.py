@@ -153,8 +153,7 @@ def _list_files(bucket: str, prefix: str) -> dict[str, int]:
             return sizes
         parameters["continuation-token"] = token
     raise OSError(
-        f"{bucket} lists files without end: {_MOST_PAGES} pages under {prefix} and more to come. "
-        "Is `bucket` right?"
+        f"{bucket} lists more than {_MOST_PAGES} pages under {prefix}. Is `bucket` right?"
     )
 
 

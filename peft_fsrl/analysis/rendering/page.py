@@ -1,4 +1,4 @@
-"""An audit as one HTML file that needs nothing else: no network, no other file."""
+"""An audit as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _COLOUR = re.compile(r"#[0-9a-f]{6}\b|\bblack\b", re.IGNORECASE)
 
 
 def render_audit_html(audit: Audit, figures: Mapping[str, str] | None = None) -> str:
-    """A self-contained page: it opens from disk, prints, and never asks the network for anything.
+    """A self-contained page: it opens from disk, prints, and makes no request.
 
     Whatever an audit carries (labels, prompts, answers) is escaped, and the page's own policy lets
     a browser run no script but the page's own and load nothing.
