@@ -76,6 +76,22 @@ def test_a_page_opens_with_what_one_gets_and_a_snippet_that_runs(page: Path) -> 
         assert any(snippet.runs for snippet in find_snippets(opening))
 
 
+def test_the_architecture_page_lists_the_files() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    listed, parents = set(), [ROOT]
+    for indent, name in re.findall(r"^    ( *)([\w/]+(?:\.py)?)  ", page, flags=re.MULTILINE):
+        folder = parents[len(indent) // 2]
+        listed.add(folder / name)
+        parents[len(indent) // 2 + 1 :] = [folder / name]
+    assert {path for path in listed if not path.exists()} == set()
+    package = ROOT / "peft_fsrl"
+    for folder in (package, package / "sae", package / "tuner"):
+        private = {folder / "__init__.py", package / "__main__.py"}
+        assert set(folder.glob("*.py")) - private <= listed
+    rooms = {path.parent for path in package.glob("*/__init__.py")}
+    assert rooms <= listed
+
+
 def test_find_snippets() -> None:
     text = textwrap.dedent(
         """\
