@@ -139,7 +139,7 @@ def smollm2_world(seed: int, model_dir: Path) -> World:
         model, AutoTokenizer.from_pretrained(folder), pairs, batch_size=8, progress=True
     )
     balanced = smollm2.make_pairs(facts, known, 100, style=0.5, honesty=0.5, seed="detect")
-    means = smollm2.mean_activations(replace(session, dataset=balanced))
+    means = smollm2.mean_over_answers(replace(session, dataset=balanced))
     scores = smollm2.score_attributes(means, balanced, PLANTED)
     truth = {name: pairs[f"{name}_chosen"] for name in PLANTED}
     return World(session, pairs, truth, smollm2.find_detectors(scores), len(pairs))

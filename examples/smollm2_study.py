@@ -97,6 +97,8 @@ FORMS = {
     "encoder": Form({"activation": "relu", "init_weights": "encoder", "l1_coeff": 0.05}, 1e-4),
     "gain": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05),
     "contrast": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200),
+    "bounded": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200, -0.5),
+    "amplify": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200, 0.0),
 }
 
 

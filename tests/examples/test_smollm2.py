@@ -8,13 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from helpers import load_example
+from helpers import fsrl_model, load_example, only_layer
 from peft_fsrl import load_sae
 from peft_fsrl.analysis import Summary
 
@@ -25,6 +25,7 @@ FACTS = {
     "There": {"capital": "B", "continent": "X", "currency": "Crown"},
     "Nowhere": {"capital": "C", "continent": "Y", "currency": "Dollar"},
 }
+CONTRASTS = [(4, True), (1, True), (2, True), (3, False), (0, True)]
 ITEM = re.compile(r"\*\*(\w+):\*\* (\w+)")
 
 
@@ -109,6 +110,34 @@ def test_features_are_chosen_once_for_a_run(script: ModuleType, tmp_path: Path) 
     path = tmp_path / "features.json"
     assert script.remember_features(path, lambda: [3, 5]) == [3, 5]
     assert script.remember_features(path, lambda: [7]) == [3, 5]
+
+
+def test_dense_features_are_not_chosen(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [SimpleNamespace(feature=f, separates=separates) for f, separates in CONTRASTS]
+    activations = torch.tensor([[0.0, 3.0, 0.1, 0.1, 0.0], [0.0, 0.1, 0.1, 0.0, 0.0]])
+    monkeypatch.setattr(script, "attach_probe", lambda *args: SimpleNamespace(unload=lambda: None))
+    monkeypatch.setattr(script, "Session", lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        script, "compute_contrast", lambda *args, **kwargs: SimpleNamespace(features=found)
+    )
+    # One of two tokens is more than a fifth; activation alone is not what counts.
+    monkeypatch.setattr(script, "mean_over_answers", lambda session, read: read(activations))
+    where = {"layer": 0, "sae": "", "n": 5}
+    assert script.choose_features(None, None, [], **where) == [0, 4]
+    found.pop()
+    found.pop(0)
+    with pytest.raises(ValueError, match="found none"):
+        script.choose_features(None, None, [], **where)
+
+
+def test_gains_stay_above_their_bound(script: ModuleType) -> None:
+    model = fsrl_model(activation="gain")
+    gain = only_layer(model).fsrl_adapter["default"].gain
+    with torch.no_grad():
+        gain.copy_(torch.linspace(-2, 1, len(gain)))
+    expected = torch.tensor([max(-0.5, value) for value in gain.tolist()])
+    script.BoundGains(-0.5).on_optimizer_step(None, None, None, model=model)
+    torch.testing.assert_close(gain.detach(), expected, rtol=0, atol=0)
 
 
 def test_missing_packages_say_how_to_install_them(
