@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..equivalence import Correspondence
 
-COLOURS = ("#c2571a", "#2a6f97", "#4f772d", "#7b2d8b")
+COLORS = ("#c2571a", "#2a6f97", "#4f772d", "#7b2d8b")
 CONTROL = "#b8b8b8"
 
 
@@ -33,11 +33,11 @@ def plot_rank_frequencies(records: Sequence[RankFrequency]) -> Figure:
     Raises:
         ValueError: for no record, or more than there are colors.
     """
-    if not 1 <= len(records) <= len(COLOURS):
-        raise ValueError(f"Expected 1 to {len(COLOURS)} records, got {len(records)}.")
+    if not 1 <= len(records) <= len(COLORS):
+        raise ValueError(f"Expected 1 to {len(COLORS)} records, got {len(records)}.")
     figure, panel = subplots(figsize=(5.2, 3.6))
     lowest = min(min(record.frequencies) for record in records)
-    for color, record in zip(COLOURS, records, strict=False):
+    for color, record in zip(COLORS, records, strict=False):
         label = f"{record.segment.replace('_', ' + ')} ({record.n_features} features)"
         panel.plot(record.ranks, record.frequencies, "o", color=color, markersize=3, label=label)
         fitted = [record.amplitude * math.exp(-record.rate * rank) for rank in record.ranks]
@@ -80,7 +80,7 @@ def plot_ablations(summaries: Mapping[str, Sequence[Summary]]) -> Figure:
             rises = [ablation.rise for _, ablation in found]
             controls = [ablation.control_loss - run.trained.loss for run, ablation in found]
             places = [0.06 * (place - (len(found) - 1) / 2) for place in range(len(found))]
-            colors = (COLOURS[x % len(COLOURS)], CONTROL)
+            colors = (COLORS[x % len(COLORS)], CONTROL)
             for shift, values, color in zip(
                 (-0.2, 0.2), ([rise.value for rise in rises], controls), colors, strict=True
             ):
@@ -121,7 +121,7 @@ def plot_static_dynamic(record: StaticDynamic) -> Figure:
         "chosen at each token": (record.dynamic, "o-"),
         "one fixed set": (record.static, "s--"),
     }
-    for color, (label, (levels, style)) in zip(COLOURS, kinds.items(), strict=False):
+    for color, (label, (levels, style)) in zip(COLORS, kinds.items(), strict=False):
         x = [level.share for level in levels]
         for panel, intervals in (
             (losses, [level.loss for level in levels]),
@@ -191,8 +191,8 @@ def plot_training_curves(curves: TrainingCurves) -> Figure:
     )
     for axis, (label, training, held_out) in zip(axes[:, 0], panels, strict=True):
         for color, style, name, kind in (
-            (COLOURS[0], "-", training, "training"),
-            (COLOURS[1], "o-", held_out, "held-out"),
+            (COLORS[0], "-", training, "training"),
+            (COLORS[1], "o-", held_out, "held-out"),
         ):
             if name in logged:
                 curve: Curve = logged[name]
@@ -255,7 +255,7 @@ def plot_sweep(points: Sequence[SweepPoint], x: str) -> Figure:
     figure, panels = subplots(2, 1, figsize=(4.6, 4.8), sharex=True)
     figures = {"loss": "held-out loss", "l0": "steered features per token"}
     values = sorted({getattr(point, x) for point in finished})
-    for panel, color, (name, label) in zip(panels, COLOURS, figures.items(), strict=False):
+    for panel, color, (name, label) in zip(panels, COLORS, figures.items(), strict=False):
         groups = [
             [getattr(point, name) for point in finished if getattr(point, x) == value]
             for value in values
@@ -298,13 +298,13 @@ def plot_variants(variants: Mapping[str, Sequence[SweepPoint]]) -> Figure:
         for name, runs in variants.items()
     }
     points = {name: found for name, found in points.items() if found}
-    if not 1 <= len(points) <= len(COLOURS):
+    if not 1 <= len(points) <= len(COLORS):
         raise ValueError(
-            f"Expected 1 to {len(COLOURS)} variants with finished runs, got {len(points)}."
+            f"Expected 1 to {len(COLORS)} variants with finished runs, got {len(points)}."
         )
     figure, panel = subplots(figsize=(4.8, 3.6))
     widest = max(l0 for found in points.values() for l0, _ in found)
-    for color, (name, found) in zip(COLOURS, points.items(), strict=False):
+    for color, (name, found) in zip(COLORS, points.items(), strict=False):
         l0s, losses = zip(*found, strict=True)
         panel.plot(l0s, losses, "o", color=color, markersize=4, label=name)
         lowest = [min(losses[: place + 1]) for place in range(len(losses))]
@@ -335,15 +335,15 @@ def plot_correspondence(record: Correspondence) -> Figure:
     ranks, radii, errors, features = panels.flat
     n_tokens = len(record.token_ranks)
     counts = [record.token_ranks.count(rank) for rank in range(max(record.token_ranks) + 1)]
-    ranks.bar(range(len(counts)), [count / n_tokens for count in counts], color=COLOURS[1])
+    ranks.bar(range(len(counts)), [count / n_tokens for count in counts], color=COLORS[1])
     ranks.set(xlabel="rank of the LoRA at a token", ylabel="share of tokens")
     ranks.xaxis.get_major_locator().set_params(integer=True)
     finite = sorted(radius for radius in record.token_radii if radius < float("inf"))
     shares = [(place + 1) / n_tokens for place in range(len(finite))]
-    radii.step(finite, shares, where="post", color=COLOURS[1])
+    radii.step(finite, shares, where="post", color=COLORS[1])
     radii.set(xscale="log", ylim=(0, 1))
     radii.set(xlabel="radius / norm of the token", ylabel="share of tokens below")
-    for color, stand_in in zip(COLOURS, record.stand_ins, strict=False):
+    for color, stand_in in zip(COLORS, record.stand_ins, strict=False):
         divergence = [kl / record.base_kl for kl in stand_in.kl]
         missed = f"missed change, {stand_in.target}"
         errors.plot(stand_in.ranks, stand_in.errors, "o-", color=color, label=missed)
@@ -359,7 +359,7 @@ def plot_correspondence(record: Correspondence) -> Figure:
         (record.explained, "s--", "explained by the refitted adapter"),
         (record.chance, ":", "in their span by chance"),
     ):
-        features.plot(record.n_features, values, style, color=COLOURS[0], label=label)
+        features.plot(record.n_features, values, style, color=COLORS[0], label=label)
     features.set(xscale="log", ylim=(0, 1.03), xlabel="features chosen blindly")
     features.set_ylabel("share of the squared change")
     features.set_xticks(record.n_features, [str(n) for n in record.n_features])

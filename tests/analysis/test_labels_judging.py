@@ -26,11 +26,11 @@ from peft_fsrl.analysis.labels import (
     FeatureLabel,
     HeldOutContexts,
     Judge,
-    Judgement,
+    Judgment,
     Labels,
     collect_evidence,
     collect_held_out,
-    collect_judgements,
+    collect_judgments,
     default_categories,
     describe_features,
     judge_features,
@@ -173,7 +173,7 @@ def test_judging_from_evidence() -> None:
     with serve(by_words) as s:
         judge = Judge(s.url, "m")
         labels = judge_features(material, [category], judge)
-        judgements = collect_judgements(material, [category], judge)
+        judgments = collect_judgments(material, [category], judge)
     assert labels == Labels(
         "judge m",
         ("lists",),
@@ -181,9 +181,9 @@ def test_judging_from_evidence() -> None:
         None,
         (FeatureLabel(3, None, ("lists",), None), FeatureLabel(5, None, (), None)),
     )
-    assert judgements == (
-        Judgement(3, "lists", (True,), 0.9),
-        Judgement(5, "lists", (False,), 0.7),
+    assert judgments == (
+        Judgment(3, "lists", (True,), 0.9),
+        Judgment(5, "lists", (False,), 0.7),
     )
     assert len(s.requests) == 2
 
@@ -225,7 +225,7 @@ def test_several_samples() -> None:
     with serve(script) as s:
         judge = Judge(s.url, "m", temperature=1.0, max_concurrency=1)
         labels = judge_features(material, [Category("c", "d")], judge, samples=3)
-        judgements = collect_judgements(material, [Category("c", "d")], judge, samples=3)
+        judgments = collect_judgments(material, [Category("c", "d")], judge, samples=3)
         assert len(s.requests) == 9
     # Two of three; all; and a tie between one yes and one no.
     assert [(f.feature, f.categories, f.quality) for f in labels.features] == [
@@ -233,8 +233,8 @@ def test_several_samples() -> None:
         (2, (), 1.0),
     ]
     assert labels.undecided == (3,)
-    assert judgements[2] == Judgement(3, "c", (True, None, False), pytest.approx(0.2))
-    assert judgements[2].verdict is None
+    assert judgments[2] == Judgment(3, "c", (True, None, False), pytest.approx(0.2))
+    assert judgments[2].verdict is None
 
 
 def test_categories_of_ones_own(tmp_path: Path) -> None:

@@ -854,6 +854,27 @@ MUTANTS = (
         ("analysis/test_labels_evidence.py::test_contexts_and_density_against_loops",),
     ),
     Mutant(
+        "a command prints its report in spite of --json",
+        "cli/main.py",
+        "say(record.to_json() if args.json else text)",
+        "say(text)",
+        ("cli/test_cli.py::test_data_sets_on_disk",),
+    ),
+    Mutant(
+        "the exit status hides that an SAE does not fit",
+        "cli/checkup.py",
+        "return DOES_NOT_FIT if any(",
+        "return 0 if any(",
+        ("cli/test_cli.py::test_checkup",),
+    ),
+    Mutant(
+        "the help of a command runs over the screen",
+        "cli/main.py",
+        "max_help_position=27",
+        "max_help_position=12",
+        ("cli/test_cli.py::test_help",),
+    ),
+    Mutant(
         "evidence is collected from the texts that labels are tested on",
         "analysis/labels/evidence.py",
         "answer, lambda row: not is_held_out(row, held_out, answer)",

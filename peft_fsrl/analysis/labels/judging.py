@@ -73,7 +73,7 @@ def default_categories() -> tuple[Category, Category]:
 
 
 @dataclass(frozen=True)
-class Judgement(Record):
+class Judgment(Record):
     """What a judge answered about one feature and one category.
 
     Attributes:
@@ -95,14 +95,14 @@ class Judgement(Record):
         return None if yes == no else yes > no
 
 
-def collect_judgements(
+def collect_judgments(
     material: Material,
     categories: Sequence[Category] | None,
     judge: Judge,
     *,
     descriptions: Labels | None = None,
     samples: int = 1,
-) -> tuple[Judgement, ...]:
+) -> tuple[Judgment, ...]:
     """The single answers behind ``judge_features``, with what the judge says of its confidence."""
     if samples < 1:
         raise ValueError(f"Expected at least one sample, got {samples}.")
@@ -124,13 +124,13 @@ def collect_judgements(
     questions = [(feature, name) for feature in known for name in systems]
     prompts = [_chat(systems[name], known[feature]) for feature, name in questions]
     answers = [judge.ask(prompts, sample=n) for n in range(samples)]
-    judgements = []
+    judgments = []
     for (feature, name), *given in zip(questions, *answers, strict=True):
         verdicts, confidences = zip(*map(parse_verdict, given), strict=True)
         claimed = [confidence for confidence in confidences if confidence is not None]
         confidence = sum(claimed) / len(claimed) if claimed else None
-        judgements.append(Judgement(feature, name, verdicts, confidence))
-    return tuple(judgements)
+        judgments.append(Judgment(feature, name, verdicts, confidence))
+    return tuple(judgments)
 
 
 def judge_features(
@@ -163,17 +163,17 @@ def judge_features(
     """
     material = material if isinstance(material, Labels) else tuple(material)
     categories = default_categories() if categories is None else categories
-    by_feature: dict[int, list[Judgement]] = {}
-    for judgement in collect_judgements(
+    by_feature: dict[int, list[Judgment]] = {}
+    for judgment in collect_judgments(
         material, categories, judge, descriptions=descriptions, samples=samples
     ):
-        by_feature.setdefault(judgement.feature, []).append(judgement)
+        by_feature.setdefault(judgment.feature, []).append(judgment)
     labels, undecided = [], []
     for feature, found in by_feature.items():
-        if any(judgement.verdict is None for judgement in found):
+        if any(judgment.verdict is None for judgment in found):
             undecided.append(feature)
             continue
-        names = tuple(judgement.category for judgement in found if judgement.verdict)
+        names = tuple(judgment.category for judgment in found if judgment.verdict)
         agreement = sum(j.verdicts.count(j.verdict) for j in found) / (samples * len(found))
         quality = agreement if samples > 1 else None
         labels.append(FeatureLabel(feature, None, names, quality))

@@ -8,7 +8,7 @@ stay in no category.
 How a feature's use enters is a choice:
 
 - Without ``strata``, a feature in doubt is as likely to belong to a category whether it is used or
-  not. Redrawing then pulls figures towards "no difference": a conclusion that survives it is safe,
+  not. Redrawing then pulls figures toward "no difference": a conclusion that survives it is safe,
   but the interval is not one for the true figure if the category truly is used more.
 - With ``strata`` (``strata_by_use``), the judge errs alike whatever the use of a feature, and how
   common a category is may differ from one stratum of use to the next. Then intervals cover the

@@ -39,7 +39,7 @@ class FeatureLabel(Record):
         description: in words, if the source has any.
         categories: that it belongs to, such as ``"style"``; empty for none.
         quality: between 0 and 1, how well the label holds up (held-out detection accuracy, or
-            agreement between judgements); None if nobody checked.
+            agreement between judgments); None if nobody checked.
     """
 
     feature: int

@@ -32,7 +32,7 @@ _TITLES = {
     "curves": "What the trainer logged over the run",
 }
 # What the plots draw with, and what stands for it in the page's style sheet.
-_COLOURS = {
+_COLORS = {
     "#000000": "currentColor",
     "black": "currentColor",
     "#ffffff": "var(--surface)",
@@ -147,4 +147,4 @@ def adopt_svg(svg: str, prefix: str, title: str) -> str:
 
 
 def _themed(match: re.Match[str]) -> str:
-    return _COLOURS.get(match[0].lower(), match[0])
+    return _COLORS.get(match[0].lower(), match[0])
