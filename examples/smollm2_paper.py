@@ -6,9 +6,10 @@ r"""The paper's figures 2 to 5, and more of its tables, on SmolLM2-135M-Instruct
 
 `coefficients` and `layers` are the two sweeps of figure 2, `curves` is figure 3, and `adapter` has
 figures 4 and 5 with what else the paper says of one adapter. `exclusion` trains without the
-features that detect style and without as many random ones, `variants` other activations, starts,
-penalties and optimizers, and `probe` asks which layer before any training. A layer without an SAE
-in `--saes` is left out: `tools/smollm2_sae.py` makes one.
+features that detect style and without as many random ones, `composition` counts what kinds of
+features are steered, `probe` asks which layer before any training, and `variants` trains other
+activations, starts, penalties and optimizers. A layer without an SAE in `--saes` is left out:
+`tools/smollm2_sae.py` makes one.
 
 Model, pairs and training are those of `examples/smollm2_study.py`, in bfloat16 also where the loss
 is measured, but every feature may be steered, as in the paper. A run has a folder of its own and is
@@ -106,7 +107,7 @@ def gains(**settings: float) -> Form:
 
 
 REFERENCE = "l1-0.01"
-COEFFICIENTS = (0.01, 0.03, 0.1, 0.3)
+COEFFICIENTS = (0.01, 0.1, 0.3)
 EXCLUSIONS = (REFERENCE, "without-style", "without-random")
 NOISE = FORMS["noise"]
 JUMP = {"activation": "jumprelu", "init_weights": "encoder", "l1_coeff": 0.0, "l0_coeff": 0.02}
@@ -458,7 +459,7 @@ def adapter(bench: Bench) -> str:
     figures = bench.figures([REFERENCE])[REFERENCE]
     detectors = bench.detectors(LAYER)
     facts, out, world = load_facts(), bench.out, bench.world
-    texts = other_texts(facts, split_countries(facts)[1], 24)
+    texts = other_texts(facts, split_countries(facts)[1], 12)
     with bench.steered(REFERENCE) as peft, torch.autocast("cpu", torch.bfloat16):
         session = Session(peft, world.tokenizer, world.test, batch_size=8, progress=True)
         usages = compute_usages(session, segments=SEGMENTS)
@@ -466,28 +467,13 @@ def adapter(bench: Bench) -> str:
         draw(plot_rank_frequencies(ranks), out / "rank_frequency.png")
         kept = out / "static_dynamic.json"
         if not kept.exists():
-            record = compare_static_dynamic(session, usages[0], shares=SHARES)
+            few = replace(session, dataset=world.test.select(range(min(16, len(world.test)))))
+            record = compare_static_dynamic(few, usages[0], shares=SHARES)
             write_text_atomically(kept, record.to_json())
         record = StaticDynamic.from_json(kept.read_text())
         draw(plot_static_dynamic(record), out / "static_dynamic.png")
-        compositions = compute_compositions(session, detectors)
         sae = active_sae(peft)
         parts = describe(session, usages[0], sae.info.d_sae, detectors, texts)
-    rows = [
-        [
-            each.segment.replace("_", " + "),
-            share.category,
-            str(share.n_features),
-            f"{share.steered_share.value:.1%}",
-            f"{share.active_share.value:.1%}",
-            f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
-        ]
-        for each in compositions
-        for share in each.shares
-        for ratio in [share.enrichment]
-    ]
-    header = ["", "category", "features", "of steered", "of active", "ratio"]
-    parts["What is steered against what is active"] = markdown(header, rows)
     levels = zip(record.dynamic, record.static, strict=True)
     rows = [
         [
@@ -518,6 +504,32 @@ def adapter(bench: Bench) -> str:
     return "\n".join(f"{title(name)}\n{text}" for name, text in parts.items())
 
 
+def composition(bench: Bench) -> str:
+    """Shares of categories among steered and active features, of an adapter whose rows train.
+
+    Gains steer what is active, and little else can be counted of them.
+    """
+    bench.figures(["encoder"])
+    with bench.steered("encoder") as peft, torch.autocast("cpu", torch.bfloat16):
+        session = Session(peft, bench.world.tokenizer, bench.world.test, batch_size=8)
+        compositions = compute_compositions(session, bench.detectors(LAYER))
+    rows = [
+        [
+            each.segment.replace("_", " + "),
+            share.category,
+            str(share.n_features),
+            f"{share.steered_share.value:.1%}",
+            f"{share.active_share.value:.1%}",
+            f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
+        ]
+        for each in compositions
+        for share in each.shares
+        for ratio in [share.enrichment]
+    ]
+    header = ["", "category", "features", "of steered", "of active", "ratio"]
+    return markdown(header, rows)
+
+
 def probe(bench: Bench) -> str:
     """Which layer, before any training."""
     args, world = bench.args, bench.world
@@ -530,7 +542,8 @@ def probe(bench: Bench) -> str:
             }
             for pooling in ("last", "mean")
         }
-        some = replace(session, dataset=world.train.select(range(args.contrast_pairs)))
+        # A pass with gradients through all layers.
+        some = replace(session, dataset=world.train.select(range(min(16, len(world.train)))))
         saes = {layer: str(bench.sae(layer)) for layer in bench.known_layers()}
         effects = {each.layer: each for each in rank_layers(some, saes)}
     rows = []
@@ -547,7 +560,16 @@ def probe(bench: Bench) -> str:
 
 STUDIES = {
     each.__name__: each
-    for each in (curves, coefficients, adapter, layers, exclusion, probe, variants)
+    for each in (
+        curves,
+        coefficients,
+        layers,
+        adapter,
+        exclusion,
+        composition,
+        probe,
+        variants,
+    )
 }
 
 

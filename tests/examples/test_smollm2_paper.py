@@ -29,7 +29,7 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import smollm2_paper as script
 
     class Small:
-        """Two steps of two pairs."""
+        """Five steps of two pairs."""
 
         batches = script.World.batches
 
@@ -38,7 +38,7 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             self.knobs, self.batch_size = KNOBS, args.batch_size
             self.tokenizer = creature.load_tokenizer()
             self.model = creature.load_model().requires_grad_(False).eval()
-            for part, n in (("train", 4), ("test", 6), ("detect", 12)):
+            for part, n in (("train", 10), ("test", 6), ("detect", 12)):
                 pairs = creature.preferences(n, seed=part)
                 for kind in KNOBS:
                     truth = [bool(value) for value in pairs[f"chosen_{kind}"]]
@@ -97,6 +97,28 @@ def test_runs_are_made_once_and_measured_as_elsewhere(
     assert text.count("| run |") == 3
 
 
+@pytest.mark.slow
+def test_every_study_in_small(
+    paper: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper, "require_packages", lambda: None)
+    facts = {str(n): {"capital": f"city {n}"} for n in range(20)}
+    monkeypatch.setattr(paper, "load_facts", lambda: facts)
+    monkeypatch.setattr(paper, "unrelated_prompts", lambda _: ["<user> hello <assistant>"])
+    # In four pairs nothing separates.
+    monkeypatch.setattr(paper, "choose_features", lambda *_, n, **__: list(range(n)))
+    sizes = {"steps": 2, "batch_size": 2, "test_pairs": 6, "detector_pairs": 12, "seed": 0}
+    options = {"layers": [1, 2], "probe_layers": [1, 2], "contrast_pairs": 4, "studies": []}
+    places = {"out": str(tmp_path), "saes": str(tmp_path / "{layer}")}
+    paper.main(Namespace(**sizes, **options, **places))
+    for name in paper.STUDIES:
+        assert (tmp_path / f"{name}.md").read_text().strip()
+    pictures = ("coefficients", "layers", "rank_frequency", "static_dynamic", "training_curves")
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(pictures)
+    with pytest.raises(FileExistsError, match="other settings"):
+        paper.main(Namespace(**{**sizes, "steps": 3}, **options, **places))
+
+
 def test_what_is_logged_is_what_was_minimized(paper: ModuleType) -> None:
     creature = organism.load()
     world = paper.World(Namespace(batch_size=2), "style", 0)
@@ -130,8 +152,8 @@ def test_curves_are_read_as_a_trainers(paper: ModuleType, tmp_path: Path) -> Non
     bench = bench_in(paper, tmp_path)
     bench.figures([paper.REFERENCE])
     curves = load_training_curves(tmp_path / paper.REFERENCE)
-    assert curves.curve("eval_loss").steps == (0,)
-    assert curves.curve("preference_loss").steps == (1, 2)
+    assert curves.curve("eval_loss").steps == (0, 5)
+    assert curves.curve("preference_loss").steps == (1, 2, 3, 4, 5)
 
 
 def test_a_layer_without_an_sae_is_left_out(
