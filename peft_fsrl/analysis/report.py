@@ -571,7 +571,7 @@ def render_inspection(found: Inspection, n_features: int = 10) -> str:
             for each, trigger in set_off[:n_features]
         ]
         headers = ["feature", "detects", "moves", "v", "tokens", "set off by"]
-        lines += [title("Triggers of rarely steered features"), table(headers, rows)]
+        lines += [title("What sets rarely steered features off"), table(headers, rows)]
     return "\n".join(lines) + "\n"
 
 

@@ -19,6 +19,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers import (
     D_IN,
@@ -193,6 +194,7 @@ RELOAD = """
 import sys, torch
 from peft import PeftModel, AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 import peft_fsrl
 torch.set_num_threads(2)
 root = sys.argv[1]
@@ -568,6 +570,11 @@ def test_gradient_checkpointing(activation: str, use_reentrant: bool) -> None:
     expected = penalized_gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
+    # Older releases of transformers checkpoint `__call__`, and with it the hook that steers.
+    if use_reentrant and "__call__" in vars(GradientCheckpointingLayer):
+        with pytest.raises(RuntimeError, match="is detached and would not affect training"):
+            penalized_gradients(model)
+        return
     actual = penalized_gradients(model)
     assert expected.keys() == actual.keys()
     for name, gradient in expected.items():
