@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 from smollm2 import (
     SAE,
     attach_probe,
+    bound_gains,
     choose_features,
     find_detectors,
     load_base,
@@ -83,12 +85,14 @@ class Form:
         lr: learning rate.
         n_features: steer only so many features, those that separate chosen from rejected most.
         optimizer: a kind of Adam.
+        least_gain: no gain falls below it.
     """
 
     config: dict[str, Any]
     lr: float
     n_features: int | None = None
     optimizer: Any = torch.optim.Adam
+    least_gain: float = -math.inf
 
 
 FORMS = {
@@ -97,8 +101,8 @@ FORMS = {
     "encoder": Form({"activation": "relu", "init_weights": "encoder", "l1_coeff": 0.05}, 1e-4),
     "gain": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05),
     "contrast": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200),
-    "bounded": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200, -0.5),
-    "amplify": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200, 0.0),
+    "bounded": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200, least_gain=-0.5),
+    "amplify": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200, least_gain=0.0),
 }
 
 
@@ -293,6 +297,8 @@ def train(
         total = loss + penalty
         total.backward()
         optimizer.step()
+        if form.config.get("activation") == "gain":
+            bound_gains(peft, form.least_gain)
         logged = {
             "loss": total,
             "fsrl/penalty": penalty,
