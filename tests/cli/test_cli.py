@@ -117,6 +117,11 @@ def test_the_quality_of_labels_is_said_for_all_or_for_each(
         assert "--label-mcc" in capsys.readouterr().err.splitlines()[-1]
 
 
+# Older releases of datasets leave a CSV file open.
+OPEN_FILES = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@OPEN_FILES
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet", ""])
 def test_data_sets_on_disk(
     adapter: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
@@ -307,6 +312,7 @@ def test_damaged_adapters(
     assert "--base-model" in refusal(capsys, "audit", copy, *out)
 
 
+@OPEN_FILES
 def test_data_that_nobody_can_audit(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -274,6 +275,11 @@ def test_gradient_checkpointing_keeps_the_step(use_reentrant: bool, tmp_path: Pa
     )
     naive = Naive(model, sequences(trainer))
     before, gradients = snapshot(model), naive.gradients(naive.simpo() + naive.penalty)
+    # Older releases of transformers checkpoint `__call__`, and with it the hook that steers.
+    if use_reentrant and "__call__" in vars(GradientCheckpointingLayer):
+        with pytest.raises(RuntimeError, match="is detached and would not affect training"):
+            trainer.train()
+        return
     trainer.train()
     assert_stepped(model, before, gradients)
     assert reporter.logs["fsrl/l0"] == pytest.approx(naive.mean("l0"), rel=1e-5)
