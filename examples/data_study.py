@@ -161,7 +161,11 @@ def study(seed: int, args: argparse.Namespace) -> Study:
     )
     copies = {GIVEN: (numbers, world.pairs)}
     for action in (DROP, RELABEL):
-        curation = compute_curation(world.session, world.detectors["style"], action, out=parts)
+        try:
+            curation = compute_curation(world.session, world.detectors["style"], action, out=parts)
+        except ValueError as error:
+            print(f"{action}: {error}")
+            continue
         write_text_atomically(folder / f"{action}.json", curation.to_json())
         copies[action] = apply_curation(numbers, curation), apply_curation(world.pairs, curation)
     variants = []
@@ -169,6 +173,9 @@ def study(seed: int, args: argparse.Namespace) -> Study:
         margins = measure_margins(world.session, organism.load().load_model(), seed)
         variants.append(Variant(BASE, **margins))
     for name in VARIANTS:
+        if name not in copies:
+            variants.append(Variant(name, 0))
+            continue
         kept, pairs = copies[name]
         shares = [shares_of(world.truth[each], kept) for each in PLANTED]
         variant = Variant(name, len(pairs), *shares)

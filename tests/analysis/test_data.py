@@ -26,6 +26,7 @@ from peft_fsrl.analysis.data import (
     compute_curation,
     compute_mirror,
 )
+from peft_fsrl.analysis.data import curation as curation_module
 from peft_fsrl.analysis.data import reading as reading_module
 from peft_fsrl.analysis.data.contrast import contrast_features, describe_features
 from peft_fsrl.analysis.data.probe import crossfit_scores
@@ -368,6 +369,23 @@ def test_dropping_balances_and_flipping_takes_what_a_feature_explains_alone(tmp_
             assert other["prompt"] == one["prompt"]
     with pytest.raises(ValueError, match="nothing is there to drop"):
         compute_curation(session, organism.load().features("verbosity"), "drop", out=tmp_path)
+
+
+def test_dropping_never_leaves_the_opposite(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(tiny_preferences(24))
+    session = Session(fsrl_model(), tiny_tokenizer(), rows)
+    # 18 pairs agree and 6 do not; the others support just the same 18.
+    scores = torch.tensor([1.0] * 18 + [-1.0] * 6)
+    rest = scores.clone()
+    monkeypatch.setattr(curation_module, "_preferences", lambda *_: (scores, rest))
+    with pytest.raises(ValueError, match="balance would leave nothing"):
+        compute_curation(session, [0], "drop")
+    # Two against the features are supported now: two of those that agree may stay.
+    rest[-2:] = 1.0
+    curation = compute_curation(session, [0], "drop")
+    left = [float(scores[row]) for row in range(24) if row not in curation.rows]
+    assert sorted(left) == [-1, -1, 1, 1]
+    assert curation.after.value == 0.5
 
 
 def test_a_mirror_is_a_count_by_hand() -> None:

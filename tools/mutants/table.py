@@ -884,8 +884,8 @@ MUTANTS = (
     Mutant(
         "evidence is collected from what was trained beside the adapter",
         "analysis/labels/evidence.py",
-        "evaluating(session.model), session.base(), observe",
-        "evaluating(session.model), observe",
+        "evaluating(session.model), session.base(), bar",
+        "evaluating(session.model), bar",
         ("analysis/test_labels_evidence.py::test_what_is_trained_beside_the_adapter",),
     ),
     Mutant(
@@ -1361,6 +1361,13 @@ MUTANTS = (
         "for supported in (rest > 0, rest <= 0):",
         "for supported in (rest > 0,):",
         (f"{DATA}test_dropping_balances_and_flipping_takes_what_a_feature_explains_alone",),
+    ),
+    Mutant(
+        "dropping leaves pairs against the features alone",
+        "analysis/data/curation.py",
+        "fewer, more = sorted(sides, key=len)",
+        "more, fewer = sides",
+        (f"{DATA}test_dropping_never_leaves_the_opposite",),
     ),
     Mutant(
         "pairs are flipped that the others support",

@@ -68,12 +68,13 @@ def compute_curation(
     higher score; so do all other features, by a probe fitted as if the given ones were balanced, in
     which whatever goes along with them has no part.
 
-    To drop are pairs whose chosen answer the features prefer, drawn at random, until among those
-    that the others support, and among those that they do not, the features prefer the chosen answer
-    as often as the rejected one. Dropping the least supported pairs would balance the features as
-    well, but leave only pairs against them where the others say nothing: their opposite would be
-    learned. To flip are pairs whose preference the features explain alone, which the others do not
-    support, the least supported first, until the features are balanced or no such pair is left.
+    To drop are pairs drawn at random, nearly all of them such whose chosen answer the features
+    prefer, until among those that the others support, and among those that they do not, the
+    features prefer the chosen answer as often as the rejected one. Dropping the least supported
+    pairs would balance the features as well, but leave only pairs against them where the others say
+    nothing: their opposite would be learned. To flip are pairs whose preference the features
+    explain alone, which the others do not support, the least supported first, until the features
+    are balanced or no such pair is left.
 
     Args:
         session: its model has one FSRL layer, trained or not: everything is about the base model.
@@ -83,7 +84,7 @@ def compute_curation(
 
     Raises:
         ValueError: for another action, no feature, fewer than 20 pairs, features that do not tell
-            the chosen answers, and as ``read_pairs`` does.
+            the chosen answers, nothing that would be left; and as ``read_pairs`` does.
         IndexError: for a feature that the SAE does not have.
         ImportError: without the ``audit`` extra.
     """
@@ -108,6 +109,12 @@ def compute_curation(
     surplus = int(agrees.sum()) - int((scores < 0).sum())
     if action == DROP:
         changed = _surplus(scores, rest, session.seed)
+        if len(changed) == reading.n_pairs:
+            raise ValueError(
+                "Expected pairs in which all other features prefer another answer than the "
+                f"{len(chosen)} given ones, found none of {len(changed)}: balance would leave "
+                "nothing. Give more pairs."
+            )
     else:
         alone = torch.where(agrees & (rest <= 0), rest, torch.inf)
         changed = alone.argsort(stable=True)[: min(surplus // 2, int(alone.isfinite().sum()))]
@@ -185,9 +192,10 @@ def _surplus(
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for supported in (rest > 0, rest <= 0):
-        agree = (supported & (scores > 0)).nonzero()[:, 0]
-        n = max(0, len(agree) - int((supported & (scores < 0)).sum()))
-        drawn.append(agree[torch.randperm(len(agree), generator=generator)[:n]])
+        sides = [(supported & side).nonzero()[:, 0] for side in (scores > 0, scores < 0)]
+        fewer, more = sorted(sides, key=len)
+        order = torch.randperm(len(more), generator=generator)
+        drawn.append(more[order[: len(more) - len(fewer)]])
     return torch.cat(drawn)
 
 
