@@ -14,7 +14,7 @@ LAUNCH = accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_p
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real paper test serving docs docs-site docs-serve lint format types build ci bench conformance mutants lock clean
+.PHONY: help setup demo real paper test serving docs notebooks hour docs-site docs-serve lint format types build ci bench conformance mutants lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,12 @@ test: setup ## run the tests, the snippets in the documentation among them
 serving: ## run the tests of serving with vLLM (its build for CPUs), in an environment of its own
 	@$(PYTHON) tools/setup_serving.py --venv $(SERVING_VENV)
 	VLLM_LOGGING_LEVEL=ERROR $(SERVING_VENV)/bin/python -m pytest tests/serving $(ARGS)
+
+notebooks: setup ## run the notebooks in docs/notebooks and keep what they print
+	$(VENV)/bin/python tools/notebooks.py $(ARGS)
+
+hour: ## go through a stranger's first hour on a fresh clone, and time it
+	@$(PYTHON) tools/first_hour.py $(ARGS)
 
 docs: setup ## run only the snippets in README.md and docs/
 	$(RUN) pytest tests/test_docs.py $(ARGS)

@@ -153,12 +153,7 @@ def ablate_features(
     Raises:
         IndexError: for an index that the SAE does not have.
     """
-    chosen = _check_features(model, features, layer_name)
-
-    def zero(v: Tensor, sae: FrozenSAE) -> Tensor:
-        return v.index_fill(-1, sae.positions(chosen).to(v.device), 0.0)
-
-    with edit_steering(model, zero, layer_name):
+    with scale_steering(model, 0.0, layer_name, features):
         yield
 
 
@@ -188,18 +183,32 @@ def only_features(
 
 
 @contextmanager
-def scale_steering(model: nn.Module, scale: float, layer_name: str | None = None) -> Iterator[None]:
+def scale_steering(
+    model: nn.Module,
+    scale: float,
+    layer_name: str | None = None,
+    features: Iterable[int] | None = None,
+) -> Iterator[None]:
     """Multiply every steering vector by ``scale``: 0 is the base model, 1 the trained adapter.
 
     Args:
         model: a model with FSRL adapters.
         scale: any finite number.
         layer_name: only at this wrapped module; None for all.
+        features: only the entries of these features; None for all.
+
+    Raises:
+        IndexError: for an index that the SAE does not have.
     """
+    chosen = None if features is None else _check_features(model, features, layer_name)
 
     def rescale(v: Tensor, sae: FrozenSAE) -> Tensor:
         # Zero means the base model, whatever the adapter computes, inf and nan included.
-        return v * scale if scale else torch.zeros_like(v)
+        scaled = v * scale if scale else torch.zeros_like(v)
+        if chosen is None:
+            return scaled
+        places = sae.positions(chosen).to(v.device)
+        return v.index_copy(-1, places, scaled.index_select(-1, places))
 
     with edit_steering(model, rescale, layer_name):
         yield

@@ -26,7 +26,7 @@ def test_every_extra_that_is_named_exists() -> None:
         for text in sources.values()
         for extra in re.findall(r"""install_command\(["'](\w+)["']\)""", text)
     }
-    assert named == {"audit", "eval", "judge", "plots", "serve"}
+    assert named == {"app", "audit", "eval", "judge", "plots", "serve"}
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     for page in pages:
         named.update(re.findall(r"peft-fsrl\[(\w+)\]", page.read_text("utf-8")))

@@ -81,6 +81,10 @@ EDITS: dict[str, tuple[Edit, Callable[[Tensor], Tensor]]] = {
     "ablate": (lambda m: ablate_features(m, FEATURES), without),
     "only": (lambda m: only_features(m, FEATURES), alone),
     "scale": (lambda m: scale_steering(m, 1.5), lambda v: 1.5 * v),
+    "scale some": (
+        lambda m: scale_steering(m, -1.5, features=FEATURES),
+        lambda v: without(v) - 1.5 * alone(v),
+    ),
     "reverse": (lambda m: scale_steering(m, -2.0), lambda v: -2 * v),
     "edit": (lambda m: edit_steering(m, lambda v, sae: torch.square(v)), torch.square),
 }

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("audit", "dev", "eval", "judge", "plots", "sweep")
+EXTRAS = ("app", "audit", "dev", "eval", "judge", "plots", "sweep")
 CUDA_ONLY = re.compile(r"^(nvidia-|cuda-|triton\b)")
 HEADER = """\
 # The releases the project is tested with, on Python {python}; other Pythons get releases

@@ -54,7 +54,9 @@ def install(python: Path, venv: Path, constraints: Path, torch_spec: str) -> Non
         pins = pins.replace(torch_pin.group(0), "")
     used = venv / "constraints.txt"
     used.write_text(pins)
-    run(python, "-m", "pip", "install", "-qq", "-c", used, "-e", ".[audit,dev,eval,judge,sweep]")
+    run(
+        python, "-m", "pip", "install", "-qq", "-c", used, "-e", ".[app,audit,dev,eval,judge,sweep]"
+    )
 
 
 def main() -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..records import Record
+from ..sae.frozen import FrozenSAE
 from ..steering import SteeringEvent, fsrl_layers, observe
 from ..training.sampling import Answer, model_variants, sample_answers
 from .session import Session
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,23 @@ def token_texts(ids: Sequence[int], tokenizer: Any, *, special: bool = False) ->
     return texts
 
 
+def strongest_features(
+    v: Float[Tensor, "n_features"], sae: FrozenSAE, n: int
+) -> tuple[tuple[SteeredFeature, ...], int]:
+    """The ``n`` features that are steered most, largest ``|v|`` first, and how many there are.
+
+    Args:
+        v: the steering vector of one token.
+        sae: says which features these are.
+        n: how many to name.
+    """
+    v = v.detach().float().cpu()
+    order = v.abs().argsort(descending=True, stable=True)[:n].tolist()
+    index = sae.feature_index
+    strongest = (SteeredFeature(int(index[i]), float(v[i])) for i in order if v[i] != 0)
+    return tuple(strongest), int((v != 0).sum())
+
+
 class _Recorder:
     def __init__(self, layer_name: str, n_features: int) -> None:
         self._layer_name = layer_name
@@ -168,11 +189,7 @@ class _Recorder:
             return
         vectors = event.steering_vector.detach().flatten(0, -2)
         self._lengths.append(len(vectors))
-        v = vectors[-1].float().cpu()
-        order = v.abs().argsort(descending=True, stable=True)[: self._n_features].tolist()
-        index = event.sae.feature_index
-        strongest = (SteeredFeature(int(index[i]), float(v[i])) for i in order if v[i] != 0)
-        self._steered.append((tuple(strongest), int((v != 0).sum())))
+        self._steered.append(strongest_features(vectors[-1], event.sae, self._n_features))
 
     def of(self, answer: Answer) -> list[tuple[tuple[SteeredFeature, ...], int]]:
         n_prompt, n_said = len(answer.prompt), len(answer.said)

@@ -82,6 +82,22 @@ def add_model_arguments(parser: argparse.ArgumentParser, simpo: bool = False) ->
         add("--gamma", metavar="X", type=float, default=5.0, help="SimPO's target margin (5)")
 
 
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options for how a conversation is answered."""
+    add = parser.add_argument_group("answers").add_argument
+    add("--max-new-tokens", metavar="N", type=int, default=256, help="length limit (256)")
+    add("--temperature", metavar="X", type=float, default=0.0, help="of sampling; 0 = greedy (0)")
+
+
+def add_server_arguments(parser: argparse.ArgumentParser, port: int) -> Any:
+    """Options for where to listen; returns their group."""
+    group = parser.add_argument_group("server")
+    add = group.add_argument
+    add("--host", metavar="HOST", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", metavar="N", type=int, default=port, help=f"port to listen on ({port})")
+    return group
+
+
 def add_output_arguments(parser: argparse.ArgumentParser, files: str, required: bool = True) -> Any:
     """Options for what a command writes; returns their group."""
     group = parser.add_argument_group("output")

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 
+from ..analysis.generations import SteeredToken
+from ..analysis.labels import FeatureLabel
 from ..analysis.layout import clean_text
 from ..serving.chat import HELP, Chat
-from ._inputs import add_adapter_arguments, add_model_arguments, load_adapter, load_label_file
+from ._inputs import (
+    add_adapter_arguments,
+    add_answer_arguments,
+    add_model_arguments,
+    load_adapter,
+    load_label_file,
+)
 from .main import one_line, say
 
 EXAMPLE = "peft-fsrl chat runs/organism --labels organism"
@@ -16,9 +25,7 @@ EXAMPLE = "peft-fsrl chat runs/organism --labels organism"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``peft-fsrl chat``."""
     add_adapter_arguments(parser)
-    add = parser.add_argument_group("answers").add_argument
-    add("--max-new-tokens", metavar="N", type=int, default=256, help="length limit (256)")
-    add("--temperature", metavar="X", type=float, default=0.0, help="of sampling; 0 = greedy (0)")
+    add_answer_arguments(parser)
     add_model_arguments(parser)
 
 
@@ -41,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             if line.startswith("/"):
                 say(chat.command(line))
             elif line:
-                chat.say(line, _write)
+                chat.say(line, lambda piece: _write(piece, chat.labels))
                 say("")
         except ValueError as error:
             say(f"error: {one_line(error)}")
@@ -54,9 +61,13 @@ def _read() -> str | None:
     return line.strip() if line else None
 
 
-def _write(piece: str, feature: str) -> None:
-    mark = f"[{feature}]" if feature else ""
-    if mark and sys.stdout.isatty():
-        mark = f"\x1b[2m{mark}\x1b[0m"
-    sys.stdout.write(clean_text(piece) + mark)
+def _write(piece: SteeredToken, labels: Mapping[int, FeatureLabel]) -> None:
+    mark = ""
+    for steered in piece.steered:
+        label = labels.get(steered.feature)
+        kinds = f" {', '.join(label.categories)}" if label and label.categories else ""
+        mark = f"[{steered.feature}{kinds} {steered.value:+.2f}]"
+        if sys.stdout.isatty():
+            mark = f"\x1b[2m{mark}\x1b[0m"
+    sys.stdout.write(clean_text(piece.text) + mark)
     sys.stdout.flush()

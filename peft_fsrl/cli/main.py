@@ -29,6 +29,7 @@ COMMANDS = {
     "diff": "compare two adapters on the same SAE, feature by feature",
     "serve": "serve adapters through an OpenAI-compatible API",
     "chat": "chat in the terminal, with the features behind each token",
+    "app": "chat in the browser, base and trained model side by side",
     "eval": "evaluate an adapter beside its base model",
 }
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, IndexError)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..serving.adapters import parse_sources
 from ..serving.fallback import serve_with_transformers
 from ..serving.plugin import ADAPTER, LABELS
-from ._inputs import add_labels_argument, find_base, read_config
+from ._inputs import add_labels_argument, add_server_arguments, find_base, read_config
 
 EXAMPLE = "peft-fsrl serve runs/organism --backend transformers --port 8000"
 
@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "default: the base model that the adapter names"
     group.add_argument("--base-model", metavar="MODEL", help=text)
     add_labels_argument(group)
-    add = parser.add_argument_group("server").add_argument
-    add("--host", metavar="HOST", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    add("--port", metavar="N", type=int, default=8000, help="port to listen on (8000)")
+    add = add_server_arguments(parser, 8000).add_argument
     text = "vllm, transformers or auto: vLLM if installed"
     choices = ("auto", "vllm", "transformers")
     add("--backend", metavar="NAME", choices=choices, default="auto", help=text)

@@ -1,4 +1,4 @@
-"""A conversation with a steered model, token by token with the feature that was steered most."""
+"""A conversation with a steered model, token by token with the features steered there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from ..analysis.labels import Labels
+from ..analysis.generations import SteeredFeature, SteeredToken, strongest_features
+from ..analysis.labels import FeatureLabel, Labels, for_model
 from ..steering import SteeringEvent, ablate_features, fsrl_layers, observe, scale_steering
+from ..training.running import as_base
 from .requests import Served, SteeringRequest, parse_request
 
 HELP = """\
@@ -32,9 +34,13 @@ class Chat:
         labels: of the SAE's features.
         max_new_tokens: length limit of an answer.
         temperature: 0 takes the likeliest token.
+        n_features: how many features to keep per token, largest ``|v|`` first.
 
     Attributes:
         asked: how the next answer is steered.
+        labels: by feature.
+        categories: features by category, from the labels.
+        scales: factors of the steering of categories; 1 where there is none.
         messages: the conversation so far, in transformers' form.
     """
 
@@ -46,16 +52,19 @@ class Chat:
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
+        n_features: int = 1,
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._n_features = model, tokenizer, n_features
         layers = fsrl_layers(model).values()
         d_sae = min(sae.info.d_sae for layer in layers for sae in layer.fsrl_sae.values())
-        categories, self._labels = {}, {}
+        self.labels: dict[int, FeatureLabel] = {}
+        self.categories: dict[str, list[int]] = {}
+        self.scales: dict[str, float] = {}
         if labels is not None:
-            categories = {category: labels.members(category) for category in labels.categories}
-            self._labels = {each.feature: ", ".join(each.categories) for each in labels.features}
+            self.labels = {each.feature: each for each in for_model(labels, model).features}
+            self.categories = {name: labels.members(name) for name in labels.categories}
         self._served = Served(
-            {"default": ""}, {"default": d_sae}, {}, None, categories, ["default"]
+            {"default": ""}, {"default": d_sae}, {}, None, self.categories, ["default"]
         )
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         self._options["do_sample"] = temperature > 0
@@ -90,26 +99,30 @@ class Chat:
         raise ValueError(f"There is no command {name!r}:\n{HELP}")
 
     @torch.no_grad()
-    def say(self, text: str, write: Callable[[str, str], None]) -> str:
+    def say(self, text: str, write: Callable[[SteeredToken], Any]) -> str:
         """Answer a message.
 
         Args:
             text: what the user says.
-            write: called with each piece of the answer, and with the feature that was steered most
-                where that piece was decided on, as a few words; empty for none.
+            write: called with each piece of the answer and the features that were steered where
+                it was decided on.
 
         Returns:
             The whole answer.
         """
         self.messages.append({"role": "user", "content": text})
-        streamer = _Streamer(self._tokenizer, self._labels, write)
+        streamer = _Streamer(self._tokenizer, self._n_features, write)
         inputs = self._encode().to(self._model.device)
         with ExitStack() as stack:
             stack.enter_context(observe(self._model, streamer.look))
-            if self.asked.strength != 1:
-                stack.enter_context(scale_steering(self._model, self.asked.strength))
-            if self.asked.ablated:
-                stack.enter_context(ablate_features(self._model, self.asked.ablated))
+            strength = self.asked.strength
+            # The base has none of what an adapter trains beside the steering, either.
+            steer = scale_steering(self._model, strength) if strength else as_base(self._model)
+            stack.enter_context(steer)
+            stack.enter_context(ablate_features(self._model, self.asked.ablated))
+            for category, scale in self.scales.items():
+                members = self.categories[category]
+                stack.enter_context(scale_steering(self._model, scale, features=members))
             self._model.generate(**inputs, **self._options, streamer=streamer)
         self.messages.append({"role": "assistant", "content": streamer.text})
         return streamer.text
@@ -130,25 +143,20 @@ class Chat:
 
 
 class _Streamer(BaseStreamer):
-    """Turns tokens into pieces of text, each with what was steered most before it."""
+    """Turns tokens into pieces of text, each with the features steered where it was predicted."""
 
     def __init__(
-        self, tokenizer: Any, labels: dict[int, str], write: Callable[[str, str], None]
+        self, tokenizer: Any, n_features: int, write: Callable[[SteeredToken], Any]
     ) -> None:
-        self._tokenizer, self._labels, self._write = tokenizer, labels, write
+        self._tokenizer, self._n_features, self._write = tokenizer, n_features, write
         self._tokens: list[int] = []
-        self._strongest = ""
+        self._steered: tuple[tuple[SteeredFeature, ...], int] = ((), 0)
         self._has_prompt = False
         self.text = ""
 
     def look(self, event: SteeringEvent) -> None:
         v = event.steering_vector[0, -1]
-        place = int(v.abs().argmax())
-        feature, value = int(event.sae.feature_index[place]), float(v[place])
-        label = self._labels.get(feature, "")
-        self._strongest = " ".join(filter(None, [str(feature), label, f"{value:+.2f}"]))
-        if not value:
-            self._strongest = ""
+        self._steered = strongest_features(v, event.sae, self._n_features)
 
     def put(self, value: Tensor) -> None:
         if not self._has_prompt:
@@ -158,7 +166,7 @@ class _Streamer(BaseStreamer):
         text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         # Half of a character of several bytes waits for its other half.
         if len(text) > len(self.text) and not text.endswith("\ufffd"):
-            self._write(text[len(self.text) :], self._strongest)
+            self._write(SteeredToken(text[len(self.text) :], *self._steered))
             self.text = text
 
     def end(self) -> None:

@@ -527,6 +527,20 @@ MUTANTS = (
         ("test_steering.py::test_edits",),
     ),
     Mutant(
+        "a scale meant for some features reaches all",
+        "steering.py",
+        "return v.index_copy(-1, places, scaled.index_select(-1, places))",
+        "return scaled",
+        ("test_steering.py::test_edits",),
+    ),
+    Mutant(
+        "the slider of a category does nothing",
+        "serving/chat.py",
+        "scale_steering(self._model, scale, features=members)",
+        "scale_steering(self._model, 1.0, features=members)",
+        ("serving/test_chat.py::test_the_steering_of_a_category_has_a_factor_of_its_own",),
+    ),
+    Mutant(
         "top-k keeps the largest, not the largest in size",
         "steering.py",
         "top = v.abs().topk(n, dim=-1).indices",
@@ -973,8 +987,8 @@ MUTANTS = (
     Mutant(
         "a token comes with the features of the first position that was read",
         "analysis/generations.py",
-        "v = vectors[-1].float().cpu()",
-        "v = vectors[0].float().cpu()",
+        "strongest_features(vectors[-1], ",
+        "strongest_features(vectors[0], ",
         ("analysis/test_generations.py::test_tokens_and_features_equal_the_formula",),
     ),
     Mutant(

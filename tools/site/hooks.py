@@ -1,4 +1,4 @@
-"""What the documentation site has beyond docs/: the repository's own pages and the API reference.
+"""What the documentation site has beyond docs/: the repository's own pages, notebooks, the API.
 
 Pages are read as they are on GitHub, so links are brought to where the site has their targets. What
 the site does not have (sources, examples) becomes a name.
@@ -6,6 +6,7 @@ the site does not have (sources, examples) becomes a name.
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -41,16 +42,32 @@ def on_files(files: Any, config: Any) -> Any:
     for name, page in PAGES.items():
         text = (ROOT / name).read_text("utf-8")
         files.append(File.generated(config, page, content=text))
+    for notebook in sorted(ROOT.glob("docs/notebooks/*.ipynb")):
+        name = f"notebooks/{notebook.stem}.md"
+        files.append(File.generated(config, name, content=render_notebook(notebook)))
     for name, module in REFERENCE.items():
         text = f"# `{module}`\n\n::: {module}\n    options:\n      show_root_toc_entry: false\n"
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
 
 
+def render_notebook(path: Path) -> str:
+    """A notebook as Markdown: its texts, its code, what it printed, and the file itself."""
+    parts = []
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        printed = "".join("".join(each.get("text", "")) for each in cell.get("outputs", ()))
+        if printed:
+            parts.append(f"```text\n{printed.rstrip()}\n```")
+    parts.insert(1, f'<a href="../{path.name}" download>The notebook</a>, to run it yourself.')
+    return "\n\n".join(parts)
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links to the site's pages, and fences that Python-Markdown can read."""
     source = page.file.src_uri
-    folder = "" if source in PAGES.values() else "docs"
+    folder = "" if source in PAGES.values() else posixpath.dirname(f"docs/{source}")
     if source.startswith("reference/"):
         return markdown
 
@@ -60,10 +77,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         if ":" in target or not path:
             return link.group()
         there = posixpath.normpath(posixpath.join(folder, path))
-        if there in PAGES:
-            return f"[{text}]({PAGES[there]}{hash_}{anchor})"
-        if there.startswith("docs/"):
-            return f"[{text}]({there.removeprefix('docs/')}{hash_}{anchor})"
+        if there in PAGES or there.startswith("docs/"):
+            target = PAGES.get(there) or there.removeprefix("docs/")
+            target = re.sub(r"\.ipynb$", ".md", target)
+            target = posixpath.relpath(target, posixpath.dirname(source) or ".")
+            return f"[{text}]({target}{hash_}{anchor})"
         if not (ROOT / there).exists():
             return link.group()  # and --strict says so
         return text if there in text else f"{text} (`{there}`)"
