@@ -300,7 +300,7 @@ def test_results_of_other_settings_are_not_mixed_in(
     command.run(arguments(place, tmp_path, *local(place, "tiny_choice")))
     limited = [*local(place, "tiny_choice"), "--limit", "3"]
     before = (tmp_path / "tasks" / "tiny_choice.base.json").read_bytes()
-    with pytest.raises(ValueError, match=r"something else.*limit.*--overwrite"):
+    with pytest.raises(ValueError, match=r"other inputs.*limit.*--overwrite"):
         command.run(arguments(place, tmp_path, *limited))
     assert (tmp_path / "tasks" / "tiny_choice.base.json").read_bytes() == before
     assert len(calls) == 2
