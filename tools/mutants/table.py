@@ -522,8 +522,8 @@ MUTANTS = (
     Mutant(
         "the scale is ignored",
         "steering.py",
-        "return v * scale if scale else torch.zeros_like(v)",
-        "return v",
+        "scaled = v * scale if scale else torch.zeros_like(v)",
+        "scaled = v",
         ("test_steering.py::test_edits",),
     ),
     Mutant(
