@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make serving")
 import torch
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from serving_helpers import save_adapter, save_model
+from serving_helpers import save_adapter, save_model, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
