@@ -1,7 +1,8 @@
 """Counters of what is steered, for Prometheus.
 
 vLLM's engine runs in another process than the one that answers ``/metrics``. It writes totals into
-a small file that both have mapped, and a collector reads them.
+a small file that both have mapped, and a collector reads them. Once both have, its name is removed:
+the file ends with the last of them, however that ends.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class Counters:
 
     def __init__(self, adapters: Sequence[str]) -> None:
         path = os.environ.get(VARIABLE)
-        self._file = _open(Path(path), len(adapters)) if path else None
+        self._file: Any = None
+        if path:
+            self._file = _open(Path(path), len(adapters))
+            Path(path).unlink()
         self._rows = {name: row for row, name in enumerate(adapters)}
         self._pending: dict[str, Tensor] = {}
         self._flushed = 0.0
@@ -67,29 +71,32 @@ class Collector:
 
     def __init__(self, path: Path, adapters: Sequence[str]) -> None:
         self._path, self._adapters = path, list(adapters)
+        self._totals = _open(path, len(adapters))
 
     def collect(self) -> Iterator[Any]:
         """The counters with their present values."""
         from prometheus_client.core import CounterMetricFamily
 
-        totals = _open(self._path, len(self._adapters))
         for column, (name, text) in enumerate(_NAMES.items()):
             family = CounterMetricFamily(f"peft_fsrl_{name}", text, labels=["adapter"])
             for row, adapter in enumerate(self._adapters):
-                family.add_metric([adapter], float(totals[row, column]))
+                family.add_metric([adapter], float(self._totals[row, column]))
             yield family
 
     def close(self) -> None:
-        """Remove the file."""
+        """Remove the file of an engine that never came to open it."""
         self._path.unlink(missing_ok=True)
 
 
 def publish(adapters: Sequence[str]) -> None:
     """Make the file, tell processes that are started from here, and register the collector.
 
-    A second server in a process takes the place of the first one.
+    A second server in a process takes the place of the first one. Where several processes answer,
+    they share vLLM's own counters only.
     """
     global _published
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        return
     from prometheus_client import REGISTRY
 
     handle, name = tempfile.mkstemp(prefix="peft_fsrl_counters_")

@@ -1447,4 +1447,11 @@ MUTANTS = (
         "if identity is None:",
         ("serving/test_adapters.py::test_other_weights_take_the_place_of_the_served_ones",),
     ),
+    Mutant(
+        "a server that was killed leaves its counters behind",
+        "serving/counters.py",
+        "Path(path).unlink()",
+        "pass",
+        ("serving/test_counters.py::test_the_file_has_no_name_once_the_engine_has_it",),
+    ),
 )
