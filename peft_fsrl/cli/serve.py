@@ -13,7 +13,7 @@ from pathlib import Path
 from ..serving.adapters import parse_sources
 from ..serving.fallback import serve_with_transformers
 from ..serving.plugin import ADAPTER, LABELS
-from ._inputs import add_labels_argument, add_server_arguments, find_base, read_config
+from ._inputs import add_server_arguments, find_base, read_config
 
 EXAMPLE = "peft-fsrl serve runs/organism --backend transformers --port 8000"
 
@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("adapter", metavar="ADAPTER", help=text)
     text = "default: the base model that the adapter names"
     group.add_argument("--base-model", metavar="MODEL", help=text)
-    add_labels_argument(group)
+    text = "labels of features, .csv or .json; needs vLLM"
+    group.add_argument("--labels", metavar="FILE", help=text)
     add = add_server_arguments(parser, 8000).add_argument
     text = "vllm, transformers or auto: vLLM if installed"
     choices = ("auto", "vllm", "transformers")

@@ -101,13 +101,18 @@ def steer_config(config: Any, adapters: str, labels: str | None) -> None:
 
 def _require_plain(config: Any) -> None:
     parallel = config.parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+    for kind in ("tensor", "pipeline", "prefill_context", "data"):
+        name = f"{kind}_parallel_size"
         size = getattr(parallel, name)
         if size != 1:
             raise ValueError(
                 f"FSRL adapters are served by one rank, found {name}={size}: what is steered would "
                 f"be spread over several. Set {name}=1, and start several servers instead."
             )
+    if parallel.use_ubatching:
+        raise ValueError(
+            "FSRL adapters are steered in whole batches: leave enable_dbo and ubatch_size out."
+        )
     if config.use_v2_model_runner:
         raise ValueError(
             "FSRL adapters need vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0."
