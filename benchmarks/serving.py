@@ -97,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--model", help="folder or Hub repository; with --adapter")
     made.add_argument("--adapter", help="folder or Hub repository")
     made.add_argument("--dtype", default="float32")
+    made.add_argument("--tokens", type=int, default=64, help="length of each answer")
     made.add_argument("--eager", action="store_true", help="nothing is compiled")
     options = made.parse_args(arguments)
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if model is None or adapter is None:
             model, adapter = example(Path(folder))
         base, steered = start(model, "", options), start(model, str(adapter), options)
-        batches, n_tokens = ((1,), 4) if options.quick else ((1, 8, 32), 64)
+        batches, n_tokens = ((1,), 4) if options.quick else ((1, 8, 32), options.tokens)
         rows = [measure(base, steered, batch, 32, n_tokens, options) for batch in batches]
     report("serving", options, rows)
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make serving")
 
 import torch
+import vllm
 from transformers import AutoModelForCausalLM
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from helpers import fsrl_model, only_layer
+from peft_fsrl.serving.plugin import warn_of_version
 from peft_fsrl.steering import observe
 from serving_helpers import (
     N_TOKENS,
@@ -72,8 +78,10 @@ def test_steers_the_same_module_inside_a_layer(family: str, hook: str, tmp_path:
         assert_says(unsteered[0], say(reference, asked[0]))
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+@pytest.fixture(scope="module", params=[True, False], ids=["eager", "compiled"])
+def two(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
     """A server of two adapters whose prompts come in pieces, with a cache of prefixes."""
     folder = tmp_path_factory.mktemp("two")
     model = save_model(folder / "model")
@@ -82,6 +90,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     labels.write_text("feature,category\n3,style\n8,style\n5,honesty\n")
     named = ",".join(f"{name}={path}" for name, path in adapters.items())
     options = {"max_num_batched_tokens": 32, "max_num_seqs": 8, "block_size": 32}
+    options["enforce_eager"] = request.param
     with engine(model, None, **options) as llm:
         base = ask(llm, prompts(12, seed=5))
         with pytest.raises(VLLMValidationError, match="no FSRL adapter is loaded"):
@@ -91,6 +100,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield {"llm": llm, "base": base, **references}
 
 
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 WISHES: tuple[dict[str, Any], ...] = (
     {},
     {"fsrl_strength": 0},
@@ -189,6 +199,8 @@ def test_a_request_that_means_nothing_fails_alone(two: dict[str, Any], wish: Any
     assert_says(ask(two["llm"], [prompt])[0], say(two["one"], prompt))
 
 
+# What is compiled has the op in its graph, where no hook is needed any more.
+@pytest.mark.parametrize("two", [True], indirect=True, ids=["eager"])
 def test_steering_that_does_not_run_is_an_error(two: dict[str, Any]) -> None:
     worker = two["llm"].llm_engine.model_executor.driver_worker.worker
     layer = worker.model_runner.model.model.layers[1]
@@ -199,6 +211,44 @@ def test_steering_that_does_not_run_is_an_error(two: dict[str, Any]) -> None:
             ask(two["llm"], prompts(1))
     finally:
         layer._forward_hooks.update(hooks)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tensor_parallel_size": 2}, "found tensor_parallel_size=2"),
+        ({"pipeline_parallel_size": 2}, "found pipeline_parallel_size=2"),
+        ({"data_parallel_size": 2}, "found data_parallel_size=2"),
+        ({"speculative_config": NGRAMS}, "not served with speculative decoding"),
+        ({"scheduler_cls": "mine.Scheduler"}, r"found scheduler_cls=mine\.Scheduler"),
+        ({"worker_cls": "mine.Worker"}, r"found mine\.Worker"),
+    ],
+)
+def test_what_cannot_be_steered_is_refused_at_the_start(
+    options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model")
+    adapter = save_adapter(tmp_path / "adapter", model)
+    asked = EngineArgs(model=str(model), dtype="float32", max_model_len=128, **options)
+    adapters = patch.dict(os.environ, {"PEFT_FSRL_ADAPTER": str(adapter)})
+    with adapters, pytest.raises(ValueError, match=says):
+        asked.create_engine_config()
+
+
+def test_an_adapter_that_does_not_fit_is_refused_at_the_start(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", hidden_size=32)
+    adapter = save_adapter(tmp_path / "adapter", save_model(tmp_path / "wide"))
+    for folder, says in ((adapter, "activations of width 64"), (tmp_path / "gone", "gone")):
+        with pytest.raises(ValueError, match=says), engine(model, folder):
+            pass
+
+
+def test_another_vllm_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("0.31.9", "0.40.0+cpu"):
+        monkeypatch.setattr(vllm, "__version__", version)
+        says = f"tested with vLLM 0.32.0, found {re.escape(version)}"
+        with pytest.warns(UserWarning, match=says):
+            warn_of_version()
 
 
 @pytest.mark.slow

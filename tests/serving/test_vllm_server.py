@@ -61,6 +61,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     model = save_model(folder / "model")
+    (model / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     adapters = {
         name: save_adapter(folder / name, model, seed=seed)
         for seed, name in enumerate(("one", "two"))
@@ -69,10 +70,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     named = ",".join(f"{name}={path}" for name, path in adapters.items())
-    options = "--dtype float32 --max-model-len 128 --enforce-eager --max-num-seqs 16"
+    options = "--dtype float32 --max-model-len 128 --max-num-seqs 16"
     command = [sys.executable, "-m", "peft_fsrl", "serve", named, "--base-model", str(model)]
     command += ["--port", str(port), f"--vllm-options={options} --kv-cache-memory-bytes 67108864"]
     env = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    env["TMPDIR"] = str(scratch)
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
     url = f"http://127.0.0.1:{port}"
@@ -93,12 +97,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    assert not list(scratch.glob("peft_fsrl*"))
 
 
 @pytest.mark.parametrize(
     ("wish", "says"),
     [
         ({"fsrl_strength": "much"}, "fsrl_strength must be a finite number"),
+        ({"fsrl_strength": float("nan")}, "fsrl_strength must be a finite number"),
+        ({"fsrl_strength": float("inf")}, "fsrl_strength must be a finite number"),
+        ({"fsrl_features": 21}, "fsrl_features must be a whole number from 0 to 20"),
         ({"fsrl_ablate": [96]}, "features 0 to 95"),
         ({"fsrl_adapter": "three"}, "expected one of ['one', 'two']"),
         ({"fsrl_phase": "decode"}, "fsrl_phase must be one of"),
@@ -112,23 +120,23 @@ def test_a_request_that_means_nothing_is_a_400(server: Server, wish: Any, says: 
     assert server.complete(prompts(1)[0])[0] == 200
 
 
-def test_a_strength_that_is_not_finite_is_a_400(server: Server) -> None:
-    status, _ = server.complete(prompts(1)[0], fsrl_strength=float("nan"))
-    assert status == 400
-    assert server.complete(prompts(1)[0])[0] == 200
-
-
-def test_a_chat_brings_its_features_along(server: Server) -> None:
-    body = {"model": str(server.model), "prompt": prompts(1)[0], "max_tokens": 3}
+def test_a_chat_is_steered_and_brings_its_features_along(server: Server) -> None:
+    prompt = prompts(1)[0]
+    words = " ".join(f"w{token}" for token in prompt)
+    body = {"messages": [{"role": "user", "content": words}], "max_tokens": 10, "temperature": 0}
+    body |= {"model": str(server.model), "ignore_eos": True, "return_token_ids": True}
     xargs = {"fsrl_features": 2, "fsrl_adapter": "two", "fsrl_strength": 0.5}
-    status, answer = server.post("/v1/completions", {**body, "vllm_xargs": xargs})
+    status, answer = server.post("/v1/chat/completions", {**body, "vllm_xargs": xargs})
     assert status == 200
+    expected, _ = say(server.references["two"], prompt, strength=0.5)
+    assert answer["choices"][0]["token_ids"] == expected
     report = answer["kv_transfer_params"]["peft_fsrl"]
     assert (report["adapter"], report["strength"]) == ("two", 0.5)
-    assert [token["position"] for token in report["tokens"]] == list(range(len(body["prompt"]) + 2))
+    assert [token["position"] for token in report["tokens"]] == list(range(len(prompt) + 9))
     assert all(len(token["features"]) <= 2 for token in report["tokens"])
-    _, plain = server.post("/v1/completions", body)
+    _, plain = server.post("/v1/chat/completions", body)
     assert plain.get("kv_transfer_params") is None
+    assert plain["choices"][0]["token_ids"] == say(server.references["one"], prompt)[0] != expected
 
 
 def test_counters_stand_beside_those_of_vllm(server: Server) -> None:
@@ -176,6 +184,10 @@ def test_two_hundred_requests_each_get_their_own_answer(server: Server) -> None:
     assert {status for status, _ in found} == {200}
     answers = [answer["choices"][0]["token_ids"] for _, answer in found]
     assert len({tuple(answer) for answer in answers}) > 30
+    alone = [
+        server.complete(prompt, **wish)[1]["choices"][0]["token_ids"] for prompt, wish in asked
+    ]
+    assert answers == alone
     for (prompt, wish), answer in zip(asked, answers, strict=True):
         expected, _ = say(
             server.references[wish["fsrl_adapter"]],
