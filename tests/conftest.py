@@ -16,6 +16,8 @@ os.environ.update(
 )
 
 import random
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,3 +30,11 @@ def seed() -> None:
     """Start every test from the same random state, whatever ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def close_figures() -> Iterator[None]:
+    """Matplotlib keeps every figure of a process, and warns at the twenty-first."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")

@@ -598,7 +598,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
     for command in COMMANDS:
         for name, each in options_of(command).items():
             if name in ("--out", "--json", "--dataset", "--labels", "--device", "--seed", "--name"):
-                text = None if name == "--out" else each.help
+                text = None if name in ("--out", "--labels") else each.help
                 told.setdefault(name, set()).add((each.type, each.metavar, each.nargs, text))
     assert {name for name, kinds in told.items() if len(kinds) > 1} == set()
     assert told["--out"] == {(Path, "FOLDER", None, None)}

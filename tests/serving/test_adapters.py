@@ -148,7 +148,7 @@ def test_what_cannot_be_served_is_refused(saved: tuple[Path, Path], tmp_path: Pa
         load(other, model)
 
     whole = save_adapter(tmp_path / "whole", model, modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match=r"trained whole \(\['lm_head'\]\)"):
+    with pytest.raises(ValueError, match=r"fully trained modules \(\['lm_head'\]\)"):
         load(whole, model)
 
     top = save_adapter(tmp_path / "top", model, layer=None, target_modules=["model.norm"])
