@@ -22,7 +22,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,16 @@ class Form:
     least_gain: float = -math.inf
 
 
+GAIN = Form({"activation": "gain", "l1_coeff": 0.01}, 0.05)
+CONTRAST = replace(GAIN, n_features=200)
 FORMS = {
     "noise": Form({"init_scale": 1e-5, "l1_coeff": 0.05}, 1e-4),
     "threshold": Form({"init_scale": 1e-3, "init_threshold": 0.2, "l1_coeff": 0.1}, 1e-4),
     "encoder": Form({"activation": "relu", "init_weights": "encoder", "l1_coeff": 0.05}, 1e-4),
-    "gain": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05),
-    "contrast": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200),
-    "bounded": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200, least_gain=-0.5),
-    "amplify": Form({"activation": "gain", "l1_coeff": 0.01}, 0.05, 200, least_gain=0.0),
+    "gain": GAIN,
+    "contrast": CONTRAST,
+    "bounded": replace(CONTRAST, least_gain=-0.5),
+    "amplify": replace(CONTRAST, least_gain=0.0),
 }
 
 
