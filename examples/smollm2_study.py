@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 from smollm2 import (
+    DENSE,
     SAE,
     attach_probe,
     bound_gains,
@@ -59,6 +60,7 @@ from peft_fsrl.steering import (
     ForwardRecord,
     SteeringEvent,
     ablate_features,
+    fsrl_layers,
     observe,
     token_statistics,
 )
@@ -67,6 +69,10 @@ from peft_fsrl.training.tokens import tokenize
 
 BETA, GAMMA = 10.0, 5.0
 N_DRAWS = 5
+# Steps between two rounds of growth, and the gain below which a feature leaves.
+EVERY, UNUSED = 10, 0.01
+# Mean steering at which the slope of the log-sum penalty has fallen by half.
+MASS = 0.05
 
 WORLDS = {
     "style": {"style": 0.9, "honesty": 0.55},
@@ -74,6 +80,19 @@ WORLDS = {
     "style-courtesy": {"style": 0.9, "honesty": 0.55, "courtesy": 0.55},
     "courtesy": {"style": 0.55, "honesty": 0.55, "courtesy": 0.9},
 }
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Features that may be steered, found by the pull of the loss on each gain.
+
+    Attributes:
+        first: so many at the start.
+        more: so many every ``EVERY`` steps, in the first half of the training.
+    """
+
+    first: int
+    more: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,8 @@ class Form:
         n_features: steer only so many features, those that separate chosen from rejected most.
         optimizer: a kind of Adam.
         least_gain: no gain falls below it.
+        growth: features enter where the loss pulls; None if all are there from the start.
+        log_sum: weight of ``sum_i log(1 + mean_t |v_ti| / MASS)``, a penalty on whole features.
     """
 
     config: dict[str, Any]
@@ -93,18 +114,26 @@ class Form:
     n_features: int | None = None
     optimizer: Any = torch.optim.Adam
     least_gain: float = -math.inf
+    growth: Growth | None = None
+    log_sum: float = 0.0
 
 
+ROWS = {"activation": "relu", "init_weights": "encoder"}
 GAIN = Form({"activation": "gain", "l1_coeff": 0.01}, 0.05)
 CONTRAST = replace(GAIN, n_features=200)
+BOUNDED = replace(GAIN, least_gain=-0.5)
 FORMS = {
     "noise": Form({"init_scale": 1e-5, "l1_coeff": 0.05}, 1e-4),
     "threshold": Form({"init_scale": 1e-3, "init_threshold": 0.2, "l1_coeff": 0.1}, 1e-4),
-    "encoder": Form({"activation": "relu", "init_weights": "encoder", "l1_coeff": 0.05}, 1e-4),
+    "encoder": Form({**ROWS, "l1_coeff": 0.05}, 1e-4),
+    "rows": Form({**ROWS, "l1_coeff": 0.02}, 2e-4, n_features=200),
     "gain": GAIN,
     "contrast": CONTRAST,
     "bounded": replace(CONTRAST, least_gain=-0.5),
     "amplify": replace(CONTRAST, least_gain=0.0),
+    "pull": replace(BOUNDED, growth=Growth(first=200)),
+    "greedy": replace(BOUNDED, growth=Growth(first=20, more=20)),
+    "logsum": replace(BOUNDED, config={**GAIN.config, "l1_coeff": 0.0}, log_sum=0.005),
 }
 
 
@@ -247,6 +276,46 @@ def losses(model: Any, packed: Packed) -> tuple[Tensor, Tensor]:
     return F.softplus(GAMMA - margin), margin
 
 
+class Grown:
+    """Holds at zero the gains of all features that have not entered.
+
+    The gradient of a gain at zero says how much steering its feature, where it is active, would
+    lower the loss: those with the largest enter, as in matching pursuit.
+    """
+
+    def __init__(self, world: World, peft: Any, growth: Growth, batches: Sequence[Packed]) -> None:
+        self.growth = growth
+        [layer] = fsrl_layers(peft).values()
+        self.gain = layer.fsrl_adapter["default"].gain
+        self.inside = torch.zeros_like(self.gain)
+        self.pull = torch.zeros_like(self.gain)
+        for packed in batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                losses(world.model, packed)[0].mean().backward()
+            self._read()
+        self._enter(growth.first)
+
+    def _read(self) -> None:
+        assert self.gain.grad is not None
+        self.pull += self.gain.grad
+        self.gain.grad = None
+
+    def _enter(self, n: int) -> None:
+        outside = self.pull.abs() * (1 - self.inside)
+        self.inside[outside.topk(n).indices] = 1
+        self.pull.zero_()
+
+    @torch.no_grad()
+    def __call__(self, step: int, n_steps: int) -> None:
+        """After an update: zero what has not entered; now and then drop and take in features."""
+        self._read()
+        if self.growth.more and step % EVERY == 0 and step <= n_steps // 2:
+            unused = self.inside * (self.gain.abs() < UNUSED)
+            self._enter(self.growth.more)
+            self.inside -= unused
+        self.gain *= self.inside
+
+
 def train(
     world: World,
     peft: Any,
@@ -274,6 +343,7 @@ def train(
     trained = [p for p in peft.parameters() if p.requires_grad]
     optimizer = form.optimizer(trained, lr=form.lr, betas=(0.9, 0.98))
     penalize = SparsityPenalty(peft)
+    grow = None if form.growth is None else Grown(world, peft, form.growth, batches[:EVERY])
     events: list[SteeringEvent] = []
     history: list[dict[str, float]] = []
 
@@ -295,12 +365,17 @@ def train(
         real = packed.kind > 0
         tokens = token_statistics(events[0])
         penalty = penalize(ForwardRecord(real, training=True, tokens=[tokens]))
+        if form.log_sum:
+            mass = events[0].steering_vector[real].abs().mean(0)
+            penalty = penalty + form.log_sum * torch.log1p(mass / MASS).sum()
         optimizer.zero_grad()
         total = loss + penalty
         total.backward()
         optimizer.step()
         if form.config.get("activation") == "gain":
             bound_gains(peft, form.least_gain)
+        if grow is not None:
+            grow(step, len(batches))
         logged = {
             "loss": total,
             "fsrl/penalty": penalty,
@@ -329,14 +404,28 @@ def evaluate(world: World, peft: Any, batches: Sequence[Packed]) -> dict[str, An
 
 
 @torch.no_grad()
-def score_features(world: World, peft: Any, batches: Sequence[Packed]) -> dict[str, Tensor]:
-    """AUROC of every feature of the SAE for each planted attribute."""
-    means: list[list[Tensor]] = [[], []]
+def encode(world: World, peft: Any, batches: Sequence[Packed]) -> Iterator[tuple[Packed, Tensor]]:
+    """Each batch with its feature activations."""
     for packed in batches:
         events: list[SteeringEvent] = []
         with observe(peft, events.append):
             run_base(world.model, packed, inputs_embeds=packed.inputs)
-        f = events[0].sae.encode(events[0].hidden_states)
+        yield packed, events[0].sae.encode(events[0].hidden_states)
+
+
+def sparse_features(world: World, peft: Any, batches: Sequence[Packed]) -> list[int]:
+    """Features that are active at no more than ``DENSE`` of all tokens."""
+    active, n_tokens = torch.zeros(()), 0
+    for packed, f in encode(world, peft, batches):
+        real = packed.kind > 0
+        active, n_tokens = active + (f[real] > 0).sum(0), n_tokens + int(real.sum())
+    return torch.nonzero(active <= DENSE * n_tokens).flatten().tolist()
+
+
+def score_features(world: World, peft: Any, batches: Sequence[Packed]) -> dict[str, Tensor]:
+    """AUROC of every feature of the SAE for each planted attribute."""
+    means: list[list[Tensor]] = [[], []]
+    for packed, f in encode(world, peft, batches):
         for side, kind in enumerate((2, 3)):
             weights = (packed.kind == kind).float()
             weights = weights / weights.sum(1, keepdim=True)
@@ -370,7 +459,13 @@ def ablate(
         controls = [without(draw) for draw in draws]
         control = torch.stack(controls).mean(0) if controls else torch.zeros_like(rise)
         reached = sum(sum(pool[f] for f in d) for d in draws) / max(len(draws), 1)
+        # Where the others carry less than the detectors, so many of these that they carry as much.
+        held_mass = {f: mass[f] for f in members if mass.get(f, 0.0) > 0}
+        own_draws = draw_by_mass(held_mass, reached, N_DRAWS, rng) if reached < own else []
+        matched = torch.stack([without(d) for d in own_draws] or [rise]).mean(0)
         found[name] = {
+            "matched": asdict(mean_interval(matched.tolist())),
+            "matched_difference": asdict(mean_interval((matched - control).tolist())),
             "n": len(members),
             "share": own / total,
             "rise": asdict(mean_interval(rise.tolist())),
@@ -395,20 +490,22 @@ def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) ->
     elif form.n_features is not None:
         some = world.train.select(range(min(args.contrast_pairs, len(world.train))))
         features = choose_features(world.model, world.tokenizer, some, **place, n=form.n_features)
-    config = FSRLConfig(**place, **form.config, features=features, task_type="CAUSAL_LM")
     names = ("test", "detect") if is_trained else ("test", "detect", "train")
     parts = {name: world.batches(getattr(world, name)) for name in names}
     every = [packed for part in parts.values() for packed in part]
     with without_lower_layers(world.model, args.layer, every):
         probe = attach_probe(world.model, **place)
         scores = score_features(world, probe, parts["detect"])
+        if features is None and (form.growth is not None or form.log_sum):
+            features = sparse_features(world, probe, parts["detect"])
         probe.unload()
         categories = find_detectors(scores)
+        config = FSRLConfig(**place, **form.config, features=features, task_type="CAUSAL_LM")
         peft = get_peft_model(world.model, config)
         with peft.disable_adapter():
             base = [losses(world.model, packed) for packed in parts["test"]]
         base_loss = torch.cat([each[0].detach() for each in base])
-        start = evaluate(world, peft, parts["test"])
+        start = evaluate(world, peft, parts["test"][:1])
         if is_trained:
             set_peft_model_state_dict(peft, load_peft_weights(str(saved)))
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,3 +82,30 @@ def test_lower_layers_run_once(study: ModuleType, model: Any) -> None:
 def test_gini_by_hand(study: ModuleType) -> None:
     assert study.gini(torch.ones(5)) == pytest.approx(0.0)
     assert study.gini(torch.tensor([0.0, 0.0, 0.0, 1.0])) == pytest.approx(0.75)
+
+
+def test_features_enter_where_the_loss_pulls(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gain = torch.nn.Parameter(torch.zeros(5))
+    slopes = torch.tensor([0.1, -3.0, 2.0, 0.5, -1.0])
+    layer = SimpleNamespace(fsrl_adapter={"default": SimpleNamespace(gain=gain)})
+    monkeypatch.setattr(study, "fsrl_layers", lambda _: {"layer": layer})
+    monkeypatch.setattr(study, "losses", lambda *_: ((gain * slopes).sum()[None], None))
+    world = SimpleNamespace(model=None)
+    grown = study.Grown(world, None, study.Growth(first=2, more=1), [None, None])
+    assert grown.inside.tolist() == [0, 1, 1, 0, 0]
+
+    def update(values: list[float], step: int) -> list[float]:
+        (gain * slopes).sum().backward()
+        gain.data.copy_(torch.tensor(values))
+        grown(step, 40)
+        return gain.tolist()
+
+    assert update([1.0] * 5, 1) == [0, 1, 1, 0, 0]
+    # Feature 2 is not used and leaves, feature 4 enters: it has the next largest slope.
+    assert update([1.0, 1.0, 0.001, 1.0, 0.0], study.EVERY) == [0, 1, 0, 0, 0]
+    assert grown.inside.tolist() == [0, 1, 0, 0, 1]
+    # Nothing enters in the second half.
+    update([1.0, 1.0, 0.0, 0.0, 1.0], 3 * study.EVERY)
+    assert grown.inside.tolist() == [0, 1, 0, 0, 1]
