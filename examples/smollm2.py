@@ -33,7 +33,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from scipy.stats import rankdata
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl import TrlParser
 
 from peft_fsrl import FSRLConfig, with_fsrl
@@ -117,10 +117,6 @@ class RealArguments:
     )
     contrast_pairs: int = field(
         default=120, metadata={"help": "Training pairs on which these are found."}
-    )
-    least_gain: float = field(
-        default=-0.5,
-        metadata={"help": "No gain falls below this: -1 would remove a feature altogether."},
     )
 
 
@@ -377,28 +373,6 @@ def choose_features(
     return chosen
 
 
-def bound_gains(model: Any, least: float) -> None:
-    """Raise every gain to at least ``least``.
-
-    A suppressed feature keeps a share of its activation: where prose may be removed altogether,
-    SimPO lowers the rejected answers by breaking all prose.
-    """
-    for layer in fsrl_layers(model).values():
-        for adapter in layer.fsrl_adapter.values():
-            adapter.gain.data.clamp_(min=least)
-
-
-class BoundGains(TrainerCallback):
-    """``bound_gains`` after every update."""
-
-    def __init__(self, least: float) -> None:
-        self.least = least
-
-    def on_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
-        """Of the optimizer, before the next batch."""
-        bound_gains(model, self.least)
-
-
 def remember_features(path: Path, choose: Callable[[], list[int]]) -> list[int]:
     """What was chosen once for this run, or what is chosen now."""
     if not path.is_file():
@@ -436,9 +410,7 @@ def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
     write_text_atomically(path, json.dumps(settings, indent=1) + "\n")
 
 
-def train(
-    base: Any, tokenizer: Any, pairs: Dataset, args: SimPOConfig, fsrl: Any, least_gain: float
-) -> None:
+def train(base: Any, tokenizer: Any, pairs: Dataset, args: SimPOConfig, fsrl: Any) -> None:
     """Train from the last complete checkpoint, if there is one, and save the adapter."""
     trainer = with_fsrl(SimPOTrainer)(
         model=base,
@@ -446,7 +418,6 @@ def train(
         train_dataset=prepare_preferences(pairs, tokenizer, max_length=args.max_length).dataset,
         processing_class=tokenizer,
         peft_config=fsrl.to_config(),
-        callbacks=[BoundGains(least_gain)] if fsrl.activation == "gain" else [],
     )
     trainer.train(resume_from_checkpoint=True if complete_checkpoints(args.output_dir) else None)
     trainer.save_model()
@@ -460,14 +431,7 @@ def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
         **dataclasses.asdict(fsrl),
         **{
             name: getattr(job, name)
-            for name in (
-                "style",
-                "honesty",
-                "train_pairs",
-                "n_features",
-                "contrast_pairs",
-                "least_gain",
-            )
+            for name in ("style", "honesty", "train_pairs", "n_features", "contrast_pairs")
         },
         **{
             name: getattr(args, name)
@@ -495,7 +459,7 @@ def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
                 n=job.n_features,
             ),
         )
-    train(load_base(folder), tokenizer, pairs, args, fsrl, job.least_gain)
+    train(load_base(folder), tokenizer, pairs, args, fsrl)
 
     balanced = make_pairs(facts, known, job.detector_pairs, style=0.5, honesty=0.5, seed="detect")
     session = Session(

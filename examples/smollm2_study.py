@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,6 @@ from smollm2 import (
     DENSE,
     SAE,
     attach_probe,
-    bound_gains,
     choose_features,
     find_detectors,
     load_base,
@@ -64,6 +62,7 @@ from peft_fsrl.steering import (
     observe,
     token_statistics,
 )
+from peft_fsrl.training import bound_gains
 from peft_fsrl.training.penalty import SparsityPenalty
 from peft_fsrl.training.tokens import tokenize
 
@@ -104,7 +103,6 @@ class Form:
         lr: learning rate.
         n_features: steer only so many features, those that separate chosen from rejected most.
         optimizer: a kind of Adam.
-        least_gain: no gain falls below it.
         growth: features enter where the loss pulls; None if all are there from the start.
         log_sum: weight of ``sum_i log(1 + mean_t |v_ti| / MASS)``, a penalty on whole features.
     """
@@ -113,7 +111,6 @@ class Form:
     lr: float
     n_features: int | None = None
     optimizer: Any = torch.optim.Adam
-    least_gain: float = -math.inf
     growth: Growth | None = None
     log_sum: float = 0.0
 
@@ -121,7 +118,7 @@ class Form:
 ROWS = {"activation": "relu", "init_weights": "encoder"}
 GAIN = Form({"activation": "gain", "l1_coeff": 0.01}, 0.05)
 CONTRAST = replace(GAIN, n_features=200)
-BOUNDED = replace(GAIN, least_gain=-0.5)
+BOUNDED = replace(GAIN, config={**GAIN.config, "min_gain": -0.5})
 FORMS = {
     "noise": Form({"init_scale": 1e-5, "l1_coeff": 0.05}, 1e-4),
     "threshold": Form({"init_scale": 1e-3, "init_threshold": 0.2, "l1_coeff": 0.1}, 1e-4),
@@ -129,11 +126,11 @@ FORMS = {
     "rows": Form({**ROWS, "l1_coeff": 0.02}, 2e-4, n_features=200),
     "gain": GAIN,
     "contrast": CONTRAST,
-    "bounded": replace(CONTRAST, least_gain=-0.5),
-    "amplify": replace(CONTRAST, least_gain=0.0),
+    "bounded": replace(BOUNDED, n_features=200),
+    "amplify": replace(CONTRAST, config={**GAIN.config, "min_gain": 0.0}),
     "pull": replace(BOUNDED, growth=Growth(first=200)),
     "greedy": replace(BOUNDED, growth=Growth(first=20, more=20)),
-    "logsum": replace(BOUNDED, config={**GAIN.config, "l1_coeff": 0.0}, log_sum=0.005),
+    "logsum": replace(BOUNDED, config={**BOUNDED.config, "l1_coeff": 0.0}, log_sum=0.005),
 }
 
 
@@ -372,8 +369,7 @@ def train(
         total = loss + penalty
         total.backward()
         optimizer.step()
-        if form.config.get("activation") == "gain":
-            bound_gains(peft, form.least_gain)
+        bound_gains(peft)
         if grow is not None:
             grow(step, len(batches))
         logged = {

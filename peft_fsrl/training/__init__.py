@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .prefix import without_prefix_graph
     from .schedule import PenaltySchedule
     from .simpo import SimPOConfig, SimPOTrainer, StableSimPOConfig, StableSimPOTrainer
+    from .thresholds import bound_gains
     from .trainer import FSRLTrainerMixin, with_fsrl
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "StableSimPOConfig",
     "StableSimPOTrainer",
     "VariantCoherence",
+    "bound_gains",
     "compare_coherence",
     "complete_checkpoints",
     "compute_coherence",
@@ -74,6 +76,7 @@ _HOMES = {
     "prefix": ("without_prefix_graph",),
     "schedule": ("PenaltySchedule",),
     "simpo": ("SimPOConfig", "SimPOTrainer", "StableSimPOConfig", "StableSimPOTrainer"),
+    "thresholds": ("bound_gains",),
     "trainer": ("FSRLTrainerMixin", "with_fsrl"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}

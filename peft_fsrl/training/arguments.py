@@ -27,6 +27,7 @@ _SCRIPT_OPTIONS = (
     "init_weights",
     "init_scale",
     "init_threshold",
+    "min_gain",
     "jumprelu_bandwidth",
     "sae_dtype",
 )

@@ -22,7 +22,8 @@ def require_support(trainer: Trainer) -> None:
     Raises:
         ValueError: no FSRL adapter; gradient checkpointing that would lose the penalty; several
             GPUs in one process; sequences that are joined without a mask; an encoder-decoder;
-            processes that were launched together but do not know of each other.
+            processes that were launched together but do not know of each other; a bound of gains
+            that DeepSpeed would not hold.
     """
     model, args = trainer.model, trainer.args
     _require_one_job(args.world_size)
@@ -33,6 +34,12 @@ def require_support(trainer: Trainer) -> None:
             f"{args.n_gpu} GPUs in one process would run in torch.nn.DataParallel, whose replicas "
             "share the original's hooks. Start one process per GPU with `accelerate launch`, or "
             "set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    bounded = any(config.min_gain is not None for config in adapter_configs(model).values())
+    if bounded and trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed steps on its own copy of the parameters, which `min_gain` cannot bound. "
+            "Train with DDP or FSDP2, or leave `min_gain` out."
         )
     if reentrant(args):
         _require_penalty_outside_checkpoints(model)

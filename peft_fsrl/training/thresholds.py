@@ -1,12 +1,14 @@
-"""Thresholds in an optimizer: a learning rate of their own, and no weight decay."""
+"""Thresholds in an optimizer: a learning rate of their own, and no weight decay; gains' bound."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..steering import adapter_configs
+from ..steering import adapter_configs, fsrl_layers
+from ..tuner.adapter import SteeringAdapter
 
 _SUFFIXES = (".threshold", ".log_threshold")
 # Marks the groups made here; saved with the optimizer's state.
@@ -50,6 +52,20 @@ def group_thresholds(optimizer: Any, model: nn.Module, *, own: bool, scheduled: 
             )
         changes = {"weight_decay": 0.0, _MARK: True} if own else {_MARK: True}
         _split_groups(optimizer, thresholds, multiplier, changes)
+
+
+@torch.no_grad()
+def bound_gains(model: nn.Module) -> None:
+    """Raise every gain to its adapter's ``min_gain``. The trainers do this after every step.
+
+    Args:
+        model: a model with FSRL adapters.
+    """
+    for layer in fsrl_layers(model).values():
+        for adapter in layer.fsrl_adapter.values():
+            assert isinstance(adapter, SteeringAdapter)
+            if adapter.min_gain is not None:
+                adapter.gain.clamp_(min=adapter.min_gain)
 
 
 def _split_groups(

@@ -34,7 +34,7 @@ from .support import (
     require_real_tokens,
     require_support,
 )
-from .thresholds import group_thresholds
+from .thresholds import bound_gains, group_thresholds
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
@@ -55,14 +55,20 @@ _CARD_SETTINGS = (
 )
 
 
-class _RunStart(TrainerCallback):
-    """Calls the trainer when training begins, and when it begins anew with smaller batches."""
+class _RunHooks(TrainerCallback):
+    """Calls the trainer when training begins, and when it begins anew with smaller batches.
+
+    Keeps gains within their bound after every step.
+    """
 
     def __init__(self, begin: Any) -> None:
         self._begin = begin
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._begin()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        bound_gains(kwargs["model"])
 
 
 class FSRLTrainerMixin(Trainer):
@@ -91,7 +97,7 @@ class FSRLTrainerMixin(Trainer):
         precision.restore(self.model)
         require_support(self)
         self.add_callback(PenaltySchedule())
-        self.add_callback(_RunStart(self._fsrl_begin))
+        self.add_callback(_RunHooks(self._fsrl_begin))
         self._fsrl_metrics = {"train": Means(), "eval": Means()}
         self._fsrl_nonfinite = NonfiniteReport()
         self._fsrl_evaluated: list[ForwardRecord] | None = None

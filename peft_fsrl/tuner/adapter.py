@@ -51,6 +51,7 @@ class SteeringAdapter(nn.Module):
         # Whether somebody has to add a penalty to the loss; see ``PenaltyWatch``.
         self.penalized = config.penalizes
         self.bandwidth = config.jumprelu_bandwidth
+        self.min_gain = config.min_gain
         self.compiles = config.compile
         self.non_negative = config.non_negative
         self.register_parameter("down", None)

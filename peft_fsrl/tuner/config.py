@@ -90,6 +90,10 @@ class FSRLConfig(PeftConfig):
             steered at the start; defaults to 0.02.
         init_threshold: Start of every threshold, in units of the pre-activation. Defaults to 0 for
             ``soft_threshold`` and to ``jumprelu_bandwidth`` for ``jumprelu``.
+        min_gain: Least value of a gain, at most 0; None for no bound. With ``"gain"`` only. After
+            each training step, gains below it are raised to it. At -1 an active feature of a
+            standard SAE can be removed, at -0.5 it keeps half of its activation, at 0 none is
+            suppressed.
         jumprelu_bandwidth: Width of the rectangle kernel of the straight-through gradient, in
             units of the pre-activation.
         l1_coeff: Weight of the mean over tokens of ``||v||_1`` in the training loss.
@@ -168,6 +172,9 @@ class FSRLConfig(PeftConfig):
     )
     init_threshold: float | None = field(
         default=None, metadata={"help": "Start of every threshold."}
+    )
+    min_gain: float | None = field(
+        default=None, metadata={"help": "Least value of a gain, at most 0."}
     )
     jumprelu_bandwidth: float = field(
         default=1e-2, metadata={"help": "Kernel width of the straight-through gradient."}
@@ -405,6 +412,7 @@ class FSRLConfig(PeftConfig):
         for name in (*COEFFICIENTS, "penalty_warmup_ratio"):
             _require_number(name, getattr(self, name), positive=False)
         _require_schedule(self)
+        _require_min_gain(self)
         if self.init_threshold is not None:
             _require_number(
                 "init_threshold", self.init_threshold, positive=self.activation == "jumprelu"
@@ -527,6 +535,23 @@ def _require_start(config: Any) -> None:
             "init_weights='encoder' needs activation='relu' or 'jumprelu', got 'soft_threshold'. "
             "It is negative wherever a feature is not active, which a two-sided activation would "
             "steer down at every token."
+        )
+
+
+def _require_min_gain(config: Any) -> None:
+    """Check that there are gains to bound, and that they start within the bound."""
+    value = config.min_gain
+    if value is None:
+        return
+    if config.activation != "gain":
+        raise ValueError(
+            f"`min_gain` needs activation='gain', got {config.activation!r}. Leave it out."
+        )
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`min_gain` must be a number, got {value!r}.")
+    if not -math.inf < value <= 0:
+        raise ValueError(
+            f"`min_gain` must be finite and at most 0, where gains start; got {value}."
         )
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import fsrl_model, load_example, only_layer
-from peft_fsrl import load_sae
+from helpers import load_example
+from peft_fsrl import FSRLConfig, load_sae
 from peft_fsrl.analysis import Summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,16 +130,6 @@ def test_dense_features_are_not_chosen(script: ModuleType, monkeypatch: pytest.M
         script.choose_features(None, None, [], **where)
 
 
-def test_gains_stay_above_their_bound(script: ModuleType) -> None:
-    model = fsrl_model(activation="gain")
-    gain = only_layer(model).fsrl_adapter["default"].gain
-    with torch.no_grad():
-        gain.copy_(torch.linspace(-2, 1, len(gain)))
-    expected = torch.tensor([max(-0.5, value) for value in gain.tolist()])
-    script.BoundGains(-0.5).on_optimizer_step(None, None, None, model=model)
-    torch.testing.assert_close(gain.detach(), expected, rtol=0, atol=0)
-
-
 def test_missing_packages_say_how_to_install_them(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +144,12 @@ def test_another_run_is_not_continued(script: ModuleType, tmp_path: Path) -> Non
     script.require_same_settings(tmp_path, {"seed": 0, "style": 0.9})
     with pytest.raises(FileExistsError, match=r"'seed': \(0, 1\).*Choose another"):
         script.require_same_settings(tmp_path, {"seed": 1, "style": 0.9})
+
+
+def test_gains_are_bounded_in_the_example_and_in_its_adapter(script: ModuleType) -> None:
+    _, fsrl, _ = script.parse([])
+    shipped = FSRLConfig.from_pretrained(str(script.HERE / "smollm2"))
+    assert fsrl.to_config().min_gain == shipped.min_gain == -0.5
 
 
 def test_the_shipped_sae(script: ModuleType) -> None:

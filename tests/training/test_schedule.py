@@ -17,7 +17,9 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from helpers import fsrl_model, only_layer, tiny_preferences, tiny_sae, tiny_tokenizer
 from peft_fsrl import FSRLConfig, with_fsrl
 from peft_fsrl.steering import SteeringMonitor
+from peft_fsrl.training import bound_gains
 from peft_fsrl.training.schedule import PenaltySchedule
+from peft_fsrl.training.support import require_support
 
 COMMON = {
     "lr_scheduler_type": "constant",
@@ -258,6 +260,47 @@ def test_a_scheduler_for_other_groups_is_refused(tmp_path: Path) -> None:
     trainer = trainer_of(model, tmp_path, extra={"optimizers": (optimizer, scheduler)}, max_steps=1)
     with pytest.raises(ValueError, match=r"threshold_lr_multiplier=0.25 needs an optimizer group"):
         trainer.train()
+
+
+def trained_gains(directory: Path, steps: int, **settings: Any) -> torch.Tensor:
+    sae = tiny_sae("jumprelu")
+    model = fsrl_model(sae=sae, activation="gain", l1_coeff=0.0, **settings)
+    trainer_of(model, directory, learning_rate=0.05, max_steps=steps, optim="sgd").train()
+    return only_layer(model).fsrl_adapter["default"].gain.detach()
+
+
+def test_gains_are_bounded_after_every_step(tmp_path: Path) -> None:
+    free = trained_gains(tmp_path, 1)
+    bound = float(free[free < 0].median())
+    bounded = trained_gains(tmp_path, 1, min_gain=bound)
+    expected = torch.tensor([max(bound, value) for value in free.tolist()])
+    torch.testing.assert_close(bounded, expected, rtol=0, atol=0)
+    assert trained_gains(tmp_path, 3, min_gain=bound).min() == torch.tensor(bound)
+
+
+def test_a_bound_is_of_its_own_adapter() -> None:
+    sae = tiny_sae("jumprelu")
+    model = fsrl_model(sae=sae, activation="gain", min_gain=-0.5)
+    for name, settings in (("free", {"activation": "gain"}), ("other", {})):
+        model.add_adapter(name, FSRLConfig(layer=1, sae=sae, **settings))
+    adapters = only_layer(model).fsrl_adapter
+    start = torch.linspace(-2, 1, sae.cfg.d_sae)
+    for name in ("default", "free"):
+        adapters[name].gain.data.copy_(start)
+    bound_gains(model)
+    expected = torch.tensor([max(-0.5, value) for value in start.tolist()])
+    assert torch.equal(adapters["default"].gain, expected)
+    assert torch.equal(adapters["free"].gain, start)
+
+
+def test_a_bound_is_refused_where_it_would_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fsrl_model(sae=tiny_sae("jumprelu"), activation="gain", min_gain=-0.5)
+    trainer = trainer_of(model, tmp_path)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    with pytest.raises(ValueError, match=r"DeepSpeed.*`min_gain` cannot bound.*DDP or FSDP2"):
+        require_support(trainer)
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -653,6 +653,20 @@ MUTANTS = (
         ("training/test_trainer.py::test_a_quantized_base_leaves_the_adapter_wide",),
     ),
     Mutant(
+        "gains are not bounded in training",
+        "training/trainer.py",
+        '        bound_gains(kwargs["model"])\n',
+        "        pass\n",
+        ("training/test_schedule.py::test_gains_are_bounded_after_every_step",),
+    ),
+    Mutant(
+        "a bound of gains that does not hold is not refused",
+        "training/support.py",
+        "    if bounded and trainer.is_deepspeed_enabled:\n",
+        "    if False:\n",
+        ("training/test_schedule.py::test_a_bound_is_refused_where_it_would_not_hold",),
+    ),
+    Mutant(
         "positions that start again are one sequence",
         "training/support.py",
         "            if starts_again:\n                require_reduction_by_token(model)\n",
