@@ -16,12 +16,14 @@ mask that hides one from the other, and the frozen layers below the steered one 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ from peft_fsrl.training.penalty import SparsityPenalty
 from peft_fsrl.training.tokens import tokenize
 
 BETA, GAMMA = 10.0, 5.0
-N_DRAWS = 5
+N_DRAWS = 3
 # Steps between two rounds of growth, and the gain below which a feature leaves.
 EVERY, UNUSED = 10, 0.01
 # Mean steering at which the slope of the log-sum penalty has fallen by half.
@@ -204,6 +206,36 @@ class World:
         self.detect = make_pairs(facts, known, args.detector_pairs, **balanced, seed="detect")
         self.model = load_base(self.folder)
         self.model.requires_grad_(False)
+        self.layer, self.contrast_pairs = args.layer, args.contrast_pairs
+        self._parts: dict[str, list[Packed]] = {}
+        self._contrast: dict[int, list[int]] = {}
+
+    def part(self, name: str) -> list[Packed]:
+        """The batches of ``"train"``, ``"test"`` or ``"detect"``, always the same ones."""
+        if name not in self._parts:
+            self._parts[name] = self.batches(getattr(self, name))
+        return self._parts[name]
+
+    def contrast(self, n: int) -> list[int]:
+        """Up to ``n`` features that separate chosen from rejected."""
+        if n not in self._contrast:
+            some = self.train.select(range(min(self.contrast_pairs, len(self.train))))
+            self._contrast[n] = choose_features(
+                self.model, self.tokenizer, some, layer=self.layer, sae=str(SAE), n=n
+            )
+        return self._contrast[n]
+
+    @cached_property
+    def base(self) -> tuple[dict[str, Tensor], list[int], Tensor]:
+        """AUROCs of all features, those that are not dense, and the loss of each test pair."""
+        probe = attach_probe(self.model, self.layer, str(SAE))
+        found = (
+            score_features(self, probe, self.part("detect")),
+            sparse_features(self, probe, self.part("detect")),
+            evaluate(self, probe, self.part("test"))["loss"],
+        )
+        probe.unload()
+        return found
 
     def batches(self, dataset: Any) -> list[Packed]:
         """The rows in their order, ``batch_size`` at a time."""
@@ -225,7 +257,7 @@ def run_base(model: Any, packed: Packed, **inputs: Tensor) -> Tensor:
 
 @contextmanager
 def without_lower_layers(model: Any, layer: int, batches: Sequence[Packed]) -> Iterator[None]:
-    """Run the layers below ``layer`` once, and not again inside this block."""
+    """Run the layers below ``layer`` once for each batch, and not again inside this block."""
     stack, inputs = model.model.layers, []
     first = stack[layer]
 
@@ -237,7 +269,8 @@ def without_lower_layers(model: Any, layer: int, batches: Sequence[Packed]) -> I
         raise Stop
 
     handle = first.register_forward_pre_hook(keep, with_kwargs=True)
-    for packed in tqdm(batches, desc="lower layers", leave=False):
+    new = [packed for packed in batches if packed.inputs is None]
+    for packed in tqdm(new, desc="lower layers", leave=False):
         try:
             with torch.no_grad():
                 run_base(model, packed)
@@ -472,46 +505,41 @@ def ablate(
     return found
 
 
-def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) -> dict[str, Any]:
+def run(world: World, form_name: str, world_name: str, seed: int, out: Path) -> dict[str, Any]:
     """One adapter, from its start to its figures."""
-    torch.manual_seed(seed)
     began, form = time.time(), FORMS[form_name]
-    world = World(args, world_name, seed)
-    place = {"layer": args.layer, "sae": str(SAE)}
-    features, saved = None, Path(args.out, f"{form_name}-{world_name}-{seed}")
+    saved = out / f"{form_name}-{world_name}-{seed}"
     # Trained before what came afterwards was interrupted.
     is_trained = saved.is_dir()
-    if is_trained:
-        features = FSRLConfig.from_pretrained(str(saved)).features
-    elif form.n_features is not None:
-        some = world.train.select(range(min(args.contrast_pairs, len(world.train))))
-        features = choose_features(world.model, world.tokenizer, some, **place, n=form.n_features)
     names = ("test", "detect") if is_trained else ("test", "detect", "train")
-    parts = {name: world.batches(getattr(world, name)) for name in names}
-    every = [packed for part in parts.values() for packed in part]
-    with without_lower_layers(world.model, args.layer, every):
-        probe = attach_probe(world.model, **place)
-        scores = score_features(world, probe, parts["detect"])
-        if features is None and (form.growth is not None or form.log_sum):
-            features = sparse_features(world, probe, parts["detect"])
-        probe.unload()
-        categories = find_detectors(scores)
+    contrast = None
+    if form.n_features is not None and not is_trained:
+        contrast = world.contrast(form.n_features)
+    every = [packed for name in names for packed in world.part(name)]
+    with without_lower_layers(world.model, world.layer, every):
+        scores, sparse, base_loss = world.base
+        if is_trained:
+            features = FSRLConfig.from_pretrained(str(saved)).features
+        elif form.growth is not None or form.log_sum:
+            features = sparse
+        else:
+            features = contrast
+        place = {"layer": world.layer, "sae": str(SAE)}
         config = FSRLConfig(**place, **form.config, features=features, task_type="CAUSAL_LM")
+        torch.manual_seed(seed)
         peft = get_peft_model(world.model, config)
-        with peft.disable_adapter():
-            base = [losses(world.model, packed) for packed in parts["test"]]
-        base_loss = torch.cat([each[0].detach() for each in base])
-        start = evaluate(world, peft, parts["test"][:1])
+        start = evaluate(world, peft, world.part("test")[:1])
         if is_trained:
             set_peft_model_state_dict(peft, load_peft_weights(str(saved)))
         else:
-            train(world, peft, form, parts["train"])
+            train(world, peft, form, world.part("train"))
             peft.save_pretrained(saved)
-        trained = evaluate(world, peft, parts["test"])
+        trained = evaluate(world, peft, world.part("test"))
         n = len(scores["style"])
         steered = features or list(range(n))
         mass = dict(zip(steered, trained["mass"].tolist(), strict=True))
-        ablations = ablate(world, peft, parts["test"], trained, mass, categories)
+        categories = find_detectors(scores)
+        ablations = ablate(world, peft, world.part("test"), trained, mass, categories)
     dense = torch.zeros(n)
     dense[steered] = trained["mass"]
     ordered = dense.sort(descending=True).values.cumsum(0) / dense.sum()
@@ -521,13 +549,14 @@ def run(args: argparse.Namespace, form_name: str, world_name: str, seed: int) ->
     )
     prompts = unrelated_prompts(world.tokenizer)
     unrelated = compare_generations(session, prompts, do_sample=False)
+    peft.unload()
     top = sorted(mass, key=lambda f: -mass[f])[:20]
     return {
         "form": form_name,
         "world": world_name,
         "seed": seed,
-        "layer": args.layer,
-        "steps": args.steps,
+        "layer": world.layer,
+        "steps": len(world.train) // world.batch_size,
         "n_features": len(steered),
         "base_loss": asdict(mean_interval(base_loss.tolist())),
         "loss": asdict(mean_interval(trained["loss"].tolist())),
@@ -579,14 +608,16 @@ def main(args: argparse.Namespace) -> None:
     require_packages()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:
-        for form in args.forms:
-            for world in args.worlds:
-                path = out / f"{form}-{world}-{seed}.json"
-                if not path.exists():
-                    print(f"{form}, {world}, seed {seed}", flush=True)
-                    found = run(args, form, world, seed)
-                    write_text_atomically(path, json.dumps(found, indent=1) + "\n")
+    for seed, name in itertools.product(args.seeds, args.worlds):
+        missing = {form: out / f"{form}-{name}-{seed}.json" for form in args.forms}
+        missing = {form: path for form, path in missing.items() if not path.exists()}
+        world = World(args, name, seed) if missing else None
+        for form, path in missing.items():
+            # Perhaps another process has made it since.
+            if not path.exists():
+                print(f"{form}, {name}, seed {seed}", flush=True)
+                found = run(world, form, name, seed, out)
+                write_text_atomically(path, json.dumps(found, indent=1) + "\n")
     print(render(out))
 
 
