@@ -47,7 +47,14 @@ from peft_fsrl.analysis import (
     render_summary,
 )
 from peft_fsrl.analysis.data import compute_contrast
-from peft_fsrl.analysis.labels import FeatureEvidence, collect_evidence
+from peft_fsrl.analysis.labels import (
+    FeatureEvidence,
+    FeatureLabel,
+    Labels,
+    collect_evidence,
+    load_labels,
+    save_labels,
+)
 from peft_fsrl.analysis.layout import table, title
 from peft_fsrl.analysis.segments import active_sae
 from peft_fsrl.analysis.triggers import read_states
@@ -64,6 +71,7 @@ from peft_fsrl.training import (
 HERE = Path(__file__).resolve().parent
 DEFAULT_CONFIG = HERE / "configs" / "smollm2.yaml"
 SAE = HERE / "smollm2" / "sae"
+LABELS = HERE / "smollm2" / "labels.csv"
 LAYER = 10
 DENSE = 0.2
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -318,6 +326,30 @@ def find_detectors(scores: Mapping[str, Tensor], clean: float = 0.9, least: int 
     return categories
 
 
+def describe_features(
+    scores: Mapping[str, Tensor], read: Mapping[int, str | None]
+) -> dict[int, str]:
+    """A line on every feature: what a person read in it, if anyone did, and its AUROCs."""
+    columns = {name: auroc.tolist() for name, auroc in scores.items()}
+    measured = [
+        "AUROC " + ", ".join(f"{name} {column[i]:.2f}" for name, column in columns.items())
+        for i in range(len(scores["style"]))
+    ]
+    return {i: f"{read[i]}; {text}" if read.get(i) else text for i, text in enumerate(measured)}
+
+
+def write_labels(
+    path: Path, categories: Mapping[str, Sequence[int]], described: Mapping[int, str]
+) -> None:
+    """All features with category and description, in the form that ``--labels`` takes."""
+    held = {feature: name for name, members in categories.items() for feature in members}
+    features = tuple(
+        FeatureLabel(i, text, (held[i],) if i in held else (), None)
+        for i, text in described.items()
+    )
+    save_labels(Labels("AUROC and reading", tuple(categories), None, None, features), path)
+
+
 def render_detectors(categories: Mapping[str, list[int]], scores: Any, usage: Any) -> str:
     """How much of the steering each category carries, against its share of the features."""
     masses = {use.feature: use.mean_abs_steering for use in usage.features}
@@ -474,10 +506,17 @@ def main(args: SimPOConfig, fsrl: Any, job: RealArguments) -> None:
     )
     scores = score_attributes(mean_over_answers(session), balanced, planted)
     categories = find_detectors(scores)
-    both = enumerate(zip(scores["style"].tolist(), scores["honesty"].tolist(), strict=True))
-    labels = {i: f"AUROC style {style:.2f}, honesty {honest:.2f}" for i, (style, honest) in both}
+    # What a person read in features of the shipped SAE is true of no other.
+    read = load_labels(LABELS).features if fsrl.sae == str(SAE) else ()
+    labels = describe_features(scores, {each.feature: each.description for each in read})
 
     test = make_pairs(facts, held_out, job.test_pairs, **planted, seed="test")
+    # What the `peft-fsrl` commands take as --dataset and --labels.
+    for name, part in (("train", pairs), ("test", test)):
+        write_text_atomically(
+            output / "pairs" / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part)
+        )
+    write_labels(output / "labels.csv", categories, labels)
     model = PeftModel.from_pretrained(load_base(folder), output).eval()
     session = dataclasses.replace(session, model=model, dataset=test)
     summary = compute_summary(session, labels=labels, categories=categories, n_random=3)

@@ -17,6 +17,7 @@ import torch
 from helpers import load_example
 from peft_fsrl import FSRLConfig, load_sae
 from peft_fsrl.analysis import Summary
+from peft_fsrl.analysis.labels import load_labels
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "smollm2.py"
@@ -91,6 +92,19 @@ def test_detectors_are_clean_or_the_best_there_are(script: ModuleType) -> None:
     found = script.find_detectors({"style": style, "honesty": honesty}, least=2)
     # Feature 0 tells both, and counts where it was taken first.
     assert found == {"style": [2, 0, 4], "honesty": [3, 1]}
+
+
+def test_labels_say_what_was_read_and_measured(script: ModuleType, tmp_path: Path) -> None:
+    scores = {"style": torch.tensor([0.5, 1.0]), "honesty": torch.tensor([0.25, 0.5])}
+    described = script.describe_features(scores, {1: "line ends", 0: None})
+    assert described == {
+        0: "AUROC style 0.50, honesty 0.25",
+        1: "line ends; AUROC style 1.00, honesty 0.50",
+    }
+    script.write_labels(tmp_path / "labels.csv", {"style": [1], "honesty": []}, described)
+    loaded = load_labels(tmp_path / "labels.csv")
+    assert loaded.members("style") == [1]
+    assert [each.description for each in loaded.features] == list(described.values())
 
 
 def test_courtesy_is_planted_beside_the_others(script: ModuleType) -> None:
