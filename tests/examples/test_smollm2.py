@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import load_dataset
 
 from helpers import load_example
 from peft_fsrl import FSRLConfig, load_sae
@@ -203,6 +204,10 @@ def test_the_shortest_form(script: ModuleType, tmp_path: Path) -> None:
         "dog that",
     ):
         assert heading in done.stdout
+    labels = load_labels(tmp_path / "run" / "labels.csv", d_sae=4608)
+    assert labels.members("style")
+    pairs = load_dataset(str(tmp_path / "run" / "pairs"))
+    assert {name: len(part) for name, part in pairs.items()} == {"train": 24, "test": 4}
     summary = Summary.from_json((tmp_path / "run" / "summary.json").read_text())
     assert {each.name for each in summary.ablations} == {"style", "honesty"}
     assert summary.usage.l0 < 0.05 * 4608
