@@ -251,8 +251,8 @@ def make_pairs(
     return Dataset.from_list(rows)
 
 
-def mean_over_answers(session: Session, read: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
-    """Mean over each answer of what is read of the feature activations, which are never negative.
+def mean_over_answers(session: Session) -> Tensor:
+    """Mean over each answer of the feature activations.
 
     Returns:
         All chosen answers, then all rejected, shape ``(2 * pairs, features)``.
@@ -265,7 +265,7 @@ def mean_over_answers(session: Session, read: Callable[[Tensor], Tensor] = torch
             weights = (session.counted(batch) & batch.answer_mask.bool()).float()
             weights = weights / weights.sum(dim=1, keepdim=True)
             with torch.no_grad():
-                f = read(sae.encode(read_states(session.model, layer_name, **inputs)))
+                f = sae.encode(read_states(session.model, layer_name, **inputs))
             means.append(torch.einsum("bt,btf->bf", weights, f).cpu())
     return torch.cat(means)
 
@@ -384,7 +384,7 @@ def choose_features(
     """The features that separate chosen from rejected most, at most ``n``, without dense ones.
 
     They are told by ``compute_contrast``, which knows which answer was chosen and nothing of what
-    was planted. A feature that is active at more than ``DENSE`` of all tokens is left out: it reads
+    was planted. A feature that is active at more than ``DENSE`` of the tokens is left out: it reads
     as no concept, and steering it changes every text.
 
     Raises:
@@ -393,10 +393,10 @@ def choose_features(
     probe = attach_probe(base, layer, sae)
     session = Session(probe, tokenizer, pairs, batch_size=8, progress=True)
     contrast = compute_contrast(session, n_features=n, n_examples=0)
-    density = mean_over_answers(session, lambda f: (f > 0).float()).mean(dim=0)
     probe.unload()
-    separating = (each.feature for each in contrast.features if each.separates)
-    chosen = sorted(feature for feature in separating if density[feature] <= DENSE)
+    chosen = sorted(
+        each.feature for each in contrast.features if each.separates and each.density <= DENSE
+    )
     if not chosen:
         raise ValueError(
             f"Expected features that separate chosen from rejected in {len(pairs)} pairs, found "

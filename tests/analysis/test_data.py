@@ -51,6 +51,7 @@ def make_reading(
         torch.as_tensor(np.asarray(lengths)),
         torch.zeros(n, 3),
         torch.zeros(3, n_features, dtype=torch.float64) if slopes is None else slopes,
+        torch.arange(n_features, dtype=torch.float64),
     )
 
 
@@ -70,6 +71,7 @@ def test_a_reading_is_a_loop_over_tokens(architecture: str) -> None:
     model, rows = fsrl_model(sae=sae), list(tiny_preferences(5))
     tokenizer = tiny_tokenizer()
     reading = read_pairs(Session(model, tokenizer, rows, batch_size=2))
+    density = torch.zeros(24)
     for number, row in enumerate(rows):
         means, sides = {}, []
         for side in ("chosen", "rejected"):
@@ -81,6 +83,7 @@ def test_a_reading_is_a_loop_over_tokens(architecture: str) -> None:
                 ).hidden_states[2]
                 acts = sae.encode(hidden)[0, len(prompt) : -1]
             sides.append(acts)
+            density += (acts > 0).float().mean(dim=0)
             means[side] = acts.mean(dim=0)
             expected_prompt = hidden[0, 1 : len(prompt)].mean(dim=0)
         shorter = min(map(len, sides))
@@ -92,6 +95,8 @@ def test_a_reading_is_a_loop_over_tokens(architecture: str) -> None:
         torch.testing.assert_close(dense(reading, "matched")[number], matched, atol=1e-5, rtol=0)
         assert reading.lengths[number].tolist() == [len(side) for side in sides]
         torch.testing.assert_close(reading.prompts[number], expected_prompt, atol=1e-5, rtol=0)
+    assert ((density > 0) & (density < 10)).any()
+    torch.testing.assert_close(reading.density.float(), density, atol=1e-5, rtol=0)
 
 
 def test_slopes_are_those_of_the_layer_ranking() -> None:
@@ -253,6 +258,7 @@ def test_a_record_says_what_the_tensors_do() -> None:
     assert two.whole == pytest.approx(2.0)
     assert two.pull.value == pytest.approx(0.2)
     assert two.pull_per_token == pytest.approx(0.3)
+    assert three.density == pytest.approx(2 / 60)
     # Of a mean: sqrt((E g^2 - (E g)^2) / (n - 1)) standard errors of Student's t.
     error = ((4 / 30 - 0.2**2) / 29) ** 0.5
     assert two.pull.high - two.pull.value == pytest.approx(2.0452 * error, rel=1e-3)

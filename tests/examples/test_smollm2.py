@@ -27,7 +27,7 @@ FACTS = {
     "There": {"capital": "B", "continent": "X", "currency": "Crown"},
     "Nowhere": {"capital": "C", "continent": "Y", "currency": "Dollar"},
 }
-CONTRASTS = [(4, True), (1, True), (2, True), (3, False), (0, True)]
+CONTRASTS = [(4, True, 0.0), (1, True, 1.0), (2, True, 0.21), (3, False, 0.1), (0, True, 0.2)]
 ITEM = re.compile(r"\*\*(\w+):\*\* (\w+)")
 
 
@@ -128,15 +128,13 @@ def test_features_are_chosen_once_for_a_run(script: ModuleType, tmp_path: Path) 
 
 
 def test_dense_features_are_not_chosen(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [SimpleNamespace(feature=f, separates=separates) for f, separates in CONTRASTS]
-    activations = torch.tensor([[0.0, 3.0, 0.1, 0.1, 0.0], [0.0, 0.1, 0.1, 0.0, 0.0]])
+    names = ("feature", "separates", "density")
+    found = [SimpleNamespace(**dict(zip(names, each, strict=True))) for each in CONTRASTS]
     monkeypatch.setattr(script, "attach_probe", lambda *args: SimpleNamespace(unload=lambda: None))
     monkeypatch.setattr(script, "Session", lambda *args, **kwargs: None)
     monkeypatch.setattr(
         script, "compute_contrast", lambda *args, **kwargs: SimpleNamespace(features=found)
     )
-    # One of two tokens is more than a fifth; activation alone is not what counts.
-    monkeypatch.setattr(script, "mean_over_answers", lambda session, read: read(activations))
     where = {"layer": 0, "sae": "", "n": 5}
     assert script.choose_features(None, None, [], **where) == [0, 4]
     found.pop()

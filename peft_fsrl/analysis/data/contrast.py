@@ -50,6 +50,8 @@ class FeatureContrast(Record):
         pull: how much the SimPO loss of a pair falls, to first order, per unit of ``v`` of this
             feature at every token; negative where suppression lowers it.
         pull_per_token: the same with the sign that suits each token best.
+        density: share of an answer's tokens at which it is active, mean over both answers of all
+            pairs.
         label: what it detects, if known.
     """
 
@@ -61,6 +63,7 @@ class FeatureContrast(Record):
     q: float
     pull: Interval
     pull_per_token: float
+    density: float
     label: str | None = None
 
     @property
@@ -319,6 +322,7 @@ def describe_features(
                 q=float(found.q[place]),
                 pull=_around(-slopes[place], slope_reach * slope_errors[place]),
                 pull_per_token=float(absolute[place]),
+                density=float(reading.density[place]) / (2 * n),
             )
         )
     return tuple(records)

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 # Pairs that are read before they are written down.
 _PART = 64
-_FORMAT = 1
+_FORMAT = 2
+# What is summed over pairs; all else is kept for each.
+_SUMS = ("slopes", "density")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,8 @@ class PairReading:
         prompts: mean activation of each prompt at the SAE's place, shape ``(pairs, d_in)``.
         slopes: sums over pairs of ``sum_t dL/dv_t`` at ``v = 0``, of its squares, and of
             ``sum_t |dL/dv_t|``, shape ``(3, n_features)``, float64.
+        density: sum over answers of the share of tokens at which a feature is active, shape
+            ``(n_features,)``, float64.
     """
 
     pair: Int[Tensor, "entries"]
@@ -57,6 +61,7 @@ class PairReading:
     lengths: Int[Tensor, "pairs 2"]
     prompts: Float[Tensor, "pairs d_in"]
     slopes: Float[Tensor, "3 n_features"]
+    density: Float[Tensor, "n_features"]
 
     @property
     def n_pairs(self) -> int:
@@ -91,6 +96,7 @@ class _Pair(NamedTuple):
     whole: Tensor
     lengths: Tensor
     prompt: Tensor
+    density: Tensor
 
 
 def read_pairs(session: Session, folder: Path | None = None) -> PairReading:
@@ -128,12 +134,11 @@ def read_pairs(session: Session, folder: Path | None = None) -> PairReading:
                         save_file(tensors, unfinished, {"key": own})
             parts.append(replace(part, pair=part.pair + start))
             bar.update(len(some.rows))
-    joined: dict[str, Tensor] = {
-        each.name: torch.cat([getattr(part, each.name) for part in parts])
-        for each in fields(PairReading)
-        if each.name != "slopes"
-    }
-    return PairReading(slopes=torch.stack([part.slopes for part in parts]).sum(0), **joined)
+    joined: dict[str, Tensor] = {}
+    for name in (each.name for each in fields(PairReading)):
+        found = [getattr(part, name) for part in parts]
+        joined[name] = torch.stack(found).sum(0) if name in _SUMS else torch.cat(found)
+    return PairReading(**joined)
 
 
 def _inputs(session: Session, sae: FrozenSAE) -> Any:
@@ -185,6 +190,7 @@ def _read(session: Session) -> PairReading:
         torch.stack([each.lengths for each in found]),
         torch.stack([each.prompt for each in found]),
         slopes,
+        torch.stack([each.density for each in found]).sum(0),
     )
 
 
@@ -210,7 +216,7 @@ def _compare(
     counted: Bool[Tensor, "2 seq"],
     answer: Bool[Tensor, "2 seq"],
 ) -> _Pair:
-    """Where the features of two answers differ, their lengths, and the prompt's mean activation."""
+    """What one pair adds to a ``PairReading``, but for its slopes."""
     acts = [sae.encode(side[None])[0][kept] for side, kept in zip(x, counted & answer, strict=True)]
     lengths = torch.tensor([len(each) for each in acts])
     shorter = int(lengths.min())
@@ -218,7 +224,9 @@ def _compare(
     whole = _mean(acts[0]) - _mean(acts[1])
     place = ((matched != 0) | (whole != 0)).nonzero()[:, 0]
     prompt = _mean(x[0][counted[0] & ~answer[0]])
-    return _Pair(place.cpu(), matched[place].cpu(), whole[place].cpu(), lengths, prompt.cpu())
+    density = torch.stack([_mean(each != 0) for each in acts]).sum(0).double()
+    entries = (place.cpu(), matched[place].cpu(), whole[place].cpu())
+    return _Pair(*entries, lengths, prompt.cpu(), density.cpu())
 
 
 def _mean(values: Float[Tensor, "tokens columns"]) -> Float[Tensor, "columns"]:
