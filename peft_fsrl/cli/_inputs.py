@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from ..analysis import Labels, Session
+    from ..serving.chat import Chat
 
 ORGANISM = "organism"
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -200,6 +202,16 @@ def load_adapter(adapter: str, args: argparse.Namespace) -> Adapter:
     steered = PeftModel.from_pretrained(model, adapter)
     own = Path(adapter, "tokenizer_config.json").is_file()
     return Adapter(steered.eval(), load_tokenizer(adapter if own else base), base)
+
+
+def prepare_chat(args: argparse.Namespace, n_features: int = 1) -> Callable[[], Chat]:
+    """What makes an empty conversation with the adapter; see ``Chat``."""
+    from ..serving.chat import Chat
+
+    model, tokenizer, _ = load_adapter(args.adapter, args)
+    settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    labels = load_label_file(args.labels)
+    return partial(Chat, model, tokenizer, labels, n_features=n_features, **settings)
 
 
 def load_rows(args: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, str]], str]:

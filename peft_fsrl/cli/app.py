@@ -9,8 +9,7 @@ from ._inputs import (
     add_answer_arguments,
     add_model_arguments,
     add_server_arguments,
-    load_adapter,
-    load_label_file,
+    prepare_chat,
 )
 
 EXAMPLE = "peft-fsrl app runs/organism --labels organism"
@@ -28,20 +27,6 @@ def run(args: argparse.Namespace) -> int:
     """Serve the page until interrupted."""
     # First, because a model takes long to load and Gradio may be missing.
     from ..serving.app import N_FEATURES, run_app
-    from ..serving.chat import Chat
 
-    model, tokenizer, _ = load_adapter(args.adapter, args)
-    labels = load_label_file(args.labels)
-
-    def new_chat() -> Chat:
-        return Chat(
-            model,
-            tokenizer,
-            labels,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            n_features=N_FEATURES,
-        )
-
-    run_app(new_chat, args.host, args.port)
+    run_app(prepare_chat(args, N_FEATURES), args.host, args.port)
     return 0

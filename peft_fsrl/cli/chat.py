@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from ..analysis.generations import SteeredToken
 from ..analysis.labels import FeatureLabel
 from ..analysis.layout import clean_text
-from ..serving.chat import HELP, Chat
+from ..serving.chat import HELP
 from ._inputs import (
     add_adapter_arguments,
     add_answer_arguments,
     add_model_arguments,
-    load_adapter,
-    load_label_file,
+    prepare_chat,
 )
 from .main import one_line, say
 
@@ -31,14 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer lines until the input ends; an error is printed and the chat continues."""
-    model, tokenizer, _ = load_adapter(args.adapter, args)
-    chat = Chat(
-        model,
-        tokenizer,
-        load_label_file(args.labels),
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-    )
+    chat = prepare_chat(args)()
     say(HELP)
     while True:
         line = _read()
