@@ -30,29 +30,20 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from helpers import fsrl_model, tiny_model, tiny_preferences, tiny_tokenizer
+from helpers import DESCENT, SIMPO, fsrl_model, tiny_model, tiny_preferences, tiny_tokenizer
 from peft_fsrl import FSRLLayer, with_fsrl
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CONFIGS = EXAMPLES / "accelerate_configs"
 SETTINGS: dict[str, Any] = {
+    # Adam and a clipped norm would hide a gradient's scale.
+    **DESCENT,
     "max_steps": 4,
-    # Plain descent without clipping: Adam and a clipped norm would hide a gradient's scale.
-    "optim": "sgd",
-    "max_grad_norm": 0.0,
     "learning_rate": 0.02,
     "lr_scheduler_type": "linear",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
     "remove_unused_columns": False,
-    "dataloader_pin_memory": False,
 }
-CPO = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 10.0, "simpo_gamma": 5.0, "max_length": 64}
+CPO = {**SIMPO, "max_length": 64}
 TRAINERS: dict[str, tuple[type[Trainer], type[TrainingArguments], dict[str, Any]]] = {
     "cpo": (CPOTrainer, CPOConfig, CPO),
     "trainer": (Trainer, TrainingArguments, {}),

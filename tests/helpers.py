@@ -50,6 +50,21 @@ D_SAE = 24
 VOCABULARY = 40
 LAYERS = 3
 HOOK_NAME = "blocks.1.hook_resid_post"
+# Of a trainer that trains on a CPU and writes nothing.
+TRAINING: dict[str, Any] = {
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+# SGD without clipping: a parameter's change is its gradient times the learning rate.
+DESCENT: dict[str, Any] = {**TRAINING, "optim": "sgd", "max_grad_norm": 0.0}
+SIMPO: dict[str, Any] = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 10.0, "simpo_gamma": 5.0}
 
 _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA_LIKE = {

@@ -17,6 +17,8 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from helpers import (
     D_SAE,
+    SIMPO,
+    TRAINING,
     fsrl_model,
     naive_vector,
     only_layer,
@@ -35,20 +37,11 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing:FutureWarning"
 )
 COMMON = {
+    **TRAINING,
     "learning_rate": 1e-2,
-    "lr_scheduler_type": "constant",
     "max_grad_norm": 0.0,
-    "logging_steps": 1,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
     "remove_unused_columns": False,
 }
-SIMPO = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 10.0, "simpo_gamma": 5.0}
 
 
 def double_model(**settings: Any) -> PeftModel:

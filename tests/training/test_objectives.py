@@ -38,6 +38,8 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from helpers import (
     D_IN,
+    DESCENT,
+    SIMPO,
     fsrl_model,
     naively_steered,
     only_layer,
@@ -54,21 +56,7 @@ from peft_fsrl.training.support import require_support
 
 # So small a step that no threshold crosses zero; in float64 it can be read off all the same.
 LR, COEFFICIENT = 1e-5, 0.7
-COMMON = {
-    "optim": "sgd",
-    "learning_rate": LR,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "max_steps": 1,
-    "logging_steps": 1,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-}
+COMMON = {**DESCENT, "learning_rate": LR, "max_steps": 1}
 
 
 def texts() -> Dataset:
@@ -115,7 +103,6 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [sum(map(ord, text)) % 7 / 7 for text in completions]
 
 
-SIMPO = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 10.0, "simpo_gamma": 5.0}
 SAMPLING = {"num_generations": 2, "max_completion_length": 6, "temperature": 1.5}
 # Trainer, its arguments' class, its settings, its data.
 OBJECTIVES: dict[str, tuple[type, type, dict[str, Any], Callable[[], Dataset]]] = {

@@ -14,26 +14,22 @@ from torch import nn
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from helpers import fsrl_model, only_layer, tiny_preferences, tiny_sae, tiny_tokenizer
+from helpers import (
+    SIMPO,
+    TRAINING,
+    fsrl_model,
+    only_layer,
+    tiny_preferences,
+    tiny_sae,
+    tiny_tokenizer,
+)
 from peft_fsrl import FSRLConfig, with_fsrl
 from peft_fsrl.steering import SteeringMonitor
 from peft_fsrl.training import bound_gains
 from peft_fsrl.training.schedule import PenaltySchedule
 from peft_fsrl.training.support import require_support
 
-COMMON = {
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "per_device_train_batch_size": 4,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-}
-SIMPO = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 10.0, "simpo_gamma": 5.0}
+COMMON = {**TRAINING, "per_device_train_batch_size": 4}
 
 
 def trainer_of(

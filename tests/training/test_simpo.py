@@ -18,6 +18,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 import peft_fsrl.training.simpo
 from helpers import (
+    DESCENT,
     fsrl_model,
     only_layer,
     tiny_model,
@@ -37,20 +38,10 @@ from peft_fsrl.training.simpo import (
 
 LR = 0.05
 SETTINGS = {
-    "optim": "sgd",
+    **DESCENT,
     "learning_rate": LR,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
     "max_steps": 3,
-    "logging_steps": 1,
     "per_device_train_batch_size": 2,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
     "max_length": 64,
 }
 

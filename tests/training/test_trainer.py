@@ -22,6 +22,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from helpers import (
+    DESCENT,
+    SIMPO,
     fsrl_model,
     naively_steered,
     only_layer,
@@ -37,22 +39,7 @@ from peft_fsrl.steering import SteeringMonitor
 from peft_fsrl.training.trainer import FSRLTrainerMixin, with_fsrl
 
 BETA, GAMMA, LR = 10.0, 5.0, 0.5
-# SGD without clipping: a parameter's change is its gradient times the learning rate.
-COMMON = {
-    "optim": "sgd",
-    "learning_rate": LR,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "max_steps": 1,
-    "logging_steps": 1,
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "remove_unused_columns": False,
-    "dataloader_pin_memory": False,
-}
+COMMON = {**DESCENT, "learning_rate": LR, "max_steps": 1, "remove_unused_columns": False}
 
 
 class Reporter(TrainerCallback):
@@ -71,15 +58,11 @@ def cpo_trainer(
     rows, reporter = tiny_preferences(4), Reporter()
     args = CPOConfig(
         str(directory),
-        loss_type="simpo",
-        cpo_alpha=0.0,
-        beta=BETA,
-        simpo_gamma=GAMMA,
         max_length=64,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=3,
         gradient_accumulation_steps=accumulation,
-        **{**COMMON, "gradient_checkpointing": False, **settings},
+        **{**COMMON, **SIMPO, **settings},
     )
     trainer = with_fsrl(CPOTrainer)(
         model=model,
@@ -514,7 +497,10 @@ def test_a_quantized_base_leaves_the_adapter_wide(given: str, tmp_path: Path) ->
     before = snapshot(model) if given == "adapter" else {}
     trainer = with_fsrl(DPOTrainer)(
         model,
-        args=DPOConfig(str(tmp_path), **{**COMMON, "learning_rate": 1e-5, "max_steps": 3}),
+        args=DPOConfig(
+            str(tmp_path),
+            **{**COMMON, "gradient_checkpointing": True, "learning_rate": 1e-5, "max_steps": 3},
+        ),
         peft_config=config if given == "config" else None,
         train_dataset=tiny_preferences(4),
         processing_class=tiny_tokenizer(),
