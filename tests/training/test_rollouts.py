@@ -14,6 +14,9 @@ from safetensors.torch import load
 from helpers import fsrl_model
 from peft_fsrl.training.rollouts import vllm_from
 
+# Of vLLM, where it is installed, and of TRL about it.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 
 class Client:
     """TRL's client of a server that answers with one status."""
