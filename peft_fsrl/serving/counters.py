@@ -1,18 +1,16 @@
 """Counters of what is steered, for Prometheus.
 
 vLLM's engine runs in another process than the one that answers ``/metrics``. It writes totals into
-a small file that both have mapped, and a collector reads them. Once both have, its name is removed:
-the file ends with the last of them, however that ends.
+a small file that both have mapped, and a collector reads them. The file is in memory and has no
+name: it ends with the last of them, however that ends. Linux only.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
-import tempfile
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,10 +38,7 @@ class Counters:
 
     def __init__(self, adapters: Sequence[str]) -> None:
         path = os.environ.get(VARIABLE)
-        self._file: Any = None
-        if path:
-            self._file = _open(Path(path), len(adapters))
-            Path(path).unlink()
+        self._file = _map(path, len(adapters)) if path else None
         self._rows = {name: row for row, name in enumerate(adapters)}
         self._pending: dict[str, Tensor] = {}
         self._flushed = 0.0
@@ -67,11 +62,22 @@ class Counters:
 
 
 class Collector:
-    """Reads the file for Prometheus; see ``prometheus_client.registry.Collector``."""
+    """Makes the file and reads it; see ``prometheus_client.registry.Collector``."""
 
-    def __init__(self, path: Path, adapters: Sequence[str]) -> None:
-        self._path, self._adapters = path, list(adapters)
-        self._totals = _open(path, len(adapters))
+    def __init__(self, adapters: Sequence[str]) -> None:
+        self._adapters = list(adapters)
+        self._file = os.fdopen(os.memfd_create("peft_fsrl_counters"), "w+b")
+        self._file.truncate(len(adapters) * len(_NAMES) * 8)
+        self._totals = _map(self._file, len(adapters))
+
+    @property
+    def path(self) -> str:
+        """Under which other processes find the file while this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+
+    def close(self) -> None:
+        """Let go of the file, which goes on where an engine has it."""
+        self._file.close()
 
     def collect(self) -> Iterator[Any]:
         """The counters with their present values."""
@@ -83,10 +89,6 @@ class Collector:
                 family.add_metric([adapter], float(self._totals[row, column]))
             yield family
 
-    def close(self) -> None:
-        """Remove the file of an engine that never came to open it."""
-        self._path.unlink(missing_ok=True)
-
 
 def publish(adapters: Sequence[str]) -> None:
     """Make the file, tell processes that are started from here, and register the collector.
@@ -95,27 +97,17 @@ def publish(adapters: Sequence[str]) -> None:
     they share vLLM's own counters only.
     """
     global _published
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    if sys.platform != "linux" or "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         return
     from prometheus_client import REGISTRY
 
-    handle, name = tempfile.mkstemp(prefix="peft_fsrl_counters_")
-    with os.fdopen(handle, "wb") as file:
-        file.write(bytes(len(adapters) * len(_NAMES) * 8))
-    os.environ[VARIABLE] = name
     if _published is not None:
         REGISTRY.unregister(_published)
         _published.close()
-    else:
-        atexit.register(_remove)
-    _published = Collector(Path(name), adapters)
+    _published = Collector(adapters)
+    os.environ[VARIABLE] = _published.path
     REGISTRY.register(_published)
 
 
-def _remove() -> None:
-    if _published is not None:
-        _published.close()
-
-
-def _open(path: Path, n_adapters: int) -> Any:
-    return np.memmap(path, dtype=np.float64, mode="r+", shape=(n_adapters, len(_NAMES)))
+def _map(file: Any, n_adapters: int) -> Any:
+    return np.memmap(file, dtype=np.float64, mode="r+", shape=(n_adapters, len(_NAMES)))

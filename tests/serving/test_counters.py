@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,22 +12,34 @@ import torch
 from peft_fsrl.serving import counters
 from peft_fsrl.serving.counters import VARIABLE, Collector, Counters
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs memfd_create")
+
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    found = tmp_path / "counters"
-    found.write_bytes(bytes(2 * 3 * 8))
-    monkeypatch.setenv(VARIABLE, str(found))
-    return found
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    made = Collector(["one", "two"])
+    monkeypatch.setenv(VARIABLE, made.path)
+    yield made
+    made.close()
 
 
-def test_what_the_engine_counts_is_read_by_the_collector(path: Path) -> None:
-    pytest.importorskip("prometheus_client", reason="comes with vLLM: make serving")
-    collector, engine = Collector(path, ["one", "two"]), Counters(["one", "two"])
+def count() -> None:
+    engine = Counters(["one", "two"])
     engine.add("two", torch.tensor([3.0, 0.0, 5.0]), torch.tensor([0.0, 1.0, 0.0]))
     engine.flush()
     engine.add("two", torch.tensor([4.0]), torch.tensor([1.0]))
     engine.flush()
+
+
+def test_what_the_engine_counts_is_in_a_file_without_a_name(collector: Collector) -> None:
+    count()
+    assert collector._totals.tolist() == [[0, 0, 0], [4, 12, 2]]
+    assert os.stat(collector.path).st_nlink == 0
+
+
+def test_what_the_engine_counts_is_shown(collector: Collector) -> None:
+    pytest.importorskip("prometheus_client", reason="comes with vLLM: make serving")
+    count()
     found = {
         (sample.name, sample.labels["adapter"]): sample.value
         for family in collector.collect()
@@ -38,16 +51,9 @@ def test_what_the_engine_counts_is_read_by_the_collector(path: Path) -> None:
         assert found[f"peft_fsrl_{name}_total", "one"] == 0
 
 
-def test_the_file_has_no_name_once_the_engine_has_it(path: Path) -> None:
-    Counters(["one", "two"])
-    assert not path.exists()
-
-
-def test_several_api_servers_get_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_api_servers_get_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("prometheus_client", reason="comes with vLLM: make serving")
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(counters.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
     counters.publish(["one"])
     assert VARIABLE not in os.environ
-    assert list(tmp_path.iterdir()) == []

@@ -1342,6 +1342,13 @@ MUTANTS = (
         (f"{DATA}test_the_adapter_and_the_mode_of_the_model_do_not_matter",),
     ),
     Mutant(
+        "density is mean activation",
+        "analysis/data/reading.py",
+        "_mean(each != 0)",
+        "_mean(each)",
+        (f"{DATA}test_a_reading_is_a_loop_over_tokens",),
+    ),
+    Mutant(
         "what was read of other pairs is taken again",
         "analysis/data/reading.py",
         "own = digest_json([key, some.rows])",
@@ -1462,10 +1469,10 @@ MUTANTS = (
         ("serving/test_adapters.py::test_other_weights_take_the_place_of_the_served_ones",),
     ),
     Mutant(
-        "a server that was killed leaves its counters behind",
+        "what is counted reaches nobody",
         "serving/counters.py",
-        "Path(path).unlink()",
-        "pass",
-        ("serving/test_counters.py::test_the_file_has_no_name_once_the_engine_has_it",),
+        "self._file = _map(path, len(adapters)) if path else None",
+        "self._file = np.zeros((len(adapters), 3)) if path else None",
+        ("serving/test_counters.py::test_what_the_engine_counts_is_in_a_file_without_a_name",),
     ),
 )
