@@ -94,21 +94,26 @@ def compare_static_dynamic(
     require_chosen(usage)
     model, seed = session.model, session.seed
 
-    def score(editing: AbstractContextManager[None], name: str) -> PreferenceScores:
+    sae = active_sae(model)
+    trained = trained or score_preferences(session, "trained model")
+
+    def score(editing: AbstractContextManager[None], name: str, n: int = 0) -> PreferenceScores:
+        if n >= sae.n_features:
+            # An adapter of so few features is not limited.
+            return trained
         with editing:
             return score_preferences(session, name)
 
-    d_sae = active_sae(model).info.d_sae
+    d_sae = sae.info.d_sae
     base = base or score(session.base(), "base model")
-    trained = trained or score_preferences(session, "trained model")
     counts = count_steered(session)
     by_mass = [use.feature for use in usage.features]
     frequencies = [use.frequency for use in usage.features]
     n_steered = len(by_mass)
     sizes = {share: math.ceil(share * d_sae) for share in shares}
     # Small shares of a small SAE may all be the same one feature.
-    kept = {n: score(top_k_steering(model, n), f"{n} per token") for n in set(sizes.values())}
-    fixed = {n: score(only_features(model, by_mass[:n]), f"{n} fixed") for n in kept}
+    kept = {n: score(top_k_steering(model, n), f"{n} per token", n) for n in set(sizes.values())}
+    fixed = {n: score(only_features(model, by_mass[:n]), f"{n} fixed", n) for n in kept}
     dynamic = [_level(s, n, _mean_limited(counts, n), kept[n], seed) for s, n in sizes.items()]
     static = [_level(s, n, sum(frequencies[:n]), fixed[n], seed) for s, n in sizes.items()]
     return StaticDynamic(

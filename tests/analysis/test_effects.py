@@ -413,6 +413,25 @@ def test_limited_steering(model: PeftModel, rows: Rows) -> None:
             compare_static_dynamic(Session(model, tokenizer, rows), usage, shares=wrong)
 
 
+def test_no_pass_over_the_data_for_a_limit_that_limits_nothing(
+    rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = helpers.fsrl_model(features=[1, 4, 7]).eval()
+    session = Session(model, helpers.tiny_tokenizer(), rows)
+    usage = compute_usage(session)
+    passes = []
+
+    def score(session: Session, name: str = "") -> PreferenceScores:
+        passes.append(name)
+        return score_preferences(session, name)
+
+    monkeypatch.setattr("peft_fsrl.analysis.static_dynamic.score_preferences", score)
+    # Of 24 features, 1, 3 and 12.
+    record = compare_static_dynamic(session, usage, shares=(0.01, 0.1, 0.5))
+    assert passes == ["trained model", "base model", "1 per token", "1 fixed"]
+    assert [level.loss for level in record.dynamic[1:]] == [record.learned.loss] * 2
+
+
 def test_pairs_of_similar_length() -> None:
     lengths = [(9, 9), (1, 3), (2, 2), (4, 6), (5, 5), (20, 2), (3, 1), (30, 30)]
     scores = scores_of(lengths, [1.0, -1.0, 2.0, 0.5, -0.5, 3.0, 1.0, 4.0])
