@@ -219,11 +219,11 @@ def _describe(ablation: Ablation, gain: float) -> str:
     excess, which = _control(ablation)
     text = (
         f"Without {ablation.name} ({ablation.mass:.0%} of the steering) the loss rises by "
-        f"{_interval(ablation.rise, '.2f')}, {ablation.rise.value / gain:.0%} of the gain"
+        f"{_interval(ablation.rise, 'z.2f')}, {ablation.rise.value / gain:z.0%} of the gain"
     )
     if excess is None:
         return f"{text}; there are no other features to compare with."
-    return f"{text}, {_interval(excess, '+.2f')} above {which}."
+    return f"{text}, {_interval(excess, '+z.2f')} above {which}."
 
 
 def _interval(interval: Interval, style: str) -> str:

@@ -105,8 +105,8 @@ def render_ablations(
                 f"{ablation.scores.loss:.3f}",
                 f"{ablation.scores.accuracy:.1%}",
                 f"{rise.value:+.3f}",
-                f"{rise.low:+.2f} to {rise.high:+.2f}",
-                f"{rise.value / gain:.0%}" if gain > 0 else "-",
+                f"{rise.low:+z.2f} to {rise.high:+z.2f}",
+                f"{rise.value / gain:z.0%}" if gain > 0 else "-",
                 _mean_rise(ablation.same_count, trained),
                 _mean_rise(ablation.same_mass, trained) + _shortfall(ablation),
             ]
