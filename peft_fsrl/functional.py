@@ -191,6 +191,34 @@ def steering_vector(
     raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}.")
 
 
+def steering_margin(
+    u: Float[Tensor, "*batch d_sae"],
+    threshold: Float[Tensor, "#d_sae"] | None,
+    *,
+    activation: str,
+) -> Float[Tensor, "*batch d_sae"]:
+    """By how much a threshold may rise before its feature is no longer steered; else below 0.
+
+    In the units in which thresholds are stored: ``|u| - theta`` for ``soft_threshold``,
+    ``log(u) - log(theta)`` for ``jumprelu``, and ``u`` for ``relu``, whose bias may fall instead.
+
+    Args:
+        u: pre-activations, shape ``(..., d_sae)``.
+        threshold: see ``steering_vector``.
+        activation: one of ``ACTIVATIONS`` but ``gain``, which has no threshold.
+
+    Returns:
+        Shape of ``u``; ``-inf`` where no threshold of ``jumprelu`` is low enough.
+    """
+    if activation == "relu":
+        return u
+    assert threshold is not None
+    if activation == "jumprelu":
+        return torch.relu(u).log() - threshold
+    assert activation == "soft_threshold", activation
+    return u.abs() - torch.relu(threshold)
+
+
 def clamped_update(
     v: Float[Tensor, "*batch d_sae"], feature_acts: Float[Tensor, "*batch d_sae"]
 ) -> Float[Tensor, "*batch d_sae"]:

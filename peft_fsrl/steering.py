@@ -272,6 +272,11 @@ class SteeringMonitor:
         places = [layer.statistics_observers for layer in fsrl_layers(model).values()]
         self._attached = Scoped(self._observe, *places).__enter__()
 
+    @property
+    def current(self) -> ForwardRecord | None:
+        """The record of the forward pass that is being made, if one is."""
+        return self._record
+
     def close(self) -> None:
         """Stop collecting and remove every hook; a second call does nothing."""
         for hook in self._hooks:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .objectives import simpo_loss
     from .penalty import SparsityPenalty
     from .prefix import without_prefix_graph
-    from .schedule import PenaltySchedule
     from .simpo import SimPOConfig, SimPOTrainer, StableSimPOConfig, StableSimPOTrainer
     from .thresholds import bound_gains
     from .trainer import FSRLTrainerMixin, with_fsrl
@@ -35,7 +34,6 @@ __all__ = [
     "FSRLTrainerMixin",
     "MuonAdamW",
     "NonfiniteReport",
-    "PenaltySchedule",
     "PreferenceReport",
     "SimPOConfig",
     "SimPOTrainer",
@@ -74,7 +72,6 @@ _HOMES = {
     "objectives": ("simpo_loss",),
     "penalty": ("SparsityPenalty",),
     "prefix": ("without_prefix_graph",),
-    "schedule": ("PenaltySchedule",),
     "simpo": ("SimPOConfig", "SimPOTrainer", "StableSimPOConfig", "StableSimPOTrainer"),
     "thresholds": ("bound_gains",),
     "trainer": ("FSRLTrainerMixin", "with_fsrl"),

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import masked_mean
 from ..steering import ForwardRecord, TokenStatistics, adapter_configs
+
+
+def warm_up(config: Any, state: Any) -> float:
+    """``min(1, step / warm-up steps)``: the share of an adapter's penalty that is in force.
+
+    Args:
+        config: an ``FSRLConfig``.
+        state: of a trainer.
+    """
+    steps = math.ceil(config.penalty_warmup_ratio * state.max_steps)
+    return min(1.0, state.global_step / steps) if steps else 1.0
 
 
 class SparsityPenalty:

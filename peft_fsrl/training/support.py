@@ -23,7 +23,7 @@ def require_support(trainer: Trainer) -> None:
         ValueError: no FSRL adapter; gradient checkpointing that would lose the penalty; several
             GPUs in one process; sequences that are joined without a mask; an encoder-decoder;
             processes that were launched together but do not know of each other; a bound of gains
-            that DeepSpeed would not hold.
+            that DeepSpeed would not hold; a target_l0 under FSDP or DeepSpeed.
     """
     model, args = trainer.model, trainer.args
     _require_one_job(args.world_size)
@@ -40,6 +40,12 @@ def require_support(trainer: Trainer) -> None:
         raise ValueError(
             "DeepSpeed steps on its own copy of the parameters, which `min_gain` cannot bound. "
             "Train with DDP or FSDP2, or leave `min_gain` out."
+        )
+    targeted = any(config.target_l0 is not None for config in adapter_configs(model).values())
+    if targeted and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "`target_l0` moves thresholds in place; FSDP and DeepSpeed train copies of them that "
+            "would not follow. Train with DDP or in one process, or set `l1_coeff` instead."
         )
     if reentrant(args):
         _require_penalty_outside_checkpoints(model)

@@ -1,15 +1,23 @@
-"""Thresholds in an optimizer: a learning rate of their own, and no weight decay; gains' bound."""
+"""Thresholds and gains in training: their optimizer group, a target l0, a bound."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..steering import adapter_configs, fsrl_layers
+from .. import functional
+from ..steering import SteeringMonitor, adapter_configs, fsrl_layers
 from ..tuner.adapter import SteeringAdapter
+from ..tuner.events import Scoped
+from ..tuner.layer import FSRLLayer
 
+# Tokens of a batch that are looked at, and the share of a run over which l0 falls to its target.
+_TOKENS, _DESCENT = 512, 0.1
 _SUFFIXES = (".threshold", ".log_threshold")
 # Marks the groups made here; saved with the optimizer's state.
 _MARK = "fsrl_thresholds"
@@ -84,3 +92,82 @@ def _split_groups(
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     for settings in split:
         optimizer.add_param_group(settings)
+
+
+@contextmanager
+def hold_target_l0(
+    model: nn.Module, monitor: SteeringMonitor, accelerator: Any, state: Any, share: float = 1.0
+) -> Iterator[None]:
+    """Shift thresholds in training passes, so that ``target_l0`` features per token are steered.
+
+    Before an adapter steers a batch, all its thresholds at that layer move by one amount: to where
+    as many features of the batch's real tokens are steered as its target says. None falls below
+    zero. The amount is found in the units of the thresholds, so that nothing here depends on the
+    scale of a model's activations. Over the first tenth of a run the number falls to the target
+    from all features (never from fewer to more): which of them are worth steering shows only once
+    they have been trained.
+
+    Args:
+        model: with the adapters; those without a target, or that do not train, are left alone.
+        monitor: knows the mask of the pass that is being made.
+        accelerator: joins the tokens of several processes.
+        state: of the trainer: the step that is made, of how many.
+        share: of the way that thresholds go, for one of several batches of a step.
+    """
+    targets = {n: c.target_l0 for n, c in adapter_configs(model).items() if c.target_l0 is not None}
+    progress = state.global_step / max(state.max_steps, 1)
+    moved: set[tuple[str, str]] = set()
+
+    @torch.no_grad()
+    def move(layer: FSRLLayer, name: str, x: Tensor) -> None:
+        adapter, sae, record = layer.fsrl_adapter[name], layer.fsrl_sae[name], monitor.current
+        assert isinstance(adapter, SteeringAdapter)
+        # Once a batch: what a graph was made of must not change before its backward pass.
+        place = layer.layer_name, name
+        if name not in targets or place in moved or not adapter.trains:
+            return
+        if record is None or not record.training:
+            return
+        moved.add(place)
+        real = _real_tokens(x, record.mask, seed=state.global_step)
+        u = functional.steering_pre(
+            sae.process_in(real), adapter.weight, adapter.bias, adapter.down
+        )
+        margin = functional.steering_margin(
+            u, adapter.threshold_parameter, activation=adapter.activation
+        )
+        amount = _common_margin(margin, targets[name], progress, accelerator)
+        if math.isfinite(amount):
+            adapter.raise_thresholds(share * amount)
+
+    places = [layer.controls for layer in fsrl_layers(model).values()] if targets else []
+    with Scoped(move, *places):
+        yield
+
+
+def _real_tokens(x: Tensor, mask: Tensor | None, seed: int) -> Tensor:
+    """Some real tokens of a batch, drawn by a seed: ``(tokens, d_in)``."""
+    real = x.flatten(0, -2) if mask is None else x[mask[:, -x.shape[-2] :].to(x.device) > 0]
+    if len(real) <= _TOKENS:
+        return real
+    # Not evenly spaced: in rows of one length that would be the same positions of each.
+    drawn = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))[:_TOKENS]
+    return real[drawn.to(real.device)]
+
+
+def _common_margin(margin: Tensor, target: float, progress: float, accelerator: Any) -> float:
+    """The margin that the wanted number of entries per row exceed, over the rows of all processes.
+
+    Half-way between the last of those and the next; infinite where there is none, 0 where the
+    number is right.
+    """
+    ones = margin.new_tensor([(margin > 0).sum(), len(margin)])
+    steered, rows = accelerator.reduce(ones, "sum").tolist()
+    most = target * max(1.0, margin.shape[-1] / target) ** max(0.0, 1 - progress / _DESCENT)
+    if target * rows <= steered <= most * rows:
+        return 0.0
+    n = round((most if steered > most * rows else target) * rows) + 1
+    largest = margin.new_full((n,), -math.inf)
+    own = margin.flatten().topk(min(n, margin.numel()), sorted=False).values
+    largest[: len(own)] = own
+    return float(accelerator.gather(largest).topk(n).values[-2:].mean())

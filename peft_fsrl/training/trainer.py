@@ -24,17 +24,16 @@ from ..tuner.config import COEFFICIENTS
 from .card import CARD, keep_section, render_model_card
 from .checkpoints import find_checkpoint, mark_complete, replacing_adapter, require_same_run
 from .metrics import Means, NonfiniteReport, token_totals
-from .penalty import SparsityPenalty
+from .penalty import SparsityPenalty, warm_up
 from .prefix import without_prefix_graph
 from .rollouts import vllm_from, vllm_settings
-from .schedule import PenaltySchedule
 from .support import (
     WidePrecision,
     reentrant,
     require_real_tokens,
     require_support,
 )
-from .thresholds import bound_gains, group_thresholds
+from .thresholds import bound_gains, group_thresholds, hold_target_l0
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
@@ -96,7 +95,6 @@ class FSRLTrainerMixin(Trainer):
         assert isinstance(self.model, nn.Module)
         precision.restore(self.model)
         require_support(self)
-        self.add_callback(PenaltySchedule())
         self.add_callback(_RunHooks(self._fsrl_begin))
         self._fsrl_metrics = {"train": Means(), "eval": Means()}
         self._fsrl_nonfinite = NonfiniteReport()
@@ -118,9 +116,6 @@ class FSRLTrainerMixin(Trainer):
             )
             assert isinstance(self.model, nn.Module)
             require_same_run(self.model, resume_from_checkpoint)
-        elif self.model_init is not None:
-            # A new model: what was learned of the weight of its penalty is another model's.
-            self._fsrl_schedule.reset()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _fsrl_begin(self) -> None:
@@ -175,7 +170,10 @@ class FSRLTrainerMixin(Trainer):
         # model) are none of this trainer's business.
         monitor = SteeringMonitor(self.model, records.append)
         cut = nullcontext() if reentrant(self.args) else without_prefix_graph(self.model)
-        with cut, require_real_tokens(self.model), monitor:
+        # The mean over the batches of a step, where there are several.
+        share = 2 / (self.current_gradient_accumulation_steps + 1)
+        target = hold_target_l0(self.model, monitor, self.accelerator, self.state, share)
+        with cut, require_real_tokens(self.model), monitor, target:
             result = super().compute_loss(model, inputs, **call)
         if monitor.missed is not None:
             raise RuntimeError(
@@ -309,20 +307,12 @@ class FSRLTrainerMixin(Trainer):
         classes = type(self).__mro__
         return classes[classes.index(FSRLTrainerMixin) + 1].__name__
 
-    @property
-    def _fsrl_schedule(self) -> PenaltySchedule:
-        # Looked up, because the trainer can replace its callbacks when it resumes.
-        callbacks = self.callback_handler.callbacks
-        return next(each for each in callbacks if isinstance(each, PenaltySchedule))
-
     def _fsrl_penalize(self, records: list[ForwardRecord]) -> Tensor:
-        """The penalty of one batch, before any scaling; counts and schedules it on the way."""
+        """The penalty of one batch, before any scaling; counts on the way."""
         assert isinstance(self.model, nn.Module)
-        schedule, configs = self._fsrl_schedule, adapter_configs(self.model)
-        # Kept for the log, which is written when the schedule has already moved on.
-        self._fsrl_scales = scales = {
-            name: schedule.scale(name, config, self.state) for name, config in configs.items()
-        }
+        configs = adapter_configs(self.model)
+        # Kept for the log, which is written when the step has already been counted.
+        self._fsrl_scales = scales = {n: warm_up(c, self.state) for n, c in configs.items()}
         batch_sizes = torch.tensor([float(r.tokens[0].l1.shape[0]) for r in records])
         penalize = SparsityPenalty(self.model)
         terms = torch.stack([penalize(record, scales) for record in records])
@@ -330,10 +320,7 @@ class FSRLTrainerMixin(Trainer):
         penalty = (terms * weights).sum()
         mean = self.accelerator.reduce(penalty.detach(), reduction="mean")
         self._fsrl_metrics["train"].add("penalty", mean, 1.0)
-        totals = self._fsrl_count(records)
-        self._fsrl_metrics["train"].add_tokens(totals)
-        for name, row in totals.items():
-            schedule.observe(name, row[0], row[-1])
+        self._fsrl_metrics["train"].add_tokens(self._fsrl_count(records))
         return penalty
 
     def _fsrl_count(self, records: list[ForwardRecord]) -> dict[str, Tensor]:
@@ -354,7 +341,7 @@ class FSRLTrainerMixin(Trainer):
         found = {}
         for name, config in adapter_configs(self.model).items():
             scale = self._fsrl_scales.get(name)
-            if scale is None or (config.target_l0 is None and not config.penalty_warmup_ratio):
+            if scale is None or not config.penalty_warmup_ratio:
                 continue
             for kind in COEFFICIENTS:
                 if getattr(config, kind):

@@ -48,8 +48,8 @@ class SteeringAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = config.activation
-        # Whether somebody has to add a penalty to the loss; see ``PenaltyWatch``.
-        self.penalized = config.penalizes
+        # Whether it needs a trainer made by ``with_fsrl``; see ``PenaltyWatch``.
+        self.penalized = config.penalizes or config.target_l0 is not None
         self.bandwidth = config.jumprelu_bandwidth
         self.min_gain = config.min_gain
         self.compiles = config.compile
@@ -99,6 +99,19 @@ class SteeringAdapter(nn.Module):
         name = _THRESHOLD_NAMES.get(self.activation)
         # Not `get_parameter`: under FSDP, what stands under the name is a view and no parameter.
         return None if name is None else getattr(self, name)
+
+    @torch.no_grad()
+    def raise_thresholds(self, amount: float) -> None:
+        """Add an amount to every threshold as it is stored, for ``jumprelu`` as its logarithm.
+
+        None falls below zero. For ``relu`` the bias falls instead.
+        """
+        if self.activation == "soft_threshold":
+            self.threshold.clamp_(min=0).add_(amount).clamp_(min=0)
+        elif self.activation == "jumprelu":
+            self.log_threshold.add_(amount)
+        else:
+            self.bias.sub_(amount)
 
     def identify(self, fingerprint: str, features: tuple[int, ...] | None) -> None:
         """Note whose features the rows steer: the SAE's fingerprint, and which of its features."""

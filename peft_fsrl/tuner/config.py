@@ -96,7 +96,8 @@ class FSRLConfig(PeftConfig):
             suppressed.
         jumprelu_bandwidth: Width of the rectangle kernel of the straight-through gradient, in
             units of the pre-activation.
-        l1_coeff: Weight of the mean over tokens of ``||v||_1`` in the training loss.
+        l1_coeff: Weight of the mean over tokens of ``||v||_1`` in the training loss. Defaults to
+            0.1, and with ``target_l0``, which needs no penalty, to 0.
         l2_coeff: Weight of the mean over tokens of ``||v||_2`` squared, which makes steering small
             and not sparse.
         l0_coeff: Weight of the mean over tokens of the number of steered features;
@@ -106,8 +107,9 @@ class FSRLConfig(PeftConfig):
             tokens of a batch).
         penalty_warmup_ratio: Share of the training steps over which the penalty grows from nothing
             to its full weight.
-        target_l0: Target number of steered features per token. During training the weight of
-            the penalty then moves, from the given coefficient on, until this many are steered.
+        target_l0: Target number of steered features per token, at each layer. During training the
+            thresholds (the bias of ``relu``) then move together, until this many are steered; not
+            for ``gain``.
         threshold_lr_multiplier: Learning rate of the thresholds as a multiple of the trainer's.
         sae_dtype: Dtype in which the SAE computes, for example ``"bfloat16"``. Defaults to the
             dtype in which it is stored.
@@ -179,8 +181,9 @@ class FSRLConfig(PeftConfig):
     jumprelu_bandwidth: float = field(
         default=1e-2, metadata={"help": "Kernel width of the straight-through gradient."}
     )
-    l1_coeff: float = field(
-        default=0.1, metadata={"help": "Weight of the mean L1 norm of the steering vector."}
+    l1_coeff: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the mean L1 norm of v: 0.1, or with target_l0 0."},
     )
     l2_coeff: float = field(
         default=0.0, metadata={"help": "Weight of the mean squared L2 norm of the steering vector."}
@@ -195,7 +198,7 @@ class FSRLConfig(PeftConfig):
         default=0.0, metadata={"help": "Share of the steps over which the penalty grows."}
     )
     target_l0: float | None = field(
-        default=None, metadata={"help": "Steered features per token that the penalty aims at."}
+        default=None, metadata={"help": "Steered features per token that the thresholds aim at."}
     )
     threshold_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of the thresholds over the trainer's."}
@@ -253,6 +256,8 @@ class FSRLConfig(PeftConfig):
                 self.layer = sorted(int(key) for key in self.sae)
         else:
             self.sae = _plain_reference(self.sae)
+        if self.l1_coeff is None:
+            self.l1_coeff = 0.1 if self.target_l0 is None else 0.0
         self._validate()
 
     @property
@@ -565,10 +570,11 @@ def _require_schedule(config: Any) -> None:
     if config.target_l0 is None:
         return
     _require_number("target_l0", config.target_l0, positive=True)
-    if not config.penalizes:
+    if config.activation == "gain":
         raise ValueError(
-            "`target_l0` moves the penalty's weight from where it starts, which must not be zero. "
-            "Give `l1_coeff` (or another coefficient) a positive start."
+            "`target_l0` moves thresholds, and activation='gain' has none: a feature is steered "
+            "wherever the SAE finds it active. Allow fewer `features`, raise `l1_coeff`, or take "
+            "another activation."
         )
 
 

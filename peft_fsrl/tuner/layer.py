@@ -53,6 +53,8 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             may hold a ``Scoped`` entry, which counts only where it was opened.
         statistics_observers: called with ``TokenStatistics``, for which no steering vector needs to
             be kept.
+        controls: called with this layer, an adapter's name and its input before that adapter acts;
+            may change the adapter.
         edits: applied in order to the steering vector, with the SAE, before it acts.
         batch_adapter_names: the last entry says which adapter steers each sample of the batch;
             where there is none, the active one does.
@@ -73,6 +75,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
         self.fsrl_config: dict[str, FSRLConfig] = {}
         self.observers: list[Observer] = []
         self.statistics_observers: list[StatisticsObserver] = []
+        self.controls: list[Callable[[FSRLLayer, str, Tensor], None]] = []
         self.edits: list[Edit] = []
         self.batch_adapter_names: list[Any] = []
         self._watches: dict[str, PenaltyWatch] = {}
@@ -208,6 +211,8 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
             )
         if sae.device != x.device:
             sae = self.fsrl_sae[adapter_name] = sae.to(x.device, sae.dtype)
+        for control in open_values(self.controls):
+            control(self, adapter_name, x)
         observers, edits = open_values(self.observers), open_values(self.edits)
         statistics = open_values(self.statistics_observers)
         # A compiler cannot follow what the watch notes during a backward pass.
@@ -308,7 +313,7 @@ class FSRLLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a `with` block is not part of it.
-        lists = ("observers", "statistics_observers", "edits", "batch_adapter_names")
+        lists = ("observers", "statistics_observers", "controls", "edits", "batch_adapter_names")
         kept = {n: [v for v in getattr(self, n) if not isinstance(v, Scoped)] for n in lists}
         return {**self.__dict__, **kept}
 

@@ -125,6 +125,7 @@ JOBS = [
         adapter={"activation": "jumprelu", "l0_coeff": 0.02, "jumprelu_bandwidth": 0.5},
     ),
     Job("compiled", adapter={"compile": True}),
+    Job("target l0", adapter={"target_l0": 5.0}),
     Job("trainer", trainer="trainer"),
     Job("trainer, accumulation", trainer="trainer", settings={"gradient_accumulation_steps": 2}),
     Job("sft", trainer="sft"),

@@ -30,6 +30,11 @@ def test_defaults_are_the_method_of_the_paper() -> None:
     assert config.peft_type == "FSRL"
 
 
+def test_a_target_needs_no_penalty() -> None:
+    assert FSRLConfig(layer=12, sae=RELEASED, target_l0=8.0).l1_coeff == 0.0
+    assert FSRLConfig(layer=12, sae=RELEASED, target_l0=8.0, l1_coeff=0.3).l1_coeff == 0.3
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [

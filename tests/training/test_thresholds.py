@@ -1,4 +1,4 @@
-"""How the penalty's weight moves, what is logged about it, and the thresholds' optimizer group."""
+"""How the penalty's weight and the thresholds move, what is logged, the optimizer's groups."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -18,16 +21,17 @@ from helpers import (
     SIMPO,
     TRAINING,
     fsrl_model,
+    load_example,
     only_layer,
     tiny_preferences,
     tiny_sae,
     tiny_tokenizer,
 )
 from peft_fsrl import FSRLConfig, with_fsrl
-from peft_fsrl.steering import SteeringMonitor
+from peft_fsrl.steering import ForwardRecord, SteeringMonitor, observe
 from peft_fsrl.training import bound_gains
-from peft_fsrl.training.schedule import PenaltySchedule
 from peft_fsrl.training.support import require_support
+from peft_fsrl.training.thresholds import _real_tokens, hold_target_l0
 
 COMMON = {**TRAINING, "per_device_train_batch_size": 4}
 
@@ -70,38 +74,177 @@ def test_without_a_schedule_the_coefficient_is_not_logged(tmp_path: Path) -> Non
     assert not history(trainer, "fsrl/l1_coeff")
 
 
-def test_the_controller_by_hand() -> None:
-    """Two features too many, steady, then a fall: pull, smoothing, damping, limit."""
-    model = fsrl_model(target_l0=4.0, l1_coeff=0.5)
-    config, state = model.peft_config["default"], SimpleNamespace(global_step=1, max_steps=10)
-    schedule = PenaltySchedule()
-    log_factor, smooth = 0.0, None
-    for l0 in (6.0, 6.0, 5.0, 0.0, 4e3):
-        # In two micro-batches of unequal size.
-        schedule.observe("default", torch.tensor(l0 * 3), torch.tensor(3.0))
-        schedule.observe("default", torch.tensor(l0 * 7), torch.tensor(7.0))
-        schedule.on_step_end(None, state, None, model=model)
-        now = math.log(max(l0, 4e-3))
-        before = now if smooth is None else smooth
-        smooth = 0.9 * before + 0.1 * now
-        move = 0.05 * (smooth - math.log(4)) + 4.0 * (smooth - before)
-        log_factor += max(-0.1, min(0.1, move))
-        assert schedule.scale("default", config, state) == pytest.approx(math.exp(log_factor))
-    assert schedule.scale("other", FSRLConfig(layer=0, sae="a/b"), state) == 1.0
+ALONE = Accelerator(cpu=True)
+NAMES = {"soft_threshold": "threshold", "relu": "bias", "jumprelu": "log_threshold"}
 
 
-def test_a_target_sparsity_is_kept_to(tmp_path: Path) -> None:
-    """A coefficient that is too large silences features, unless it may move."""
-    reached = {}
-    for target in (None, 6.0):
-        model = fsrl_model(l1_coeff=0.3, target_l0=target)
-        trainer = trainer_of(model, tmp_path, learning_rate=5e-3, max_steps=60)
-        trainer.train()
-        reached[target] = sum(history(trainer, "fsrl/l0")[-10:]) / 10
-    assert reached[None] < 3.0
-    assert reached[6.0] == pytest.approx(6.0, rel=0.3)
-    coefficients = history(trainer, "fsrl/l1_coeff")
-    assert coefficients[-1] < 0.5 * coefficients[0]
+def step_of(global_step: int, max_steps: int = 40) -> Any:
+    return SimpleNamespace(global_step=global_step, max_steps=max_steps)
+
+
+def reach(
+    model: nn.Module, ids: Tensor, mask: Tensor, step: int = 40, share: float = 1.0
+) -> ForwardRecord:
+    """One training pass that holds to the target: what was steered in it."""
+    records: list[ForwardRecord] = []
+    model.train()
+    monitor = SteeringMonitor(model, records.append)
+    with monitor, hold_target_l0(model, monitor, ALONE, step_of(step), share):
+        model(input_ids=ids, attention_mask=mask).logits.sum().backward()
+    model.eval()
+    [record] = records
+    return record
+
+
+def two_rows() -> tuple[Tensor, Tensor]:
+    ids = torch.arange(3, 27).view(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    return ids, mask
+
+
+def mean_l0(record: ForwardRecord, layer: int = 0) -> float:
+    return record.tokens[layer].l0[record.mask > 0].mean().item()
+
+
+@pytest.mark.parametrize(
+    ("activation", "wanted"),
+    [*((name, 2.0) for name in NAMES), ("soft_threshold", 21.0), ("relu", 21.0)],
+)
+def test_a_common_amount_found_by_a_loop(activation: str, wanted: float) -> None:
+    """Among all amounts at which some feature of some token begins to be steered."""
+    settings = {"jumprelu_bandwidth": 0.5} if activation == "jumprelu" else {}
+    model = fsrl_model(activation=activation, target_l0=wanted, **settings)
+    adapter = only_layer(model).fsrl_adapter["default"]
+    before = {name: value.detach().clone() for name, value in adapter.named_parameters()}
+    ids, mask = two_rows()
+    events: list[Any] = []
+    with observe(model, events.append), torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    real = events[0].hidden_states[mask > 0]
+    u = events[0].sae.process_in(real) @ before["weight"].T + before["bias"]
+    amounts = []
+    for row in u.tolist():
+        for k, value in enumerate(row):
+            if activation == "relu":
+                amounts.append(value)
+            elif activation == "soft_threshold":
+                amounts.append(abs(value) - before["threshold"][k].item())
+            elif value > 0:
+                amounts.append(math.log(value) - before["log_threshold"][k].item())
+    amounts.sort(reverse=True)
+    n = int(wanted * len(u))
+    amount = (amounts[n - 1] + amounts[n]) / 2
+
+    record = reach(model, ids, mask)
+    assert mean_l0(record) == pytest.approx(wanted)
+    moved = NAMES[activation]
+    expected = before[moved] + (-amount if activation == "relu" else amount)
+    if activation == "soft_threshold":
+        expected = expected.clamp(min=0)
+        assert (expected == 0).any() == (wanted == 21.0)
+    for name, value in before.items():
+        wished = expected if name == moved else value
+        torch.testing.assert_close(getattr(adapter, name).detach(), wished)
+
+
+def test_padding_and_an_evaluation_move_nothing() -> None:
+    ids, mask = two_rows()
+    thresholds = []
+    for left, right in ((0, 0), (4, 0), (0, 4)):
+        model = fsrl_model(target_l0=3.0)
+        adapter = only_layer(model).fsrl_adapter["default"]
+        start = adapter.threshold.detach().clone()
+        monitor = SteeringMonitor(model, lambda record: None)
+        with monitor, hold_target_l0(model, monitor, ALONE, step_of(9)):
+            model(ids)
+            with torch.no_grad():
+                model.train()(ids)
+        assert torch.equal(adapter.threshold, start)
+        padded = F.pad(ids, (left, right), value=7), F.pad(mask, (left, right))
+        reach(model, *padded)
+        assert not torch.equal(adapter.threshold, start)
+        thresholds.append(adapter.threshold.detach())
+    for other in thresholds[1:]:
+        torch.testing.assert_close(other, thresholds[0])
+
+
+def test_each_layer_and_some_features_reach_the_target() -> None:
+    saes = {"0": tiny_sae(metadata={}), "2": tiny_sae(metadata={}, seed=3)}
+    model = fsrl_model(sae=saes, layer=[0, 2], exclude_features=[1, 5], target_l0=4.0)
+    record = reach(model, *two_rows())
+    assert [mean_l0(record, layer) for layer in (0, 1)] == pytest.approx([4.0, 4.0], abs=0.03)
+
+
+def test_a_number_of_features_falls_to_the_target_and_does_not_rise() -> None:
+    """In four of forty steps, by the same factor each, from all of 24 features to 3."""
+    ids, mask = two_rows()
+    counts = []
+    for step in (1, 2, 4):
+        model = fsrl_model(target_l0=3.0)
+        only_layer(model).fsrl_adapter["default"].threshold.data.zero_()
+        counts.append(mean_l0(reach(model, ids, mask, step)))
+    factor = (3 / 24) ** 0.25
+    assert counts == pytest.approx([24 * factor, 24 * factor**2, 3.0], rel=0.01)
+    model = fsrl_model(target_l0=3.0)
+    adapter = only_layer(model).fsrl_adapter["default"]
+    start = adapter.threshold.detach().clone()
+    reach(model, ids, mask, step=0)
+    assert torch.equal(adapter.threshold, start)
+
+
+def test_a_share_of_the_way_for_one_of_several_batches() -> None:
+    moves = []
+    for share in (1.0, 0.4):
+        model = fsrl_model(activation="relu", target_l0=3.0)
+        adapter = only_layer(model).fsrl_adapter["default"]
+        start = adapter.bias.detach().clone()
+        reach(model, *two_rows(), share=share)
+        moves.append(adapter.bias.detach() - start)
+    torch.testing.assert_close(moves[1], 0.4 * moves[0])
+
+
+def test_what_does_not_train_stays() -> None:
+    model = fsrl_model(target_l0=3.0)
+    adapter = only_layer(model).fsrl_adapter["default"]
+    adapter.requires_grad_(False)
+    start = adapter.threshold.detach().clone()
+    model.enable_input_require_grads()
+    reach(model, *two_rows())
+    assert torch.equal(adapter.threshold, start)
+
+
+def test_many_tokens_are_drawn_anew_each_step() -> None:
+    x = torch.arange(2000.0).view(2, 1000, 1)
+    drawn = [_real_tokens(x, None, seed=seed).flatten() for seed in (0, 0, 1)]
+    assert len(drawn[0]) == len(drawn[0].unique()) == 512
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    # Rows of one length would alias with even steps: all positions of a row are met alike.
+    assert drawn[0].remainder(10).float().std() == pytest.approx(2.87, abs=0.15)
+
+
+def test_the_organism_holds_the_target_from_a_tenth_of_the_run_on(tmp_path: Path) -> None:
+    """With larger activations, and nothing set for them, the run is the same one."""
+    example = load_example("target_l0")
+    options = ["--steps", "30", "--batch_size", "4", "--test_pairs", "4", "--target_l0", "6"]
+    args = example.parse(options)
+    found = {}
+    for name in ("organism", "organism x 16"):
+        found[name] = example.run(args, name, tmp_path / name)
+        for l0 in found[name]["l0"][3:]:
+            assert l0 == pytest.approx(6.0, rel=0.2)
+    assert "from 1/10 on" in example.render(found)
+    plain, scaled = found.values()
+    assert plain["after"] < plain["before"] - 0.05
+    assert scaled["after"] == pytest.approx(plain["after"], abs=0.01)
+
+
+def test_sharded_thresholds_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(fsrl_model(target_l0=3.0), tmp_path)
+    for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+        with patch.object(trainer, name, True), pytest.raises(ValueError, match="with DDP"):
+            require_support(trainer)
 
 
 @pytest.mark.parametrize("restore", [False, True])
@@ -121,11 +264,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(restore: bool, tmp_path: Path) -
         checkpoint = None if name == "whole" else str(tmp_path / "whole" / "checkpoint-4")
         trainer.train(resume_from_checkpoint=checkpoint)
         parameters = only_layer(model).fsrl_adapter["default"].state_dict()
-        results.append((parameters, history(trainer, "fsrl/l1_coeff")))
-    (whole, coefficients), (again, resumed) = results
+        results.append((parameters, history(trainer, "fsrl/l1_coeff"), history(trainer, "fsrl/l0")))
+    (whole, coefficients, l0), (again, resumed, again_l0) = results
     assert len(coefficients) == len(resumed) == 6, "four of them were read from the checkpoint"
     assert coefficients == resumed
-    assert len(set(coefficients)) == 6
+    assert l0 == again_l0
+    assert l0[1:] == pytest.approx([3.0] * 5, rel=0.05)
     for name, value in whole.items():
         assert torch.equal(again[name], value), name
 
@@ -304,7 +448,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "less than none": ({"penalty_warmup_ratio": -0.1}, ValueError, "not negative"),
     "no features": ({"target_l0": 0.0}, ValueError, "`target_l0` must be finite and positive"),
     "a word": ({"target_l0": "few"}, TypeError, "`target_l0` must be a number"),
-    "no start": ({"target_l0": 5.0, "l1_coeff": 0.0}, ValueError, "must not be zero"),
+    "no thresholds": ({"target_l0": 5.0, "activation": "gain"}, ValueError, "'gain' has none"),
 }
 
 
