@@ -106,12 +106,13 @@ class SteeringAdapter(nn.Module):
 
         None falls below zero. For ``relu`` the bias falls instead.
         """
-        if self.activation == "soft_threshold":
-            self.threshold.clamp_(min=0).add_(amount).clamp_(min=0)
-        elif self.activation == "jumprelu":
-            self.log_threshold.add_(amount)
-        else:
+        threshold = self.threshold_parameter
+        if threshold is None:
             self.bias.sub_(amount)
+        elif self.activation == "soft_threshold":
+            threshold.clamp_(min=0).add_(amount).clamp_(min=0)
+        else:
+            threshold.add_(amount)
 
     def identify(self, fingerprint: str, features: tuple[int, ...] | None) -> None:
         """Note whose features the rows steer: the SAE's fingerprint, and which of its features."""

@@ -655,8 +655,8 @@ MUTANTS = (
     Mutant(
         "a threshold falls below zero",
         "tuner/adapter.py",
-        "self.threshold.clamp_(min=0).add_(amount).clamp_(min=0)",
-        "self.threshold.add_(amount)",
+        "threshold.clamp_(min=0).add_(amount).clamp_(min=0)",
+        "threshold.add_(amount)",
         ("training/test_thresholds.py::test_a_common_amount_found_by_a_loop",),
     ),
     Mutant(
@@ -708,14 +708,14 @@ MUTANTS = (
         "training/trainer.py",
         '        bound_gains(kwargs["model"])\n',
         "        pass\n",
-        ("training/test_schedule.py::test_gains_are_bounded_after_every_step",),
+        ("training/test_thresholds.py::test_gains_are_bounded_after_every_step",),
     ),
     Mutant(
         "a bound of gains that does not hold is not refused",
         "training/support.py",
         "    if bounded and trainer.is_deepspeed_enabled:\n",
         "    if False:\n",
-        ("training/test_schedule.py::test_a_bound_is_refused_where_it_would_not_hold",),
+        ("training/test_thresholds.py::test_a_bound_is_refused_where_it_would_not_hold",),
     ),
     Mutant(
         "positions that start again are one sequence",
