@@ -3,8 +3,10 @@
     python benchmarks/serving.py                        SmolLM2 and the SAE in examples/smollm2
     python benchmarks/serving.py --model M --adapter A  any others, wherever vLLM runs
 
-Two engines are alive at once and answer in turn, so that a busy spell of the machine hits both. The
-last column is the steered engine at strength 0. Unattended; needs vLLM and nothing else.
+Two engines are alive at once and answer in turn, so that a busy spell of the machine hits both; one
+case is the steered engine at strength 0. Where few cores run many processes, tokens a second are
+mostly waiting: on a CPU there is also the median time of a step of the model inside the worker.
+Unattended; needs vLLM and nothing else.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -53,10 +57,36 @@ def start(model: Path | str, adapter: str, options: Any) -> Any:
     settings: dict[str, Any] = {"dtype": options.dtype, "max_model_len": 1024}
     if options.device == "cpu":
         settings["kv_cache_memory_bytes"] = 2**30
+        settings["worker_extension_cls"] = "serving.StepTimer"
     else:
         settings["gpu_memory_utilization"] = 0.4
     with patch.dict(os.environ, {ADAPTER: adapter}):
-        return LLM(str(model), enforce_eager=options.eager, **settings)
+        engine = LLM(str(model), enforce_eager=options.eager, **settings)
+    if options.device == "cpu":
+        engine.collective_rpc("start_timer")
+    return engine
+
+
+class StepTimer:
+    """Mixed into vLLM's worker: how long each step takes there."""
+
+    def start_timer(self) -> None:
+        """Time every step from here on."""
+        self.seconds: list[float] = []
+        step = self.execute_model
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            output = step(*args, **kwargs)
+            self.seconds.append(time.perf_counter() - began)
+            return output
+
+        self.execute_model = timed
+
+    def take_times(self) -> list[float]:
+        """Those since the last call."""
+        taken, self.seconds[:] = list(self.seconds), []
+        return taken
 
 
 def measure(
@@ -69,16 +99,25 @@ def measure(
     ids = torch.randint(100, 1000, (batch, n_prompt), generator=generator).tolist()
     prompts = [{"prompt_token_ids": each} for each in ids]
 
-    def run(engine: Any, **extra: Any) -> Any:
+    steps: dict[str, list[float]] = {}
+
+    def run(name: str, engine: Any, **extra: Any) -> Any:
         params = SamplingParams(
             temperature=0, max_tokens=n_tokens, ignore_eos=True, extra_args=extra
         )
-        return lambda: engine.generate(prompts, params, use_tqdm=False)
+
+        def answer() -> None:
+            engine.generate(prompts, params, use_tqdm=False)
+            if options.device == "cpu":
+                # The first step reads the prompts.
+                steps.setdefault(name, []).extend(engine.collective_rpc("take_times")[0][1:])
+
+        return answer
 
     cases = {
-        "base": run(base),
-        "steered": run(steered),
-        "strength 0": run(steered, fsrl_strength=0.0),
+        "base": run("base", base),
+        "steered": run("steered", steered),
+        "strength 0": run("strength 0", steered, fsrl_strength=0.0),
     }
     seconds = alternate(cases, options.repeats)
     middle = {name: sorted(took)[len(took) // 2] for name, took in seconds.items()}
@@ -88,6 +127,7 @@ def measure(
         **speeds,
         "steered / base": ratio(seconds["base"], seconds["steered"]),
         "strength 0 / base": ratio(seconds["base"], seconds["strength 0"]),
+        **{f"{name}, ms/step": 1000 * median(took) for name, took in steps.items()},
     }
 
 
