@@ -643,6 +643,7 @@ def methods(
     shared = {
         "layer": bench.layer,
         "l1_coeff": l1_coefficient(args, objective),
+        "activation": args.activation,
         "task_type": "CAUSAL_LM",
     }
 
@@ -657,14 +658,14 @@ def methods(
     yield "base", lambda: base_method(bench, objective)
     yield (
         "FSRL",
-        lambda: train("FSRL", FSRLConfig(sae=bench.sae, **shared), (1.6e-3, 5e-3, 1.6e-2), penalty),
+        lambda: train("FSRL", FSRLConfig(sae=bench.sae, **shared), args.fsrl_rates, penalty),
     )
     yield (
         "FSRL, random dictionary",
         lambda: train(
             "FSRL, random dictionary",
             FSRLConfig(sae=random_dictionary(bench.sae, bench.seed), **shared),
-            (1.6e-3, 5e-3, 1.6e-2),
+            args.fsrl_rates,
             penalty,
         ),
     )
@@ -799,7 +800,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--lora-target", default="down_proj", help="what writes to the residual stream at a layer")
     add("--prompts", type=int, default=64, help="answered by every model, for the last figures")
     add("--new-tokens", type=int, default=48)
+    add("--activation", default="soft_threshold", help="FSRL's")
+    rates = [1.6e-3, 5e-3, 1.6e-2]
+    add("--fsrl-rates", type=float, nargs="+", default=rates, help="FSRL's first grid")
     add("--dtype", default="float32")
+    add("--bf16", action="store_true", help="compute in bfloat16, whatever the weights are")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--reft-rank", type=int, default=4)
     add("--map-features", type=int, default=1024, help="features of the conditional differences")
@@ -818,7 +823,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 path = args.out / "rows" / f"{slug(objective, name, seed)}.json"
                 if not path.exists():
                     torch.manual_seed(seed)
-                    write_text_atomically(path, make().to_json())
+                    # A cache would keep what a step has changed: all steps are within this block.
+                    with torch.autocast(bench.base.device.type, torch.bfloat16, args.bf16, False):
+                        row = make()
+                    write_text_atomically(path, row.to_json())
                 row = rows[name] = Row.from_json(path.read_text())
                 print(f"{objective:5} {seed} {name:36} loss {row.loss:.3f} KL {row.kl:.4f}")
             of_objective += rows.values()

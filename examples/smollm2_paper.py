@@ -588,6 +588,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model_dir", default="runs/smollm2/model")
     parser.add_argument("--out", default="runs/smollm2/paper")
+    # Where the study looks for what separates chosen from rejected; a run here has its own.
+    parser.set_defaults(layer=LAYER)
     args = parser.parse_args()
     unknown = set(args.studies) - set(STUDIES)
     if unknown:

@@ -311,3 +311,18 @@ def test_a_comparison_of_a_few_steps(
     assert (tmp_path / "compare.md").read_text() == text
     with pytest.raises(SystemExit, match="rows of other settings"):
         compare.main(options(tmp_path, steps=3))
+
+
+def test_bfloat16_measures_what_it_has_trained(compare: ModuleType, tmp_path: Path) -> None:
+    """A cache of cast weights would outlive the steps, and measure the base model."""
+    found = []
+    for more in ([], ["--bf16"]):
+        out = tmp_path / f"run{len(found)}"
+        given = options(out, objective="simpo", steps=8)
+        compare.main([*given, *more, "--methods", "base", "full fine-tuning"])
+        found.append(json.loads((out / "compare.json").read_text()))
+    (base, full), (base_16, full_16) = found
+    assert base_16["loss"] == pytest.approx(base["loss"], rel=0.02)
+    assert full_16["margin"] == pytest.approx(full["margin"], rel=0.1)
+    assert full["kl"] > 10 * base_16["kl"]
+    assert full_16["kl"] == pytest.approx(full["kl"], rel=0.3)

@@ -175,3 +175,15 @@ def test_a_quiz_knows_its_answers(paper: ModuleType) -> None:
         assert len(set(choices)) == 4
     assert all(200 <= len(row["text"]) <= 800 for row in texts["documentation"])
     assert len(texts["license"]) == 5
+
+
+def test_the_study_finds_its_options(paper: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = sys.modules["smollm2_study"]
+    facts = {str(n): dict.fromkeys(("capital", "continent", "currency"), str(n)) for n in range(10)}
+    monkeypatch.setattr(study, "unpack_model", Path)
+    monkeypatch.setattr(study.AutoTokenizer, "from_pretrained", lambda _: None)
+    monkeypatch.setattr(study, "load_facts", lambda: facts)
+    monkeypatch.setattr(study, "load_base", lambda _: organism.load().load_model())
+    monkeypatch.setattr(sys, "argv", ["smollm2_paper.py", "--steps", "3"])
+    world = study.World(paper.parse(), "style", 0)
+    assert (len(world.train), len(world.test)) == (12, 32)
