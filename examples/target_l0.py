@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2
 
 from peft_fsrl import FSRLConfig, organism, with_fsrl
 from peft_fsrl.analysis.layout import table
-from peft_fsrl.training import SimPOConfig, SimPOTrainer
+from peft_fsrl.training import CoherenceCallback, SimPOConfig, SimPOTrainer, prompt_texts
 
 SCALE = 16.0
 
@@ -125,7 +125,7 @@ CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
 
 
 def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
-    """Train one case: the steered features of each step, and the held-out loss before and after."""
+    """Train one case: the steered features of each step, and held-out figures before and after."""
     case = CASES[name](args)
     torch.manual_seed(args.seed)
     trainer = with_fsrl(SimPOTrainer)(
@@ -155,6 +155,8 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         ),
     )
     before = trainer.evaluate()["eval_loss"]
+    prompts = prompt_texts(case.test, case.tokenizer, min(8, len(case.test)))
+    trainer.add_callback(CoherenceCallback(trainer, prompts, max_new_tokens=32))
     trainer.train()
     found = trainer.evaluate()
     return {
@@ -162,6 +164,8 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         "held_out": found["eval_fsrl/l0"],
         "before": before,
         "after": found["eval_loss"],
+        "perplexity": found["eval_coherence/perplexity"],
+        "perplexity_unsteered": found["eval_coherence/perplexity_unsteered"],
     }
 
 
@@ -179,10 +183,11 @@ def render(found: dict[str, dict[str, Any]]) -> str:
                 f"{each['held_out']:.1f}",
                 f"{each['before']:.2f}",
                 f"{each['after']:.2f}",
+                f"{each['perplexity']:.2f} ({each['perplexity_unsteered']:.2f})",
             ]
         )
     heads = ["model", "l0 at 1/10", "at 1/2", "at the end", "from 1/10 on", "held out"]
-    return table([*heads, "loss before", "after"], rows)
+    return table([*heads, "loss before", "after", "perplexity (base's)"], rows)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
