@@ -33,7 +33,7 @@ class PenaltyWatch:
             self._warned = True
             warnings.warn(
                 f"FSRL adapter '{self._adapter_name}' has a sparsity penalty in its config, or "
-                "a target_l0, but it trains without: nothing added the penalty to the loss. Make "
+                "a target_l0, but it trains without one: nothing added it to the loss. Make "
                 "the trainer with `with_fsrl` (`from peft_fsrl import with_fsrl`; "
                 "`with_fsrl(CPOTrainer)(...)`), or set l1_coeff, l2_coeff and l0_coeff to 0 and "
                 "target_l0 to None.",
