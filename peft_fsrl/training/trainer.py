@@ -170,8 +170,8 @@ class FSRLTrainerMixin(Trainer):
         # model) are none of this trainer's business.
         monitor = SteeringMonitor(self.model, records.append)
         cut = nullcontext() if reentrant(self.args) else without_prefix_graph(self.model)
-        # The mean over the batches of a step, where there are several.
-        share = 2 / (self.current_gradient_accumulation_steps + 1)
+        # The mean over the batches of a step, where there are several; only `train` sets how many.
+        share = 2 / (getattr(self, "current_gradient_accumulation_steps", 1) + 1)
         target = hold_target_l0(self.model, monitor, self.accelerator, self.state, share)
         with cut, require_real_tokens(self.model), monitor, target:
             result = super().compute_loss(model, inputs, **call)
