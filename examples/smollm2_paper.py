@@ -36,7 +36,6 @@ from smollm2 import (
     LAYER,
     SAE,
     attach_probe,
-    choose_features,
     find_detectors,
     load_facts,
     require_packages,
@@ -195,9 +194,7 @@ class Bench:
         run, world = self.runs[name], self.world
         if run.form.n_features is None:
             return None
-        some = world.train.select(range(min(self.args.contrast_pairs, len(world.train))))
-        place = {"layer": run.layer, "sae": str(self.sae(run.layer))}
-        return choose_features(world.model, world.tokenizer, some, **place, n=run.form.n_features)
+        return world.choose(run.layer, str(self.sae(run.layer)), run.form.n_features)
 
     def _make(self, layer: int, names: Sequence[str]) -> None:
         world, sae = self.world, str(self.sae(layer))
@@ -588,8 +585,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model_dir", default="runs/smollm2/model")
     parser.add_argument("--out", default="runs/smollm2/paper")
-    # Where the study looks for what separates chosen from rejected; a run here has its own.
-    parser.set_defaults(layer=LAYER)
     args = parser.parse_args()
     unknown = set(args.studies) - set(STUDIES)
     if unknown:

@@ -191,7 +191,7 @@ def pack(rows: Sequence[Mapping[str, str]], tokenizer: Any) -> Packed:
 
 
 class World:
-    """Model, pairs and the features that detect the planted attributes."""
+    """Model and pairs."""
 
     def __init__(self, args: argparse.Namespace, name: str, seed: int) -> None:
         self.folder = unpack_model(Path(args.model_dir))
@@ -206,7 +206,26 @@ class World:
         self.detect = make_pairs(facts, known, args.detector_pairs, **balanced, seed="detect")
         self.model = load_base(self.folder)
         self.model.requires_grad_(False)
-        self.layer, self.contrast_pairs = args.layer, args.contrast_pairs
+        self.contrast_pairs = args.contrast_pairs
+
+    def choose(self, layer: int, sae: str, n: int) -> list[int]:
+        """Up to ``n`` features that separate chosen from rejected."""
+        some = self.train.select(range(min(self.contrast_pairs, len(self.train))))
+        return choose_features(self.model, self.tokenizer, some, layer=layer, sae=sae, n=n)
+
+    def batches(self, dataset: Any) -> list[Packed]:
+        """The rows in their order, ``batch_size`` at a time."""
+        rows = Session(self.model, self.tokenizer, dataset).rows
+        size = self.batch_size
+        return [pack(rows[k : k + size], self.tokenizer) for k in range(0, len(rows), size)]
+
+
+class Study(World):
+    """A world at one layer, and what all forms have in common there."""
+
+    def __init__(self, args: argparse.Namespace, name: str, seed: int) -> None:
+        super().__init__(args, name, seed)
+        self.layer = args.layer
         self._parts: dict[str, list[Packed]] = {}
         self._contrast: dict[int, list[int]] = {}
 
@@ -219,10 +238,7 @@ class World:
     def contrast(self, n: int) -> list[int]:
         """Up to ``n`` features that separate chosen from rejected."""
         if n not in self._contrast:
-            some = self.train.select(range(min(self.contrast_pairs, len(self.train))))
-            self._contrast[n] = choose_features(
-                self.model, self.tokenizer, some, layer=self.layer, sae=str(SAE), n=n
-            )
+            self._contrast[n] = self.choose(self.layer, str(SAE), n)
         return self._contrast[n]
 
     @cached_property
@@ -236,12 +252,6 @@ class World:
         )
         probe.unload()
         return found
-
-    def batches(self, dataset: Any) -> list[Packed]:
-        """The rows in their order, ``batch_size`` at a time."""
-        rows = Session(self.model, self.tokenizer, dataset).rows
-        size = self.batch_size
-        return [pack(rows[k : k + size], self.tokenizer) for k in range(0, len(rows), size)]
 
 
 def run_base(model: Any, packed: Packed, **inputs: Tensor) -> Tensor:
@@ -505,7 +515,7 @@ def ablate(
     return found
 
 
-def run(world: World, form_name: str, world_name: str, seed: int, out: Path) -> dict[str, Any]:
+def run(world: Study, form_name: str, world_name: str, seed: int, out: Path) -> dict[str, Any]:
     """One adapter, from its start to its figures."""
     began, form = time.time(), FORMS[form_name]
     saved = out / f"{form_name}-{world_name}-{seed}"
@@ -611,7 +621,7 @@ def main(args: argparse.Namespace) -> None:
     for seed, name in itertools.product(args.seeds, args.worlds):
         missing = {form: out / f"{form}-{name}-{seed}.json" for form in args.forms}
         missing = {form: path for form, path in missing.items() if not path.exists()}
-        world = World(args, name, seed) if missing else None
+        world = Study(args, name, seed) if missing else None
         for form, path in missing.items():
             # Perhaps another process has made it since.
             if not path.exists():

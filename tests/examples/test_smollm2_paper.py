@@ -45,6 +45,10 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
                     pairs = pairs.add_column(f"{kind}_chosen", truth)
                 setattr(self, part, pairs)
 
+        def choose(self, layer: int, sae: str, n: int) -> list[int]:
+            # In so few pairs nothing separates.
+            return list(range(n))
+
     creature = organism.load()
     monkeypatch.setattr(script, "World", Small)
     monkeypatch.setattr(script, "LAYER", creature.layer)
@@ -105,8 +109,6 @@ def test_every_study_in_small(
     facts = {str(n): {"capital": f"city {n}"} for n in range(20)}
     monkeypatch.setattr(paper, "load_facts", lambda: facts)
     monkeypatch.setattr(paper, "unrelated_prompts", lambda _: ["<user> hello <assistant>"])
-    # In four pairs nothing separates.
-    monkeypatch.setattr(paper, "choose_features", lambda *_, n, **__: list(range(n)))
     sizes = {"steps": 2, "batch_size": 2, "test_pairs": 6, "detector_pairs": 12, "seed": 0}
     options = {"layers": [1, 2], "probe_layers": [1, 2], "contrast_pairs": 4, "studies": []}
     places = {"out": str(tmp_path), "saes": str(tmp_path / "{layer}")}
