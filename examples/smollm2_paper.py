@@ -48,6 +48,7 @@ from smollm2_study import (
     Form,
     World,
     evaluate,
+    half_precision,
     score_features,
     train,
     without_lower_layers,
@@ -206,7 +207,7 @@ class Bench:
         }
         every = [packed for part in parts.values() for packed in part]
         found = {}
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             features = {name: self._choose(name) for name in untrained}
             with without_lower_layers(world.model, layer, every):
                 probe = attach_probe(world.model, layer, sae)
@@ -457,7 +458,7 @@ def adapter(bench: Bench) -> str:
     detectors = bench.detectors(LAYER)
     facts, out, world = load_facts(), bench.out, bench.world
     texts = other_texts(facts, split_countries(facts)[1], 12)
-    with bench.steered(REFERENCE) as peft, torch.autocast("cpu", torch.bfloat16):
+    with bench.steered(REFERENCE) as peft, half_precision():
         session = Session(peft, world.tokenizer, world.test, batch_size=8, progress=True)
         usages = compute_usages(session, segments=SEGMENTS)
         ranks = [compute_rank_frequency(usage) for usage in usages[1:]]
@@ -507,7 +508,7 @@ def composition(bench: Bench) -> str:
     Gains steer what is active, and little else can be counted of them.
     """
     bench.figures(["encoder"])
-    with bench.steered("encoder") as peft, torch.autocast("cpu", torch.bfloat16):
+    with bench.steered("encoder") as peft, half_precision():
         session = Session(peft, bench.world.tokenizer, bench.world.test, batch_size=8)
         compositions = compute_compositions(session, bench.detectors(LAYER))
     rows = [
@@ -531,7 +532,7 @@ def probe(bench: Bench) -> str:
     """Which layer, before any training."""
     args, world = bench.args, bench.world
     session = Session(world.model, world.tokenizer, world.train, batch_size=8, progress=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         accuracies = {
             pooling: {
                 each.layer: each.accuracy

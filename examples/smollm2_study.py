@@ -136,6 +136,15 @@ FORMS = {
 }
 
 
+def half_precision() -> torch.autocast:
+    """bfloat16 on the CPU, without a cache of casts.
+
+    A cache lasts as long as the outermost such block: around a whole training, every step would
+    see the weights of the first.
+    """
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+
 class Skip(nn.Module):
     """In the place of a layer that has already run."""
 
@@ -330,7 +339,7 @@ class Grown:
         self.inside = torch.zeros_like(self.gain)
         self.pull = torch.zeros_like(self.gain)
         for packed in batches:
-            with torch.autocast("cpu", torch.bfloat16):
+            with half_precision():
                 losses(world.model, packed)[0].mean().backward()
             self._read()
         self._enter(growth.first)
@@ -388,7 +397,7 @@ def train(
     history: list[dict[str, float]] = []
 
     def score(step: int) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             found = evaluate(world, peft, held_out)
         names = {"loss": "eval_loss", "margin": "eval_rewards/margins", "l0": "eval_fsrl/l0"}
         means = {new: float(torch.as_tensor(found[old]).mean()) for old, new in names.items()}
@@ -400,7 +409,7 @@ def train(
         share = min(1.0, step / 5) * (1 - (step - 1) / len(batches))
         optimizer.param_groups[0]["lr"] = form.lr * share
         events.clear()
-        with observe(peft, events.append), torch.autocast("cpu", torch.bfloat16):
+        with observe(peft, events.append), half_precision():
             loss, margin = (each.mean() for each in losses(world.model, packed))
         real = packed.kind > 0
         tokens = token_statistics(events[0])

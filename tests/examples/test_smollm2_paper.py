@@ -189,3 +189,20 @@ def test_the_study_finds_its_options(paper: ModuleType, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["smollm2_paper.py", "--steps", "3"])
     world = study.World(paper.parse(), "style", 0)
     assert (len(world.train), len(world.test)) == (12, 32)
+
+
+def test_half_precision_around_a_training_changes_nothing(
+    paper: ModuleType, tmp_path: Path
+) -> None:
+    bench = bench_in(paper, tmp_path)
+    bench.figures(["encoder"])
+    logged = json.loads((tmp_path / "encoder" / paper.STATE).read_text())["log_history"]
+    world, form = bench.world, bench.runs["encoder"].form
+    packed = world.batches(world.train)
+    config = paper.FSRLConfig(layer=paper.LAYER, sae=str(paper.SAE), **form.config)
+    with paper.half_precision(), paper.without_lower_layers(world.model, paper.LAYER, packed):
+        pass
+    with paper.without_lower_layers(world.model, paper.LAYER, packed):
+        torch.manual_seed(0)
+        alone = paper.train(world, paper.get_peft_model(world.model, config), form, packed)
+    assert alone == logged
