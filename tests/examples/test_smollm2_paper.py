@@ -57,14 +57,15 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def bench_in(paper: ModuleType, folder: Path) -> Any:
-    names = {"seed": 0, "batch_size": 2, "contrast_pairs": 4, "layers": [1, 2]}
-    return paper.Bench(Namespace(out=str(folder), saes=str(folder / "{layer}"), **names))
+    names = {"batch_size": 2, "contrast_pairs": 4, "layers": [1, 2]}
+    return paper.Bench(Namespace(out=str(folder), saes=str(folder / "{layer}"), **names), seed=0)
 
 
 def test_runs_are_made_once_and_measured_as_elsewhere(
     paper: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = bench_in(paper, tmp_path)
+    tmp_path = bench.out
     found = bench.figures(paper.EXCLUSIONS)
     test = bench.world.test
     base = organism.load().load_model()
@@ -96,9 +97,10 @@ def test_runs_are_made_once_and_measured_as_elsewhere(
     monkeypatch.setattr(paper, "train", fail)
     # Trained before it was killed: only measured again.
     (tmp_path / "without-random" / "figures.json").unlink()
-    assert bench_in(paper, tmp_path).figures(paper.EXCLUSIONS) == found
-    text = paper.table_of(found, dict.fromkeys(found, "run"))
-    assert text.count("| run |") == 3
+    assert bench_in(paper, tmp_path.parent).figures(paper.EXCLUSIONS) == found
+    one = paper.Seeds((bench, bench)).table({"without-style": "run"}).splitlines()[-1]
+    loss = f"{found['without-style']['loss']['value']:.2f}"
+    assert one.startswith(f"| run | {loss}, {loss} |")
 
 
 @pytest.mark.slow
@@ -109,8 +111,9 @@ def test_every_study_in_small(
     facts = {str(n): {"capital": f"city {n}"} for n in range(20)}
     monkeypatch.setattr(paper, "load_facts", lambda: facts)
     monkeypatch.setattr(paper, "unrelated_prompts", lambda _: ["<user> hello <assistant>"])
-    sizes = {"steps": 2, "batch_size": 2, "test_pairs": 6, "detector_pairs": 12, "seed": 0}
+    sizes = {"steps": 2, "batch_size": 2, "test_pairs": 6, "detector_pairs": 12}
     options = {"layers": [1, 2], "probe_layers": [1, 2], "contrast_pairs": 4, "studies": []}
+    options["seeds"] = [0, 1]
     places = {"out": str(tmp_path), "saes": str(tmp_path / "{layer}")}
     paper.main(Namespace(**sizes, **options, **places))
     for name in paper.STUDIES:
@@ -153,7 +156,7 @@ def test_what_is_logged_is_what_was_minimized(paper: ModuleType) -> None:
 def test_curves_are_read_as_a_trainers(paper: ModuleType, tmp_path: Path) -> None:
     bench = bench_in(paper, tmp_path)
     bench.figures([paper.REFERENCE])
-    curves = load_training_curves(tmp_path / paper.REFERENCE)
+    curves = load_training_curves(bench.out / paper.REFERENCE)
     assert curves.curve("eval_loss").steps == (0, 5)
     assert curves.curve("preference_loss").steps == (1, 2, 3, 4, 5)
 
@@ -196,7 +199,7 @@ def test_half_precision_around_a_training_changes_nothing(
 ) -> None:
     bench = bench_in(paper, tmp_path)
     bench.figures(["encoder"])
-    logged = json.loads((tmp_path / "encoder" / paper.STATE).read_text())["log_history"]
+    logged = json.loads((bench.out / "encoder" / paper.STATE).read_text())["log_history"]
     world, form = bench.world, bench.runs["encoder"].form
     packed = world.batches(world.train)
     config = paper.FSRLConfig(layer=paper.LAYER, sae=str(paper.SAE), **form.config)
