@@ -104,6 +104,7 @@ class World:
     config: dict[str, Any]
     settings: InspectionSettings
     training: ClassVar[dict[str, Any]]
+    distillation: ClassVar[dict[str, int]]
     tokenizer: Any
     length: int
 
@@ -161,6 +162,7 @@ class OrganismWorld(World):
         "learning_rate": 1e-2,
         "n": 960,
     }
+    distillation: ClassVar = {"steps": 300, "batch_size": 16}
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -215,6 +217,7 @@ class SmolWorld(World):
         "learning_rate": 3e-4,
         "n": 20,
     }
+    distillation: ClassVar = {"steps": 80, "batch_size": 8}
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -447,11 +450,11 @@ def distill(world: World, teacher: Any, bench: Bench, pattern: list[int], seed: 
     student = get_peft_model(world.base(), config).train()
     trained = [each for each in student.parameters() if each.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=2e-3)
-    bos, steps = world.tokenizer.bos_token_id, 300
+    bos, steps = world.tokenizer.bos_token_id, world.distillation["steps"]
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for _ in range(steps):
         rows, ends = [], []
-        for text in rng.choices(bench.texts, k=16):
+        for text in rng.choices(bench.texts, k=world.distillation["batch_size"]):
             placed = world.place(text, pattern, rng) if rng.random() < 0.5 else None
             ends.append(len(placed) if placed else 10**9)
             rows.append([bos, *placed, *rng.choice(bench.texts)[:8]] if placed else [bos, *text])

@@ -109,8 +109,8 @@ def gains(**settings: float) -> Form:
 
 
 REFERENCE = "l1-0.01"
-FAST = "encoder-fast"
-COEFFICIENTS = (0.01, 0.1, 0.3)
+FAST = "rows-0.05"
+COEFFICIENTS, ROWS_COEFFICIENTS = (0.01, 0.1, 0.3), (0.01, 0.05, 0.25)
 EXCLUSIONS = (REFERENCE, "without-style", "without-random")
 # In 20 steps rows need ten times the rate of the study's 120.
 NOISE, ENCODER = (replace(FORMS[name], lr=1e-3) for name in ("noise", "encoder"))
@@ -142,11 +142,15 @@ def list_runs(layers: Sequence[int]) -> dict[str, Run]:
         "l1-0": gains(),
         "l2": gains(l2_coeff=0.01),
         "encoder": ENCODER,
-        FAST: replace(ENCODER, lr=3e-3),
         "jumprelu": replace(ENCODER, config=JUMP),
         "noise": NOISE,
         "muon": replace(NOISE, optimizer=MuonAdamW),
         "rank-16": replace(NOISE, config={**NOISE.config, "rank": 16}),
+    }
+    fast = replace(ENCODER, lr=3e-3)
+    forms |= {
+        f"rows-{l1:g}": replace(fast, config={**fast.config, "l1_coeff": l1})
+        for l1 in ROWS_COEFFICIENTS
     }
     return runs | {name: Run(form, LAYER) for name, form in forms.items()}
 
@@ -409,10 +413,16 @@ def coefficients(seeds: Seeds) -> str:
     """Figure 2, left: the L1 coefficient at one layer."""
     from peft_fsrl.analysis.plots import plot_sweep
 
-    names = {f"l1-{l1:g}": f"{l1:g}" for l1 in COEFFICIENTS}
-    figure = plot_sweep(seeds.points(list(names)), "l1_coeff")
-    draw(figure, seeds.out / "coefficients.png")
-    return seeds.table(names)
+    kinds = {
+        "coefficients": ("l1", COEFFICIENTS, "gains"),
+        "coefficients_rows": ("rows", ROWS_COEFFICIENTS, "rows that start as the SAE's encoder"),
+    }
+    tables = []
+    for picture, (name, values, label) in kinds.items():
+        names = {f"{name}-{l1:g}": f"{label}, {l1:g}" for l1 in values}
+        draw(plot_sweep(seeds.points(list(names)), "l1_coeff"), seeds.out / f"{picture}.png")
+        tables.append(seeds.table(names))
+    return "\n\n".join(tables)
 
 
 def layers(seeds: Seeds) -> str:

@@ -118,7 +118,8 @@ def test_every_study_in_small(
     paper.main(Namespace(**sizes, **options, **places))
     for name in paper.STUDIES:
         assert (tmp_path / f"{name}.md").read_text().strip()
-    pictures = ("coefficients", "layers", "rank_frequency", "static_dynamic", "training_curves")
+    sweeps = ("coefficients", "coefficients_rows", "layers")
+    pictures = (*sweeps, "rank_frequency", "static_dynamic", "training_curves")
     assert {path.stem for path in tmp_path.glob("*.png")} == set(pictures)
     with pytest.raises(FileExistsError, match="other settings"):
         paper.main(Namespace(**{**sizes, "steps": 3}, **options, **places))
