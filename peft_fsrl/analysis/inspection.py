@@ -37,6 +37,7 @@ RARE = 0.01
 QUIET, LOUD = 0.1, 0.2
 # Reach of a rare feature, likewise.
 NEAR, FAR = 0.3, 1.0
+_NONE_RARE = f"Every feature that can act does so at more than {RARE:.0%} of ordinary tokens."
 # Sequences handled at once.
 _CHUNK = 256
 # Targets of one search: what is lost if it is killed.
@@ -78,7 +79,7 @@ class InspectionSettings:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            least = 0 if name in ("n_vocabulary", "n_targets", "n_listed", "steps") else 1
+            least = 0 if name in ("n_targets", "n_listed", "steps") else 1
             if value < least:
                 raise ValueError(f"Expected {name} of {least} or more, got {value}.")
 
@@ -144,7 +145,7 @@ class SteerableFeature(Record):
         threshold: of it, zero where the activation has none.
         margin: how far its pre-activation has to go before it acts, in standard deviations from
             its mean over ordinary tokens.
-        reach: ``||x' - x|| / ||x||`` by this feature alone that no input of ordinary norm exceeds.
+        reach: ``||x' - x|| / ||x||`` by this feature alone that no ``x~`` of ordinary norm exceeds.
         frequency: share of ordinary tokens at which it is steered.
         seen: largest ``||x' - x|| / ||x||`` by this feature alone there.
         encoder_cosine: of its row with its own encoder direction; None where the SAE has none.
@@ -294,14 +295,8 @@ def read_inputs(session: Session, settings: InspectionSettings) -> Inputs:
             alone.append(read_states(model, layer_name, input_ids=ids)[:, -1].float())
     if not states or not sum(map(len, states)):
         raise ValueError("Expected texts with an ordinary token, found none.")
-    width = states[0].shape[-1]
     return Inputs(
-        source,
-        len(texts),
-        torch.cat(states),
-        torch.cat(before),
-        vocabulary,
-        torch.cat(alone) if alone else torch.zeros(0, width, device=device),
+        source, len(texts), torch.cat(states), torch.cat(before), vocabulary, torch.cat(alone)
     )
 
 
@@ -352,12 +347,12 @@ def compute_inspection(
         ordinary = OrdinaryUse(view, inputs.states)
         reach = view.largest(ordinary.input_norm) * view.sizes
         reach = reach * (ordinary.token_scale / ordinary.norm)
-        rare = ordinary.frequency <= RARE
+        rare = (ordinary.frequency <= RARE) & (reach > 0)
         order = torch.where(rare, reach, -1.0).argsort(descending=True, stable=True)
         index = view.sae.feature_index
         farthest = int(index[order[0]]) if bool(rare.any()) else None
         rare_reach = 0.0 if farthest is None else float(reach[order[0]])
-        chosen = [i for i in order[: settings.n_targets].tolist() if rare[i] and reach[i] > 0]
+        chosen = [i for i in order[: settings.n_targets].tolist() if rare[i]]
         triggers: dict[int, Trigger] = {}
         with session.bar("triggers", len(chosen), "feature") as bar:
             for number, group in enumerate(batched(chosen, _GROUP)):
@@ -376,7 +371,7 @@ def compute_inspection(
     by_strength = sorted(triggers, key=lambda i: -triggers[i].strength)
     shown += [i for i in by_strength if i not in shown]
     features = _describe(session, view, ordinary, reach, shown, triggers, labels, settings)
-    hidden = [each for each in features if each.trigger is not None]
+    hidden = [(each.feature, each.trigger) for each in features if each.trigger is not None]
     bound = view.bound(ordinary.norm)
     return Inspection(
         info=info,
@@ -392,10 +387,10 @@ def compute_inspection(
         ratio_worst=worst,
         ratio_bound=bound,
         rare_reach=rare_reach,
-        hidden=max((each.trigger.strength for each in hidden if each.trigger), default=0.0),
+        hidden=max((trigger.strength for _, trigger in hidden), default=0.0),
         findings=(
             judge_rare_reach(farthest, rare_reach),
-            judge_hidden([(e.feature, e.trigger) for e in hidden if e.trigger], len(chosen)),
+            judge_hidden(hidden, int(rare.sum())),
             judge_worst(worst, bound),
         ),
         loudest=loudest,
@@ -407,12 +402,12 @@ def judge_rare_reach(feature: int | None, reach: float) -> Finding:
     """Whether a feature that ordinary text hardly ever makes act could act strongly on other text.
 
     Args:
-        feature: the rare feature that reaches farthest; None if every feature acts often.
+        feature: the rare feature that reaches farthest; None if none can act.
         reach: of it.
     """
     question = "Do the weights leave the features alone that ordinary text leaves alone?"
     if feature is None:
-        return Finding(question, "yes", "Ordinary text makes every feature act.")
+        return Finding(question, "yes", _NONE_RARE)
     text = (
         f"Of the features that act at no more than {RARE:.0%} of ordinary tokens, {feature} "
         f"reaches farthest: its row could move an activation of ordinary norm by {reach:.0%} of it"
@@ -424,19 +419,21 @@ def judge_rare_reach(feature: int | None, reach: float) -> Finding:
     )
 
 
-def judge_hidden(found: Sequence[tuple[int, Trigger]], n_searched: int) -> Finding:
+def judge_hidden(found: Sequence[tuple[int, Trigger]], n_rare: int) -> Finding:
     """Whether a feature that ordinary text hardly ever makes act can be made to act strongly.
 
     Args:
         found: rare features with what was found for them.
-        n_searched: features searched for.
+        n_rare: how many rare features can act.
     """
     question = "Does it act only where ordinary text makes it act?"
+    if not n_rare:
+        return Finding(question, "yes", _NONE_RARE)
     if not found:
         return Finding(question, "unsure", "No rare feature was searched for.")
     feature, trigger = max(found, key=lambda each: each[1].strength)
     text = (
-        f"Of {n_searched} features that act at no more than {RARE:.0%} of ordinary tokens, "
+        f"Of {len(found)} features that act at no more than {RARE:.0%} of ordinary tokens, "
         f"{feature} was made to act most: {''.join(trigger.tokens)!r} lets it move the activation "
         f"by {trigger.strength:.0%} of its norm"
     )
@@ -485,9 +482,8 @@ class _Search:
 
         starts = self._random(len(targets))
         for row in range(0, len(targets), 2):
-            if len(inputs.alone):
-                best = (sign[row] * (view.read(inputs.alone) @ weight[row])).argmax()
-                starts[row, -1] = inputs.vocabulary[best]
+            best = (sign[row] * (view.read(inputs.alone) @ weight[row])).argmax()
+            starts[row, -1] = inputs.vocabulary[best]
             best = (sign[row] * (view.read(inputs.states) @ weight[row])).argmax()
             starts[row + 1] = self._plain(inputs.before[best], starts[row + 1])
         ids = self._climb(excess, starts)

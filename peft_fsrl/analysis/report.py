@@ -29,6 +29,9 @@ from .sweeps import SweepPoint
 from .usage import FeatureUse, Usage
 from .winrate import WinRate
 
+# Where the answers of every pair differ in length by the same factor.
+_NO_LENGTHS = "Length is not controlled: it varies too little to be told from preference."
+
 
 def render_summary(summary: Summary, n_features: int = 10) -> str:
     """The summary of a run for a terminal, under 100 columns wide.
@@ -428,8 +431,9 @@ def render_contrast(contrast: DataContrast, n_features: int = 15) -> str:
     lines = [
         paragraph(
             "",
-            f"{contrast.n_pairs:,} pairs of {contrast.dataset}, {contrast.n_topics} topics. The "
-            f"chosen answer is the longer one in {_share(contrast.longer)}.",
+            f"{contrast.n_pairs:,} pairs of {contrast.dataset}, topics: {contrast.n_topics}. The "
+            f"chosen answer is the longer one in {_share(contrast.longer)}."
+            + ("" if contrast.length_controlled else f" {_NO_LENGTHS}"),
         ),
         title(f"Features that separate: {contrast.n_separating} of {contrast.n_tested} tested"),
         table(

@@ -21,6 +21,24 @@ ORGANISM = "organism"
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from ``least`` on."""
+
+    def parse(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}")
+        return int(text)
+
+    parse.__name__ = "int"
+    return parse
+
+
+def _dtype(text: str) -> str:
+    if text != "auto" and not isinstance(getattr(torch, text, None), torch.dtype):
+        raise argparse.ArgumentTypeError(f"expected auto, float32, bfloat16 or such, got {text!r}")
+    return text
+
+
 def add_adapter_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> Any:
     """Options for the adapter of a command; returns their group."""
     group = parser.add_argument_group("adapter")
@@ -63,8 +81,9 @@ def add_data_arguments(
     add("--dataset", metavar="DATA", required=required, help=text)
     add("--split", metavar="NAME", default=split, help=f"split, if the data has any ({split})")
     first = f"use the first N pairs; 0 = all ({n_pairs})"
-    add("--n-pairs", metavar="N", type=int, default=n_pairs, help=first)
-    add("--max-length", metavar="N", type=int, help="skip pairs with a prompt of N tokens or more")
+    add("--n-pairs", metavar="N", type=whole_number(0), default=n_pairs, help=first)
+    text = "cut answers at N tokens of a text; skip prompts as long"
+    add("--max-length", metavar="N", type=whole_number(1), help=text)
     group = parser.add_argument_group(f"with --dataset {ORGANISM} (docs/organism.md)")
     for name, rate in (("style", 0.9), ("honesty", 0.55)):
         text = f"share of pairs that prefer {name} ({rate})"
@@ -75,10 +94,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, simpo: bool = False) ->
     """Options for how a model is run."""
     group = parser.add_argument_group("execution")
     add = group.add_argument
-    add("--batch-size", metavar="N", type=int, default=16, help="pairs per forward pass (16)")
+    text = "pairs per forward pass (16)"
+    add("--batch-size", metavar="N", type=whole_number(1), default=16, help=text)
     add("--device", metavar="DEVICE", help="such as cuda:0")
-    add("--dtype", metavar="DTYPE", default="auto", help="of the base model, such as bfloat16")
-    add("--seed", metavar="N", type=int, default=0, help="random seed (0)")
+    text = "of the base model, such as bfloat16"
+    add("--dtype", metavar="DTYPE", type=_dtype, default="auto", help=text)
+    add("--seed", metavar="N", type=whole_number(0), default=0, help="random seed (0)")
     if simpo:
         add("--beta", metavar="X", type=float, default=10.0, help="SimPO's reward scale (10)")
         add("--gamma", metavar="X", type=float, default=5.0, help="SimPO's target margin (5)")
@@ -122,13 +143,22 @@ def add_amounts(
 
 
 def load_model(name: str, args: argparse.Namespace) -> Any:
-    """A causal language model on the device that was asked for."""
+    """A causal language model on the device that was asked for.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
     from transformers import AutoModelForCausalLM
 
     device = args.device
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if found is None else str(found)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Expected a device of this machine, got {device!r}: {reason}") from error
     # Never code from a repository: without the flag, transformers asks on standard input.
     model = AutoModelForCausalLM.from_pretrained(
         _path(name), dtype=args.dtype, trust_remote_code=False
@@ -255,6 +285,8 @@ def load_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str,
     if "text" not in dataset.column_names or "chosen" in dataset.column_names:
         return load_rows(args, tokenizer)
     texts = _first(dataset, args.n_pairs)["text"]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise ValueError(f"Expected texts in the column 'text' of {args.dataset}, found others.")
     rows = [{"prompt": "", "chosen": text} for text in texts if text and text.strip()]
     if not rows:
         raise ValueError(f"Expected texts in the column 'text' of {args.dataset}, found none.")
@@ -285,6 +317,7 @@ def open_session(
         tokenizer,
         rows,
         batch_size=args.batch_size,
+        max_length=args.max_length,
         seed=args.seed,
         beta=getattr(args, "beta", 10.0),
         gamma=getattr(args, "gamma", 5.0),

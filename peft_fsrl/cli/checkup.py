@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
 from ..analysis.checkup import compute_checkup
 from ..analysis.report import render_checkup
@@ -42,10 +41,7 @@ def run(args: argparse.Namespace) -> int:
     rows, dataset_name = load_texts(args, tokenizer)
     other = load_model(args.compare_model, args) if args.compare_model else None
     checkup = compute_checkup(
-        replace(
-            open_session(load_model(args.model, args), tokenizer, rows, args),
-            max_length=args.max_length,
-        ),
+        open_session(load_model(args.model, args), tokenizer, rows, args),
         sae_reference(args.sae),
         layer=args.layer,
         compare_model=other,

@@ -25,6 +25,7 @@ from ._inputs import (
     load_tokenizer,
     open_session,
     sae_reference,
+    whole_number,
 )
 from .main import deliver
 
@@ -41,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("report").add_argument
     add("--topic", metavar="COLUMN", help="column with topics; default: clusters of prompts")
     text = "clusters of prompts; 1 = no control for topic (8)"
-    add("--n-topics", metavar="N", type=int, default=8, help=text)
-    add("--n-features", metavar="N", type=int, default=50, help="features to report (50)")
-    add("--n-examples", metavar="N", type=int, default=4, help="features with examples (4)")
+    add("--n-topics", metavar="N", type=whole_number(1), default=8, help=text)
+    text = "features to report (50)"
+    add("--n-features", metavar="N", type=whole_number(0), default=50, help=text)
+    text = "features with examples (4)"
+    add("--n-examples", metavar="N", type=whole_number(0), default=4, help=text)
     group = parser.add_argument_group("curated copy (FEATURES such as 66,137 or style)")
     both = group.add_mutually_exclusive_group()
     for action, text in (
@@ -58,11 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, report, write; readings of an earlier run are reused."""
     statistics.require()
-    for name in ("n_topics", "n_features", "n_examples"):
-        least = 1 if name == "n_topics" else 0
-        if getattr(args, name) < least:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"Expected {flag} of {least} or more, got {getattr(args, name)}.")
     action = DROP if args.drop is not None else RELABEL
     asked = args.drop if action == DROP else args.relabel
     labels = load_label_file(args.labels)
@@ -127,15 +125,13 @@ def _features(asked: str, labels: Labels | None) -> list[int]:
     found: list[int] = []
     for word in asked.split(","):
         name = word.strip()
-        if name.isdigit():
+        if name.isdecimal():
             found.append(int(name))
         elif name in known:
             found += known[name]
         else:
-            raise ValueError(
-                f"Expected numbers of features or categories among {list(known)}, got {name!r}."
-                + ("" if labels else " Categories need --labels.")
-            )
+            names = f"categories among {list(known)}" if labels else "categories with --labels"
+            raise ValueError(f"Expected numbers of features, or {names}, got {name!r}.")
     return found
 
 

@@ -251,6 +251,9 @@ def _examine(row: Mapping[str, Any], settings: _Settings) -> dict[str, Any]:
     # Before the prompt is extracted, which fails on what is empty without saying where.
     if row.get("prompt", "") in (None, []):
         return problem("prompt", "no prompt", "Fill it")
+    for side in _SIDES:
+        if not isinstance(row[side], str | list | None):
+            return problem(side, "neither text nor messages", "Turn it into text")
     empty = [side for side in _SIDES if _is_empty(row[side])]
     pair = row if empty else _extract(row)
     empty = empty or [side for side in _SIDES if _is_empty(pair[side])]

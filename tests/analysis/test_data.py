@@ -211,6 +211,36 @@ def test_length_and_topic_do_not_pass_for_preference() -> None:
     assert contrast_features(naive, topics=[0] * n, n_topics=1, seed=0).separates.all()
 
 
+@pytest.mark.parametrize("n_others", [0, 1, 2, 5])
+def test_lengths_that_hardly_vary_are_not_controlled(n_others: int) -> None:
+    rng = np.random.default_rng(8)
+    lengths = np.full((40, 2), 20)
+    lengths[:, 0] = 40
+    lengths[:n_others, 0] = 19 + 2 * np.arange(n_others)
+    d = rng.normal(0, 1, (40, 200))
+    d[:, 0] += 2
+    found = contrast_features(make_reading(d, lengths), topics=None, n_topics=1, seed=0)
+    assert not found.length_controlled
+    # Neither shrunk nor drawn out: the plain mean, and nothing of 199 features that know nothing.
+    np.testing.assert_allclose(found.difference.numpy(), d.astype("float32").mean(0, dtype=float))
+    assert found.separates.tolist() == [True] + [False] * 199
+    lengths[:20, 0] = rng.integers(15, 25, 20)
+    found = contrast_features(make_reading(d, lengths), topics=None, n_topics=1, seed=0)
+    assert found.length_controlled
+    same = contrast_features(make_reading(d), topics=None, n_topics=1, seed=0)
+    assert same.length_controlled, "nothing there to be told from preference"
+
+
+def test_a_pair_that_is_there_twice_counts_once(caplog: pytest.LogCaptureFixture) -> None:
+    rows = list(tiny_preferences(24))
+    topics = ["a", "b"] * 12
+    session = Session(fsrl_model(), tiny_tokenizer(), rows)
+    twice = dataclasses.replace(session, dataset=[*rows, *rows[::-1]])
+    once = compute_contrast(session, topics=topics, n_examples=1)
+    assert compute_contrast(twice, topics=[*topics, *topics[::-1]], n_examples=1) == once
+    assert "24 of 48 pairs are different" in caplog.text
+
+
 def test_few_false_discoveries_and_none_of_rare_features() -> None:
     rng = np.random.default_rng(2)
     shares = []
@@ -435,8 +465,11 @@ def test_a_mirror_is_a_count_by_hand() -> None:
 
 def test_bad_input() -> None:
     session = Session(fsrl_model(), tiny_tokenizer(), tiny_preferences(5))
-    with pytest.raises(ValueError, match="at least 20 preference pairs"):
+    with pytest.raises(ValueError, match="at least 20 different preference pairs"):
         compute_contrast(session)
+    repeated = dataclasses.replace(session, dataset=list(tiny_preferences(10)) * 4)
+    with pytest.raises(ValueError, match="their contrast, got 10"):
+        compute_contrast(repeated)
     enough = dataclasses.replace(session, dataset=tiny_preferences(24))
     with pytest.raises(ValueError, match="one topic for each of 24 pairs, got 2"):
         compute_contrast(enough, topics=["a", "b"])

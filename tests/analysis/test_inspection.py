@@ -328,6 +328,8 @@ def test_wrong_requests(hidden: Any) -> None:
         InspectionSettings(n_targets=-1)
     with pytest.raises(ValueError, match="Expected length of 1 or more, got 0"):
         InspectionSettings(length=0)
+    with pytest.raises(ValueError, match="Expected n_vocabulary of 1 or more, got 0"):
+        InspectionSettings(n_vocabulary=0)
     other = Labels("me", ("a",), 99, None, ())
     with pytest.raises(ValueError, match="99 features"):
         compute_inspection(session_of(hidden), settings=QUICK, labels=other)
@@ -348,7 +350,8 @@ def test_verdicts() -> None:
     def trigger(strength: float) -> Found:
         return Found((4, 5), ("w4", " w5"), 1.0, strength, strength)
 
-    assert judge_hidden([], 0).verdict == "unsure"
+    assert judge_hidden([], 0).verdict == "yes"
+    assert judge_hidden([], 3).verdict == "unsure"
     for strength, verdict in ((0.05, "yes"), (0.15, "unsure"), (0.3, "no")):
         finding = judge_hidden([(3, trigger(0.0)), (7, trigger(strength))], 2)
         assert finding.verdict == verdict

@@ -27,6 +27,7 @@ from peft_fsrl.analysis import AdapterDifference, Audit, Checkup, Inspection, st
 from peft_fsrl.analysis.data import Curation, DataContrast
 from peft_fsrl.analysis.data import reading as data_reading
 from peft_fsrl.analysis.labels import load_labels, organism_labels, save_labels
+from peft_fsrl.cli._inputs import load_rows, open_session
 from peft_fsrl.cli.audit import add_arguments
 from peft_fsrl.cli.diff import require_same_saes
 from peft_fsrl.cli.main import COMMANDS, DOES_NOT_FIT, main, make_parser, one_line, say
@@ -64,8 +65,13 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line that a wrong request is answered with."""
     capsys.readouterr()
-    assert main([str(each) for each in arguments]) == 2
-    [line] = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+    try:
+        status: Any = main([str(each) for each in arguments])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    # The parser's own words have the command before them, and the usage above.
+    [line] = [each for each in capsys.readouterr().err.splitlines() if "error: " in each]
     return line
 
 
@@ -346,9 +352,11 @@ def test_amounts_out_of_range(
     out = tmp_path / "out"
     for option, value in (
         ("--batch-size", 0), ("--n-generations", -1), ("--max-new-tokens", 0), ("--beta", "nan"),
+        ("--n-pairs", -3), ("--max-length", 0), ("--seed", -1), ("--dtype", "float31"),
+        ("--device", "cuda:77"), ("--device", "nowhere"),
     ):  # fmt: skip
         line = refusal(capsys, "audit", adapter, "--out", out, *DATA, option, value)
-        assert option[2:].replace("-", "_") in line
+        assert option[2:] in line.replace("_", "-")
         assert str(value) in line
     assert not out.exists()
 
@@ -465,13 +473,14 @@ def test_wrong_requests_about_data(tmp_path: Path, capsys: pytest.CaptureFixture
     wrong = [*LENS, "--out", tmp_path / "out", "--n-pairs", "24"]
     for more, message in (
         (["--topic", "mood"], "Expected a column 'mood' with topics, found ["),
-        (["--drop", "style"], "got 'style'. Categories need --labels."),
+        (["--drop", "style"], "or categories with --labels, got 'style'."),
+        (["--drop", "6²"], "got '6²'."),
         (["--labels", "organism", "--relabel", "mood"], "got 'mood'."),
         (["--categories", "style"], "--categories needs --labels"),
         (["--labels", "organism", "--categories", "mood"], "categories that the labels know"),
         (["--drop", "384"], "Feature 384 does not exist"),
-        (["--n-topics", "0"], "Expected --n-topics of 1 or more, got 0"),
-        (["--n-pairs", "5"], "at least 20 preference pairs"),
+        (["--n-topics", "0"], "--n-topics: expected 1 or more, got 0"),
+        (["--n-pairs", "5"], "at least 20 different preference pairs"),
         (["--layer", "9"], "Layer 9 does not exist"),
         (["--sae", tmp_path / "none"], "none"),
     ):
@@ -479,6 +488,30 @@ def test_wrong_requests_about_data(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main([*map(str, wrong), "--drop", "1", "--relabel", "2"])
     capsys.readouterr()
+    rows = [{"prompt": "a", "chosen": 1, "rejected": 2}]
+    path = tmp_path / "numbers.json"
+    path.write_text(json.dumps(rows))
+    line = refusal(capsys, *LENS[:-1], path, "--out", tmp_path / "out")
+    assert "neither text nor messages: 1" in line
+
+
+@pytest.mark.parametrize("texts", [[3, 4], [["a"], ["b"]]])
+def test_texts_that_are_none(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], texts: list[Any]
+) -> None:
+    path = tmp_path / "texts.json"
+    path.write_text(json.dumps([{"text": text} for text in texts]))
+    line = refusal(capsys, "inspect", adapter, "--dataset", path, "--out", tmp_path / "out")
+    assert "Expected texts in the column 'text'" in line
+
+
+def test_max_length_cuts_answers_as_a_trainer_does() -> None:
+    arguments = [*LENS, "--out", "unused", "--n-pairs", "3", "--max-length", "20"]
+    args = make_parser(arguments).parse_args(arguments)
+    tokenizer = organism.load().load_tokenizer()
+    rows, _ = load_rows(args, tokenizer)
+    session = open_session(organism.load().load_model(), tokenizer, rows, args)
+    assert {len(text.input_ids) for text in session.tokens("chosen")} == {20}
 
 
 @pytest.mark.slow

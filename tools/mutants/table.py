@@ -1416,9 +1416,23 @@ MUTANTS = (
     Mutant(
         "a longer answer passes for a preference",
         "analysis/data/contrast.py",
-        "    if ratio.any():",
-        "    if False:",
+        "    return full if controlled else plain, len(used), controlled",
+        "    return plain, len(used), controlled",
         (f"{DATA}test_length_and_topic_do_not_pass_for_preference",),
+    ),
+    Mutant(
+        "equal lengths are told from one pair of unlike lengths",
+        "analysis/data/contrast.py",
+        "    return float(found) if told.abs().max() < 1e-6 else 0.0",
+        "    return float(len(design))",
+        (f"{DATA}test_lengths_that_hardly_vary_are_not_controlled",),
+    ),
+    Mutant(
+        "a pair that is there twice is two observations",
+        "analysis/data/contrast.py",
+        "    if len(different) < len(session.rows):",
+        "    if False:",
+        (f"{DATA}test_a_pair_that_is_there_twice_counts_once",),
     ),
     Mutant(
         "many tests are taken one by one",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from .reading import PairReading, read_pairs
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+logger = logging.getLogger(__name__)
 
 # Below so many pairs nothing is said at all, and of a feature that differs in fewer neither: a test
 # of a mean needs some values.
@@ -81,8 +84,8 @@ class CategoryContrast(Record):
         n_features: how many it has.
         n_tested: how many of them differ in enough pairs to be tested.
         n_separating: how many of these separate, at a false-discovery rate of 5 %.
-        share: of the sum of squared effects over the features that separate (the strongest 512);
-            None where none does.
+        share: of the sum, over the features that separate (the strongest 512), of squared mean
+            differences in root mean squares, without any control; None where none does.
         accuracy: share of pairs in which these features alone prefer the chosen answer, by a probe
             fitted on other pairs: one half if they know nothing of the preference. A category whose
             features also hear something else knows of that too.
@@ -118,9 +121,10 @@ class DataContrast(Record):
     Attributes:
         dataset: its name.
         fingerprint: of the SAE.
-        n_pairs: preference pairs read.
+        n_pairs: different preference pairs.
         n_topics: kinds of prompts, each with the same weight.
         longer: share of pairs whose chosen answer is the longer one; a tie counts half.
+        length_controlled: False where the lengths vary too little to be told from preference.
         n_tested: features that differ in enough pairs to be tested.
         n_separating: how many of these separate, at a false-discovery rate of 5 %.
         features: those tested, largest effect in either direction first, cut at some number.
@@ -133,6 +137,7 @@ class DataContrast(Record):
     n_pairs: int
     n_topics: int
     longer: Interval
+    length_controlled: bool
     n_tested: int
     n_separating: int
     features: tuple[FeatureContrast, ...]
@@ -154,6 +159,7 @@ class Contrasts:
             ``(pairs,)``.
         freedom: degrees of freedom of the test.
         n_topics: how many there were.
+        length_controlled: see ``DataContrast``.
     """
 
     difference: Float[Tensor, "n_features"]
@@ -164,6 +170,7 @@ class Contrasts:
     leverage: Float[Tensor, "pairs"]
     freedom: int
     n_topics: int
+    length_controlled: bool
 
     @property
     def separates(self) -> Tensor:
@@ -190,7 +197,7 @@ def compute_contrast(
     topic by a regression of the differences on ``log(n_chosen / n_rejected)`` and on the topic: the
     test is of its prediction for equal lengths, with equal weight for every topic. Errors are
     MacKinnon and White's HC3, right for pairs of unlike spread; the rate of false discoveries is
-    Benjamini and Hochberg's.
+    Benjamini and Hochberg's. A pair that is there more than once counts once.
 
     Args:
         session: its model has one FSRL layer, trained or not: everything is about the base model.
@@ -205,18 +212,26 @@ def compute_contrast(
         dataset_name: shown in the record.
 
     Raises:
-        ValueError: for fewer than 20 pairs, another number of topics than of pairs, a number out of
-            range, and as ``read_pairs`` does.
+        ValueError: for fewer than 20 different pairs, another number of topics than of pairs, and
+            as ``read_pairs`` does.
         IndexError: for a feature in a category that the SAE does not have.
         OSError: if nothing can be written to ``out``.
         ImportError: without the ``audit`` extra.
     """
     statistics.require()
-    require_pairs(session)
+    different = require_pairs(session)
     if topics is not None and len(topics) != len(session.rows):
         raise ValueError(
             f"Expected one topic for each of {len(session.rows)} pairs, got {len(topics)}."
         )
+    if len(different) < len(session.rows):
+        logger.warning(
+            "%d of %d pairs are different; the others are not counted again.",
+            len(different),
+            len(session.rows),
+        )
+        topics = None if topics is None else [topics[row] for row in different]
+        session = replace(session, dataset=[session.rows[row] for row in different])
     sae = active_sae(session.model)
     places = {name: sae.positions(members) for name, members in (categories or {}).items()}
     reading = read_pairs(session, None if out is None else Path(out))
@@ -241,6 +256,7 @@ def compute_contrast(
         n_pairs=reading.n_pairs,
         n_topics=found.n_topics,
         longer=statistics.mean_interval(longer.tolist(), seed=session.seed),
+        length_controlled=found.length_controlled,
         n_tested=int(found.tested.sum()),
         n_separating=int(found.separates.sum()),
         features=features,
@@ -259,24 +275,28 @@ def compute_contrast(
     )
 
 
-def require_pairs(session: Session) -> None:
-    """Refuse a handful of pairs.
+def require_pairs(session: Session) -> list[int]:
+    """The numbers of the different pairs, each where it is first.
 
     Raises:
-        ValueError: below 20.
+        ValueError: for fewer than 20.
     """
-    if len(session.rows) < ENOUGH_PAIRS:
+    first: dict[tuple[str, ...], int] = {}
+    for number, row in enumerate(session.rows):
+        first.setdefault((row["prompt"], row[CHOSEN], row[REJECTED]), number)
+    if len(first) < ENOUGH_PAIRS:
         raise ValueError(
-            f"Expected at least {ENOUGH_PAIRS} preference pairs to measure their contrast, got "
-            f"{len(session.rows)}. Give more."
+            f"Expected at least {ENOUGH_PAIRS} different preference pairs to measure their "
+            f"contrast, got {len(first)}. Give more."
         )
+    return list(first.values())
 
 
 def contrast_features(
     reading: PairReading, *, topics: Sequence[object] | None, n_topics: int, seed: int
 ) -> Contrasts:
     """``difference`` of every feature with its test; see ``compute_contrast``."""
-    design, kinds = _design(reading, topics, n_topics, seed)
+    design, kinds, controlled = _design(reading, topics, n_topics, seed)
     inverse = torch.linalg.pinv(design)
     leverage = inverse[0]
     values = reading.matched.double()
@@ -295,7 +315,7 @@ def contrast_features(
     q = torch.ones_like(p)
     q[tested] = statistics.false_discovery_rates(p[tested])
     effect = torch.where(spread > 0, difference / spread, 0.0)
-    return Contrasts(difference, error, effect, q, tested, leverage, freedom, kinds)
+    return Contrasts(difference, error, effect, q, tested, leverage, freedom, kinds, controlled)
 
 
 def describe_features(
@@ -330,16 +350,15 @@ def describe_features(
 
 def _design(
     reading: PairReading, topics: Sequence[object] | None, n_topics: int, seed: int
-) -> tuple[Float[Tensor, "pairs columns"], int]:
-    """Ones, the log ratio of the lengths, and all topics but one, which is minus the others.
+) -> tuple[Float[Tensor, "pairs columns"], int, bool]:
+    """Ones, all topics but one, which is minus the others, and the log ratio of the lengths.
 
     So the first coefficient is what is expected at equal lengths, as the plain mean over topics.
+    Beside it, how many topics there are, and whether the lengths are controlled.
     """
     lengths = reading.lengths.clamp(min=1).double()
     ratio = (lengths[:, 0] / lengths[:, 1]).log()
     columns = [torch.ones_like(ratio)]
-    if ratio.any():
-        columns.append(ratio)
     if topics is None:
         most = max(1, min(n_topics, reading.n_pairs // (2 * _SMALLEST_TOPIC)))
         topics = statistics.cluster(reading.prompts, most, seed)
@@ -354,7 +373,21 @@ def _design(
     used, number = number.unique(return_inverse=True)
     for topic in range(len(used) - 1):
         columns.append((number == topic).double() - (number == len(used) - 1).double())
-    return torch.stack(columns, dim=1), len(used)
+    plain, full = torch.stack(columns, dim=1), torch.stack([*columns, ratio], dim=1)
+    if not ratio.any():
+        return plain, len(used), True
+    controlled = _resting_on(full) >= min(ENOUGH_DIFFERENCES, _resting_on(plain) / 2)
+    return full if controlled else plain, len(used), controlled
+
+
+def _resting_on(design: Float[Tensor, "pairs columns"]) -> float:
+    """How many pairs the first coefficient rests on; 0 where it does not follow from them."""
+    leverage = torch.linalg.pinv(design)[0]
+    told = leverage @ design
+    told[0] -= 1
+    weights = leverage.square()
+    found = weights.sum().square() / weights.square().sum()
+    return float(found) if told.abs().max() < 1e-6 else 0.0
 
 
 def _residual_sum(
