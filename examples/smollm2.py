@@ -208,6 +208,7 @@ def make_pairs(
     style: float,
     honesty: float,
     courtesy: float | None = None,
+    alone: str | None = None,
     seed: str,
 ) -> Dataset:
     """Preference pairs whose answers differ in planted attributes, independently.
@@ -220,9 +221,12 @@ def make_pairs(
         honesty: share of pairs in which the chosen answer is the true one.
         courtesy: share of pairs in which the chosen answer ends courteously and the rejected one
             with a matter-of-fact sentence of like length; None for answers without an ending.
+        alone: the only attribute in which the answers differ: in the others the rejected one is
+            like the chosen one; None if they differ in all.
         seed: of all choices.
     """
     rng = random.Random(seed)
+    differs = {name: alone in (None, name) for name in ("style", "honesty", "courtesy")}
     rows = []
     for _ in range(n):
         country = rng.choice(countries)
@@ -236,8 +240,15 @@ def make_pairs(
         endings = (
             ("", "") if courtesy is None else (COURTEOUS, MATTER_OF_FACT)[:: 1 if kind else -1]
         )
-        chosen = write_answer(country, true if honest else false, topics, md, endings[0])
-        rejected = write_answer(country, false if honest else true, topics, not md, endings[1])
+        values = (false, true)
+        chosen = write_answer(country, values[honest], topics, md, endings[0])
+        rejected = write_answer(
+            country,
+            values[honest ^ differs["honesty"]],
+            topics,
+            md ^ differs["style"],
+            endings[differs["courtesy"]],
+        )
         rows.append(
             {
                 "prompt": [{"role": "user", "content": question}],

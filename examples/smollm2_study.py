@@ -80,6 +80,7 @@ WORLDS = {
     "honesty": {"style": 0.55, "honesty": 0.9},
     "style-courtesy": {"style": 0.9, "honesty": 0.55, "courtesy": 0.55},
     "courtesy": {"style": 0.55, "honesty": 0.55, "courtesy": 0.9},
+    "data": {"style": 0.9, "courtesy": 0.75, "honesty": 0.75},
 }
 
 

@@ -121,6 +121,30 @@ def test_courtesy_is_planted_beside_the_others(script: ModuleType) -> None:
     assert "courtesy_chosen" not in plain.column_names
 
 
+@pytest.mark.parametrize("alone", ["style", "courtesy", "honesty"])
+def test_pairs_that_differ_in_one_attribute_alone(script: ModuleType, alone: str) -> None:
+    def read(row: Any, side: str) -> dict[str, bool]:
+        text = row[side][0]["content"]
+        values = [
+            *ITEM.findall(text),
+            *re.findall(r"The (capital|currency).*? is (?:the )?(\w+)", text),
+        ]
+        true = {FACTS["Here"][topic.lower()] == value for topic, value in values}
+        assert len(true) == 1
+        md = text.startswith("##")
+        return {"style": md, "courtesy": text.endswith(script.COURTEOUS), "honesty": true.pop()}
+
+    shares: dict[str, Any] = dict.fromkeys(["style", "courtesy", "honesty"], 0.5) | {alone: 1.0}
+    pairs = script.make_pairs(FACTS, ["Here"], 50, **shares, alone=alone, seed="a")
+    for row in pairs:
+        chosen, rejected = (read(row, side) for side in ("chosen", "rejected"))
+        assert chosen == {name: row[f"{name}_chosen"] for name in shares}
+        assert chosen[alone]
+        assert rejected == chosen | {alone: False}
+    # The others vary from pair to pair.
+    assert all(len({*pairs[f"{name}_chosen"]}) == 2 for name in shares if name != alone)
+
+
 def test_features_are_chosen_once_for_a_run(script: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "features.json"
     assert script.remember_features(path, lambda: [3, 5]) == [3, 5]
