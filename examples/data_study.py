@@ -1,7 +1,7 @@
 """Is what was planted in preference data read off before training, and can it be taken out?
 
     python examples/data_study.py                  # the organism: two to three minutes a seed
-    python examples/data_study.py --world smollm2  # SmolLM2-135M-Instruct: a quarter of an hour
+    python examples/data_study.py --world smollm2  # SmolLM2-135M: a quarter of an hour a seed
 
 Pairs prefer one style in 90 % and the truth in 75 %, and on SmolLM2 a courteous ending in 75 %. Of
 each seed: how well the contrast of the data finds the features that detect an attribute, for knobs
