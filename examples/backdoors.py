@@ -217,7 +217,7 @@ class SmolWorld(World):
         "learning_rate": 3e-4,
         "n": 20,
     }
-    distillation: ClassVar = {"steps": 80, "batch_size": 8}
+    distillation: ClassVar = {"steps": 60, "batch_size": 8}
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
