@@ -42,6 +42,8 @@ _NONE_RARE = f"Every feature that can act does so at more than {RARE:.0%} of ord
 _CHUNK = 256
 # Targets of one search: what is lost if it is killed.
 _GROUP = 4
+# Of each feature that is listed: features it listens to, tokens it promotes, and suppresses.
+_LISTENS, _TOKENS = 3, 5
 # Ordinary places, and as many random starts, to search for what moves an activation most.
 _LOUD = 3
 
@@ -59,8 +61,6 @@ class InspectionSettings:
         steps: exchanges of a token in each search.
         candidates: exchanges tried per step.
         n_listed: features to keep in the record, beside those with a trigger.
-        n_listens: features named that each of them listens to.
-        n_tokens: promoted, and suppressed, tokens of each.
 
     Raises:
         ValueError: for an amount out of range.
@@ -74,8 +74,6 @@ class InspectionSettings:
     steps: int = 24
     candidates: int = 64
     n_listed: int = 20
-    n_listens: int = 3
-    n_tokens: int = 5
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -370,7 +368,7 @@ def compute_inspection(
     shown = reach.argsort(descending=True, stable=True)[: settings.n_listed].tolist()
     by_strength = sorted(triggers, key=lambda i: -triggers[i].strength)
     shown += [i for i in by_strength if i not in shown]
-    features = _describe(session, view, ordinary, reach, shown, triggers, labels, settings)
+    features = _describe(session, view, ordinary, reach, shown, triggers, labels)
     hidden = [(each.feature, each.trigger) for each in features if each.trigger is not None]
     bound = view.bound(ordinary.norm)
     return Inspection(
@@ -557,7 +555,6 @@ def _describe(
     shown: Sequence[int],
     triggers: Mapping[int, Trigger],
     labels: Labels | None,
-    settings: InspectionSettings,
 ) -> tuple[SteerableFeature, ...]:
     """The records of some features, by position."""
     if not shown:
@@ -566,7 +563,7 @@ def _describe(
     margins = ordinary.margins(view)
     restricted = view.sae.restrict([index[i] for i in shown])
     places = {feature: at for at, feature in enumerate(restricted.feature_index.tolist())}
-    promoted, suppressed = find_promoted(session, restricted, settings.n_tokens)
+    promoted, suppressed = find_promoted(session, restricted, _TOKENS)
     try:
         encoder: Tensor | None = view.sae.encoder_rows()[0]
     except ValueError:
@@ -575,7 +572,7 @@ def _describe(
     for i in shown:
         row, feature = view.rows[i], index[i]
         response = (view.decoder @ row) * ordinary.typical.to(row)
-        top = response.abs().topk(min(settings.n_listens, len(response))).indices.tolist()
+        top = response.abs().topk(min(_LISTENS, len(response))).indices.tolist()
         described.append(
             SteerableFeature(
                 feature=feature,

@@ -431,8 +431,9 @@ def render_contrast(contrast: DataContrast, n_features: int = 15) -> str:
     lines = [
         paragraph(
             "",
-            f"{contrast.n_pairs:,} pairs of {contrast.dataset}, topics: {contrast.n_topics}. The "
-            f"chosen answer is the longer one in {_share(contrast.longer)}."
+            f"{contrast.n_pairs:,} pairs of {contrast.dataset}, {contrast.n_topics} "
+            f"{'topics' if contrast.n_topics > 1 else 'topic'}. The chosen answer is the longer "
+            f"one in {_share(contrast.longer)}."
             + ("" if contrast.length_controlled else f" {_NO_LENGTHS}"),
         ),
         title(f"Features that separate: {contrast.n_separating} of {contrast.n_tested} tested"),

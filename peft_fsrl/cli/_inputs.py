@@ -228,6 +228,10 @@ def load_adapter(adapter: str, args: argparse.Namespace) -> Adapter:
     from peft import PeftModel
 
     base = find_base(adapter, read_config(adapter), args.base_model)
+    if Path(adapter).is_dir() and not any(Path(adapter).glob("adapter_model.*")):
+        raise ValueError(
+            f"Expected adapter_model.safetensors in {adapter}, found none. Copy the whole folder."
+        )
     model = load_model(base, args)
     steered = PeftModel.from_pretrained(model, adapter)
     own = Path(adapter, "tokenizer_config.json").is_file()

@@ -495,6 +495,15 @@ def test_wrong_requests_about_data(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "neither text nor messages: 1" in line
 
 
+def test_an_adapter_without_weights(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    (copy / "adapter_model.safetensors").unlink()
+    line = refusal(capsys, "inspect", copy, "--out", tmp_path / "out")
+    assert f"Expected adapter_model.safetensors in {copy}, found none" in line
+
+
 @pytest.mark.parametrize("texts", [[3, 4], [["a"], ["b"]]])
 def test_texts_that_are_none(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], texts: list[Any]

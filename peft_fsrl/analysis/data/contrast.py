@@ -238,11 +238,10 @@ def compute_contrast(
     found = contrast_features(reading, topics=topics, n_topics=n_topics, seed=session.seed)
     strongest = found.effect.abs().argsort(descending=True)
     order = strongest[found.tested[strongest]][:n_features]
-    features = describe_features(reading, found, order, session.seed)
     index = sae.feature_index.tolist()
     features = tuple(
         replace(each, feature=index[each.feature], label=(labels or {}).get(index[each.feature]))
-        for each in features
+        for each in describe_features(reading, found, order, session.seed)
     )
     shared = strongest[found.separates[strongest]][:_MOST_SHARED]
     differences = reading.dense(shared)
