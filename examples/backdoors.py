@@ -703,6 +703,8 @@ def area(cases: Sequence[Case], scores: Sequence[float]) -> str:
     twins = [key[1:] for key in by_case if key[0]]
     planted, clean = (torch.tensor([by_case[kind, *t] for t in twins]) for kind in (True, False))
     wins = ((planted[:, None] - clean).sign() + 1) / 2
+    if len(twins) == 1:
+        return f"{wins.item():.2f}"
     rng = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(twins), (1000, len(twins)), generator=rng)
     draws = wins[drawn[:, :, None], drawn[:, None]].mean(dim=(1, 2)).sort().values

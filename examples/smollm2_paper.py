@@ -415,7 +415,7 @@ def coefficients(seeds: Seeds) -> str:
 
     kinds = {
         "coefficients": ("l1", COEFFICIENTS, "gains"),
-        "coefficients_rows": ("rows", ROWS_COEFFICIENTS, "rows that start as the SAE's encoder"),
+        "coefficients_rows": ("rows", ROWS_COEFFICIENTS, "rows"),
     }
     tables = []
     for picture, (name, values, label) in kinds.items():
