@@ -824,7 +824,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if not path.exists():
                     torch.manual_seed(seed)
                     # A cache would keep what a step has changed: all steps are within this block.
-                    with torch.autocast(bench.base.device.type, torch.bfloat16, args.bf16, False):
+                    with torch.autocast(
+                        bench.base.device.type,
+                        torch.bfloat16,
+                        enabled=args.bf16,
+                        cache_enabled=False,
+                    ):
                         row = make()
                     write_text_atomically(path, row.to_json())
                 row = rows[name] = Row.from_json(path.read_text())

@@ -45,11 +45,6 @@ class Interval(Record):
     high: float
     level: float = 0.95
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether zero lies outside."""
-        return self.low > 0 or self.high < 0
-
 
 def to_plain(value: Any) -> Any:
     """Records, or tuples of them, as what JSON can hold."""

@@ -29,9 +29,6 @@ from .sweeps import SweepPoint
 from .usage import FeatureUse, Usage
 from .winrate import WinRate
 
-# Where the answers of every pair differ in length by the same factor.
-_NO_LENGTHS = "Length is not controlled: it varies too little to be told from preference."
-
 
 def render_summary(summary: Summary, n_features: int = 10) -> str:
     """The summary of a run for a terminal, under 100 columns wide.
@@ -428,14 +425,15 @@ def render_contrast(contrast: DataContrast, n_features: int = 15) -> str:
         ]
         for each in contrast.features[:n_features]
     ]
+    opening = (
+        f"{contrast.n_pairs:,} pairs of {contrast.dataset}, {contrast.n_topics} "
+        f"{'topics' if contrast.n_topics > 1 else 'topic'}. The chosen answer is the longer one in "
+        f"{_share(contrast.longer)}."
+    )
+    if not contrast.length_controlled:
+        opening += " Length is not controlled: it varies too little to be told from preference."
     lines = [
-        paragraph(
-            "",
-            f"{contrast.n_pairs:,} pairs of {contrast.dataset}, {contrast.n_topics} "
-            f"{'topics' if contrast.n_topics > 1 else 'topic'}. The chosen answer is the longer "
-            f"one in {_share(contrast.longer)}."
-            + ("" if contrast.length_controlled else f" {_NO_LENGTHS}"),
-        ),
+        paragraph("", opening),
         title(f"Features that separate: {contrast.n_separating} of {contrast.n_tested} tested"),
         table(
             ["category", "features", "tested", "separate", "of the contrast", "prefers the chosen"],

@@ -26,9 +26,10 @@ def whole_number(least: int) -> Callable[[str], int]:
     """The type of an option that takes whole numbers from ``least`` on."""
 
     def parse(text: str) -> int:
-        if int(text) < least:
+        number = int(text)
+        if number < least:
             raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}")
-        return int(text)
+        return number
 
     parse.__name__ = "int"
     return parse
